@@ -1,0 +1,108 @@
+"""Every error that loraq raises for a user, in one tree.
+
+    LoraqError                1   anything else
+      SpecError               3   the sweep file, or a --set, is wrong
+      DataError               4   a data file is missing, empty or lacks its columns
+      ServerError             5   Redis cannot be reached, or refuses
+      NotFoundError           6   no such job or batch
+      StorageError            7   the shared storage cannot be read or written
+      CapacityError           8   no worker can ever hold the job
+      MachineError            9   this machine lacks what the command needs
+      BatchFailedError       10   a batch that was waited for did not succeed
+      StaleAttemptError       -   a write by an attempt that has lost its job (workers only)
+
+The number is the exit code of the command (2 is Click's for a wrong command line). A message is two lines:
+what happened, and what to do about it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class LoraqError(Exception):
+    """Base of all: `what` happened, and what to `do` about it."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, do: str = "") -> None:
+        super().__init__(f"{what}\n{do}" if do else what)
+        self.what = what
+        self.do = do
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a sweep file."""
+
+    message: str
+    file: str
+    line: int | None = None
+    """1-based; None where the problem has no place in the file (a --set)."""
+    path: str = ""
+    """Dotted key, e.g. `training.learning_rate`."""
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.path}: {self.message}" if self.path else f"{place}: {self.message}"
+
+
+class SpecError(LoraqError):
+    """The sweep file is wrong; all `problems` at once, in the order of the file."""
+
+    exit_code = 3
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        count = len(problems)
+        super().__init__(
+            "\n".join(map(str, problems)),
+            f"{count} problem{'s' if count > 1 else ''}; nothing was submitted. "
+            f"Correct {'them' if count > 1 else 'it'} and submit again (try --dry-run first).",
+        )
+
+
+class DataError(LoraqError):
+    """A data file is missing, empty or lacks its columns."""
+
+    exit_code = 4
+
+
+class ServerError(LoraqError):
+    """Redis cannot be reached, or refuses."""
+
+    exit_code = 5
+
+
+class NotFoundError(LoraqError):
+    """There is no such job or batch."""
+
+    exit_code = 6
+
+
+class StorageError(LoraqError):
+    """The shared storage cannot be read or written."""
+
+    exit_code = 7
+
+
+class CapacityError(LoraqError):
+    """No worker can ever hold the job."""
+
+    exit_code = 8
+
+
+class MachineError(LoraqError):
+    """This machine lacks what the command needs."""
+
+    exit_code = 9
+
+
+class BatchFailedError(LoraqError):
+    """A batch that was waited for did not succeed."""
+
+    exit_code = 10
+
+
+class StaleAttemptError(LoraqError):
+    """The attempt no longer owns its job: its lease ended, or the job was given to another."""

@@ -1,0 +1,188 @@
+"""What a job is: its states, why it fails, the legal moves, and the record as it is read from the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from jobqueue.memory import memory_class
+
+
+class JobState(StrEnum):
+    WAITING = "waiting"  # for other jobs, or for its memory estimate
+    QUEUED = "queued"  # may be claimed (not before its `not_before`)
+    RUNNING = "running"  # claimed by a slot that holds its lease
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+# The only moves that the store makes. store.lua asks for the state before each of them.
+MOVES: Mapping[JobState, frozenset[JobState]] = {
+    JobState.WAITING: frozenset({JobState.QUEUED, JobState.CANCELLED, JobState.FAILED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+
+
+class FailureReason(StrEnum):
+    BAD_SPEC = "bad_spec"  # the spec can never work: no such model, an option the model refuses
+    BAD_DATA = "bad_data"  # no usable row, missing columns, nothing left to train on
+    OUT_OF_MEMORY = "out_of_memory"
+    NAN_LOSS = "nan_loss"
+    CRASHED = "crashed"  # the trainer ended without a word
+    LOST = "lost"  # the lease ended without a renewal
+    TIMED_OUT = "timed_out"
+    STORAGE = "storage"
+    PREEMPTED = "preempted"  # the worker was told to stop; costs no failure
+    DEPENDENCY = "dependency"  # a job that this one needs did not succeed
+    INTERNAL = "internal"  # an exception nobody foresaw; the log has it
+
+
+class JobKind(StrEnum):
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    REPORT = "report"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to work on a job, as handed out by the store; every write of the attempt carries it."""
+
+    job_id: str
+    attempt: int  # the fence: grows with each claim
+    nonce: str  # random, so that a fence that went back after a failover is noticed
+    spec: dict[str, Any]
+    batch: str
+    failures: int
+    lease_s: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job as the store has it. Times are seconds since the epoch, 0 where not yet."""
+
+    id: str
+    kind: JobKind
+    state: JobState
+    batch: str  # "" for the evaluation of a base model, which serves many batches
+    trial: str  # label of the configuration, what differs from its siblings
+    owner: str
+    spec: dict[str, Any]
+    priority: int
+    need_bytes: int  # estimated peak on the GPU; 0 until known
+    attempt: int
+    failures: int
+    submitted_at: float
+    queued_at: float
+    claimed_at: float
+    ended_at: float
+    not_before: float
+    worker: str  # who has it, or had it last
+    reason: FailureReason | None
+    message: str  # why it failed, one line
+    cancel_requested: bool
+    waits: int  # jobs that it still waits for
+    progress: dict[str, Any] = field(default_factory=dict)  # the last progress event
+    outcome: dict[str, Any] = field(default_factory=dict)  # what a succeeded job reports
+    history: list[dict[str, Any]] = field(default_factory=list)  # ended attempts, oldest first
+
+    @property
+    def queue(self) -> str:
+        """The memory class it waits in; "" while its size is not known."""
+        if self.kind is JobKind.REPORT:
+            return "control"
+        if self.spec.get("resources", {}).get("device") == "cpu":
+            return "cpu"
+        return memory_class(self.need_bytes) if self.need_bytes else ""
+
+    @property
+    def seconds(self) -> float:
+        """How long the last attempt took, or has taken where `ended_at` is 0 (then 0)."""
+        return max(0.0, self.ended_at - self.claimed_at) if self.ended_at and self.claimed_at else 0.0
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, str]) -> Job:
+        """The record of `{loraq}:job:<id>`, see store.lua."""
+
+        def number(key: str) -> float:
+            return float(record.get(key) or 0)
+
+        def parsed(key: str, default: Any) -> Any:
+            return json.loads(record[key]) if record.get(key) else default
+
+        return cls(
+            id=record["id"],
+            kind=JobKind(record["kind"]),
+            state=JobState(record["state"]),
+            batch=record.get("batch", ""),
+            trial=record.get("trial", ""),
+            owner=record.get("owner", ""),
+            spec=parsed("spec", {}),
+            priority=int(number("priority")),
+            need_bytes=int(number("need")),
+            attempt=int(number("attempt")),
+            failures=int(number("failures")),
+            submitted_at=number("submitted_at") / 1000,
+            queued_at=number("queued_at") / 1000,
+            claimed_at=number("claimed_at") / 1000,
+            ended_at=number("ended_at") / 1000,
+            not_before=number("not_before") / 1000,
+            worker=record.get("worker", ""),
+            reason=FailureReason(record["reason"]) if record.get("reason") else None,
+            message=record.get("message", ""),
+            cancel_requested=record.get("cancel") == "1",
+            waits=int(number("waits")),
+            progress=parsed("progress", {}),
+            outcome=parsed("outcome", {}),
+            history=parsed("history", []),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The jobs of one submission, counted."""
+
+    name: str
+    owner: str
+    submitted_at: float  # seconds since the epoch
+    trials: int
+    base_model: str
+    states: Mapping[JobState, int]  # how many of its jobs are in each state; its report is one of them
+    jobs: tuple[str, ...]  # ids in the order of the file; evaluations of base models last
+
+    @property
+    def ended(self) -> bool:
+        return all(state.final for state, count in self.states.items() if count)
+
+    @property
+    def state(self) -> JobState:
+        """One word for the whole: the state of its least finished job, or the worst end."""
+        order = (JobState.RUNNING, JobState.QUEUED, JobState.WAITING, JobState.FAILED, JobState.CANCELLED)
+        return next((state for state in order if self.states.get(state)), JobState.SUCCEEDED)
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """One worker as it last described itself."""
+
+    id: str  # host/gpu0, host/cpu, host/control
+    host: str
+    device: str  # "NVIDIA H100 80GB HBM3", "cpu", "control"
+    uuid: str  # of the GPU, "" elsewhere
+    usable_bytes: int
+    slots: int
+    running: tuple[str, ...]  # job ids
+    seen_at: float  # seconds since the epoch
+    alive: bool  # seen within the last three heartbeats
+    versions: Mapping[str, str] = field(default_factory=dict)

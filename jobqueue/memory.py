@@ -1,0 +1,142 @@
+"""Memory classes of the queue, and the estimate of a job's peak on the GPU; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobqueue.spec import EvaluateSpec, LoraSpec, TrainSpec
+
+GIB = 2**30
+CLASSES = (8, 16, 24, 48, 80, 141)  # upper bounds in GiB, as cards are sold
+REAL_SHARE = 0.92  # what a card of that name really leaves to a program
+CONTEXT = int(0.8 * GIB)  # CUDA context, cuBLAS workspaces and what the allocator cannot use
+NF4_BYTES = 0.5 + 0.127 / 8  # per weight: 4 bits, and the scales of double quantisation (arXiv:2305.14314, section 3)
+LOSS_CHUNK = GIB  # the cross entropy is computed in chunks of about this many bytes
+
+
+def memory_class(need_bytes: int) -> str:
+    """The smallest class whose cards hold `need_bytes`."""
+    for size in CLASSES:
+        if need_bytes <= size * REAL_SHARE * GIB:
+            return f"gpu{size}"
+    return "gpu-large"
+
+
+def classes_for(usable_bytes: int) -> list[str]:
+    """The classes of which a card with `usable_bytes` can hold at least the smallest job."""
+    names = [*(f"gpu{size}" for size in CLASSES), "gpu-large"]
+    lower = [0.0, *(size * REAL_SHARE * GIB for size in CLASSES)]
+    return [name for name, bound in zip(names, lower, strict=True) if usable_bytes > bound]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model's config.json decides about memory."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Shape:
+        """Raises KeyError where the config is not that of a decoder with the usual names."""
+        config = config.get("text_config", config)
+        heads = config["num_attention_heads"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear module of a layer."""
+        h, q, kv, i = (
+            self.hidden,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+            self.intermediate,
+        )
+        return {
+            "q_proj": (h, q),
+            "k_proj": (h, kv),
+            "v_proj": (h, kv),
+            "o_proj": (q, h),
+            "gate_proj": (h, i),
+            "up_proj": (h, i),
+            "down_proj": (i, h),
+        }
+
+    @property
+    def linear_weights(self) -> int:
+        return self.layers * sum(a * b for a, b in self.modules.values())
+
+    @property
+    def embedding_weights(self) -> int:
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    def weight_bytes(self, in_4bit: bool) -> float:
+        return self.linear_weights * (NF4_BYTES if in_4bit else 2) + self.embedding_weights * 2
+
+    def lora_weights(self, lora: LoraSpec) -> int:
+        wanted = self.modules if lora.target_modules == "all-linear" else lora.target_modules
+        pairs = [self.modules[name] for name in wanted if name in self.modules]
+        return self.layers * lora.r * sum(a + b for a, b in pairs)
+
+    def layer_activation_bytes(self, tokens: int) -> float:
+        """One layer's activations for the backward pass in 16 bits: attention and MLP, their inputs and outputs."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return tokens * 2.0 * (6 * self.hidden + 2 * q + 2 * kv + 4 * self.intermediate)
+
+
+def training_peak(config: Mapping[str, Any], spec: TrainSpec) -> int:
+    """Peak bytes on the GPU of a train job, its CUDA context included.
+
+    Weights, gradients and optimizer state of what is trained, the activations of one micro-batch of
+    `max_seq_length` tokens (of one layer, where checkpointing recomputes the others), and the loss.
+    """
+    shape = Shape.from_config(config)
+    tokens = spec.training.per_device_train_batch_size * spec.training.max_seq_length
+    state = 2 if "8bit" in spec.training.optim else 8  # Adam's two moments, bytes per weight
+    layer = shape.layer_activation_bytes(tokens)
+    if spec.method == "full":
+        trained = shape.linear_weights + shape.embedding_weights
+        weights = shape.weight_bytes(False) + trained * (2 + state)
+    else:
+        # LoRA weights are kept in 32 bits: weight, gradient, moments
+        weights = shape.weight_bytes(spec.method == "qlora") + shape.lora_weights(spec.lora) * (8 + state)
+    kept = 1 if spec.lora.use_gradient_checkpointing else shape.layers
+    boundaries = shape.layers * tokens * shape.hidden * 2 if spec.lora.use_gradient_checkpointing is True else 0
+    loss = min(tokens * shape.vocab * 4, LOSS_CHUNK)
+    return int(weights + kept * layer + boundaries + loss + CONTEXT)
+
+
+def evaluation_peak(config: Mapping[str, Any], spec: EvaluateSpec) -> int:
+    """Peak bytes on the GPU of an evaluation: weights, one layer's activations, the keys and values, the scores."""
+    shape = Shape.from_config(config)
+    tokens = spec.evaluation.per_device_eval_batch_size * spec.max_seq_length
+    cache = tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
+    scores = min(tokens * shape.vocab * 4, LOSS_CHUNK)
+    return int(shape.weight_bytes(spec.load_in_4bit) + shape.layer_activation_bytes(tokens) + cache + scores + CONTEXT)
+
+
+def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec) -> int:
+    """Peak bytes of a job; what the user said in `resources.memory` goes first.
+
+    Raises KeyError where the config lacks what the estimate needs.
+    """
+    if spec.resources.memory is not None:
+        return int(spec.resources.memory)
+    return training_peak(config, spec) if isinstance(spec, TrainSpec) else evaluation_peak(config, spec)

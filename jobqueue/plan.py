@@ -1,0 +1,184 @@
+"""A checked sweep -> the jobs that it becomes; reads local files, needs no server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from jobqueue import base_model, rows
+from jobqueue.errors import DataError, Problem, SpecError
+from jobqueue.job import JobKind
+from jobqueue.memory import estimate, memory_class
+from jobqueue.spec import DataSpec, EvaluateSpec, ReportSpec, RunSpec, TrainSpec
+from jobqueue.storage import blob_source
+from jobqueue.sweep import Sweep, Trial
+
+BATCH = "{batch}"  # stands for the batch's name until the server has given it
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz")
+
+AnyData = TypeVar("AnyData", bound=DataSpec)
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """One job to be. Ids are those within the batch, but for base evaluations, which serve many batches."""
+
+    id: str  # "1", "1.eval", "report"; "base-<hash>"
+    kind: JobKind
+    trial: str
+    spec: TrainSpec | EvaluateSpec | ReportSpec
+    need_bytes: int  # estimated peak; 0: a control worker will say
+    needs: tuple[str, ...] = ()  # must have succeeded before
+    follows: tuple[str, ...] = ()  # must have ended before
+
+    @property
+    def shared(self) -> bool:
+        return self.id.startswith("base-")
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        return self.needs + self.follows
+
+    @property
+    def queue(self) -> str:
+        """The class that it waits in; "" where the memory is yet to be estimated."""
+        if isinstance(self.spec, ReportSpec):
+            return "control"
+        if self.spec.resources.device == "cpu":
+            return "cpu"
+        return memory_class(self.need_bytes) if self.need_bytes else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a submission will do."""
+
+    sweep: Sweep
+    jobs: tuple[PlannedJob, ...]
+    files: dict[str, Path]  # source in the storage -> the local file to upload
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class _Lookups:
+    """What is looked up once for the whole sweep."""
+
+    sweep: Sweep
+    workers_are_here: bool
+    files: dict[str, Path] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    models: dict[str, str] = field(default_factory=dict)
+
+    def data(self, spec: AnyData) -> AnyData:
+        """With the source of a local file replaced by its content's address. Raises DataError."""
+        path = Path(spec.source).expanduser()
+        path = path if path.is_absolute() else self.sweep.file.parent / path
+        if "://" in spec.source or not (path.is_file() or spec.source.endswith(DATA_SUFFIXES)):
+            return spec
+        if not path.is_file():
+            raise DataError(f"there is no data file {path}", f"Correct `source: {spec.source}`, or give a hub id.")
+        source = next((known for known, file in self.files.items() if file == path), "")
+        if not source:
+            rows.check_file(spec.model_copy(update={"source": str(path)}))
+            source = blob_source(path)
+            self.files[source] = path
+        return spec.model_copy(update={"source": source})
+
+    def model(self, name: str) -> str:
+        """The base model as the workers are to look for it. Raises SpecError."""
+        if name not in self.models:
+            try:
+                located = base_model.locate(name, self.sweep.file.parent)
+            except ValueError as error:
+                raise SpecError([Problem(str(error), str(self.sweep.file), path="base_model")]) from None
+            if base_model.is_path(located) and not Path(located).exists():
+                if self.workers_are_here:
+                    problem = Problem(f"there is no model at {located}", str(self.sweep.file), path="base_model")
+                    raise SpecError([problem])
+                self.warnings.append(f"{located} is not on this machine; every worker must have it")
+            self.models[name] = located
+        return self.models[name]
+
+
+def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
+    """The jobs of a sweep, each after those that it waits for.
+
+    Args:
+        sweep: the checked file.
+        workers_are_here: the workers see this machine's files, so that a model which is missing here is missing.
+
+    Raises:
+        SpecError, DataError: before anything was sent.
+    """
+    look = _Lookups(sweep, workers_are_here)
+    jobs: list[PlannedJob] = []
+    for number, trial in enumerate(sweep.trials, start=1):
+        for job in _trial_jobs(str(number), trial, look):
+            if job.id not in {known.id for known in jobs}:  # trials share a base evaluation
+                jobs.append(job)
+    report = ReportSpec(batch=BATCH)
+    ids = tuple(job.id for job in jobs)
+    jobs.append(PlannedJob("report", JobKind.REPORT, "", report, 0, follows=ids))
+    return Plan(sweep, tuple(jobs), look.files, tuple(look.warnings))
+
+
+def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
+    """Train, evaluation of the base model, evaluation of the adapter: those of them that the configuration has."""
+    run = trial.run
+    model = look.model(run.base_model)
+    jobs = []
+    if run.data is not None:
+        train = TrainSpec(
+            base_model=model,
+            method=run.method,
+            data=look.data(run.data),
+            lora=run.lora,
+            training=run.training,
+            resources=run.resources,
+        )
+        jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, _need(train)))
+    if run.evaluation is None:
+        return jobs
+    base = _evaluation(run, model, look)
+    if run.data is None or run.evaluation.compare_with_base:
+        label = "" if run.data is not None else trial.label
+        jobs.append(PlannedJob(_base_id(base), JobKind.EVALUATE, label, base, _need(base)))
+    if run.data is not None:
+        adapter = base.model_copy(update={"adapter_job": f"{BATCH}.{number}"})
+        job_id = f"{number}.eval"
+        jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, _need(adapter), needs=(number,)))
+    return jobs
+
+
+def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
+    assert run.evaluation is not None
+    return EvaluateSpec(
+        base_model=model,
+        method=run.method,
+        adapter_job=None,
+        load_in_4bit=run.load_in_4bit,
+        max_seq_length=run.training.max_seq_length,
+        evaluation=look.data(run.evaluation),
+        resources=run.resources,
+    )
+
+
+def _base_id(spec: EvaluateSpec) -> str:
+    """The same for all that must give the same scores: by model, precision, questions and how they are asked."""
+    asked = spec.evaluation.model_dump(exclude={"compare_with_base", "per_device_eval_batch_size"})
+    key = [base_model.fingerprint(spec.base_model), spec.load_in_4bit, spec.max_seq_length, asked]
+    return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def _need(spec: TrainSpec | EvaluateSpec) -> int:
+    """Estimated peak bytes, 0 where this machine cannot read the model's config."""
+    if spec.resources.memory is not None:
+        return int(spec.resources.memory)
+    config = base_model.read_config(spec.base_model) if base_model.is_path(spec.base_model) else None
+    try:
+        return estimate(config, spec) if config else 0
+    except (KeyError, TypeError):
+        return 0

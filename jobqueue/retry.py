@@ -1,0 +1,60 @@
+"""What each failure leads to; pure, one table."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from jobqueue.job import FailureReason as R
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How often a job may fail for this reason before it has failed for good, and how long it waits in between."""
+
+    failures: int  # 1: never tried again
+    delay_s: float = 0.0  # doubled with each failure
+    counts: bool = True  # False: costs no failure (the job was not to blame)
+
+
+TABLE = {
+    R.BAD_SPEC: Rule(1),
+    R.BAD_DATA: Rule(1),
+    R.OUT_OF_MEMORY: Rule(1),
+    R.NAN_LOSS: Rule(1),
+    R.TIMED_OUT: Rule(1),
+    R.DEPENDENCY: Rule(1),
+    R.INTERNAL: Rule(2, delay_s=5),
+    R.CRASHED: Rule(3, delay_s=5),
+    R.LOST: Rule(3),
+    R.STORAGE: Rule(5, delay_s=30),
+    R.PREEMPTED: Rule(1, counts=False),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to try again, when, and whether it counts as a failure."""
+
+    again: bool
+    delay_s: float = 0.0
+    counts: bool = True
+
+
+def decide(reason: R, failures: int, max_failures: int, jitter: float | None = None) -> Decision:
+    """The decision after one more failure.
+
+    Args:
+        reason: of this failure.
+        failures: how many the job had before.
+        max_failures: the user's cap, over all reasons; the table's own may be lower.
+        jitter: 0 to 1, for tests; the delay is spread over 0.5 to 1.5 of its nominal length, so that jobs that
+            failed together do not come back together.
+    """
+    rule = TABLE[reason]
+    if not rule.counts:
+        return Decision(again=True, counts=False)
+    if failures + 1 >= min(rule.failures, max_failures):
+        return Decision(again=False)
+    spread = 0.5 + (random.random() if jitter is None else jitter)
+    return Decision(again=True, delay_s=rule.delay_s * 2**failures * spread)

@@ -1,0 +1,176 @@
+"""What a user can do: the client that the command line, and any program, calls."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobqueue.broker import make_app, send_tokens
+from jobqueue.embedded import connect_url
+from jobqueue.errors import CapacityError, NotFoundError
+from jobqueue.events import Event
+from jobqueue.job import Batch, Job, JobKind, WorkerInfo
+from jobqueue.memory import GIB
+from jobqueue.plan import BATCH, Plan, PlannedJob, make_plan
+from jobqueue.results import BatchReport, build_report
+from jobqueue.settings import Settings
+from jobqueue.spec import ReportSpec
+from jobqueue.storage import Storage
+from jobqueue.store import NewJob, Store
+from jobqueue.sweep import Sweep, read_sweep
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+
+class Client:
+    """Connects when it is first needed. Every method may raise ServerError."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(connect_url(self.settings))
+
+    @cached_property
+    def storage(self) -> Storage:
+        return Storage(self.settings.storage_url)
+
+    @cached_property
+    def _app(self) -> Celery:
+        return make_app(self.store.url)
+
+    # -- submitting
+
+    def read(self, file: Path, sets: Sequence[str] = ()) -> Sweep:
+        """A sweep file, checked. Raises SpecError with every problem at once."""
+        return read_sweep(file, sets)
+
+    def plan(self, sweep: Sweep) -> Plan:
+        """The jobs of a sweep; needs no server. Raises SpecError, DataError."""
+        return make_plan(sweep, workers_are_here=self.settings.redis_url is None)
+
+    def submit(self, plan: Plan, *, force: bool = False) -> Batch:
+        """All of it or nothing: checks, uploads the local files, writes every job in one call, wakes the workers.
+
+        Args:
+            plan: what `plan` returned.
+            force: submit although no living worker could hold the largest job.
+
+        Raises:
+            CapacityError: unless forced.
+            StorageError: a file could not be uploaded; nothing was submitted.
+        """
+        workers = self.workers()
+        if not force:
+            _check_capacity(plan, workers)
+        for source, path in plan.files.items():
+            self.storage.put_blob(path, source)
+        name, number = plan.sweep.name, 1
+        while (classes := self._submit_as(name, plan)) is None:
+            number += 1
+            name = f"{plan.sweep.name}-{number}"
+        send_tokens(self._app, classes)
+        return self.store.batch(name)
+
+    def _submit_as(self, name: str, plan: Plan) -> list[str] | None:
+        jobs = [_new_job(job, name, self.settings.owner) for job in plan.jobs]
+        base_model = plan.sweep.trials[0].run.base_model
+        ids = [job.id for job in jobs]
+        return self.store.submit(name, self.settings.owner, len(plan.sweep.trials), base_model, jobs, ids)
+
+    # -- looking
+
+    def batches(self) -> list[Batch]:
+        """Newest first."""
+        return [self.store.batch(name) for name in self.store.batch_names()]
+
+    def batch(self, name: str) -> Batch:
+        try:
+            return self.store.batch(name)
+        except NotFoundError as error:
+            close = difflib.get_close_matches(name, self.store.batch_names(), n=3)
+            raise NotFoundError(error.what, f"Did you mean {' or '.join(close)}?" if close else error.do) from None
+
+    def jobs(self, batch: str) -> list[Job]:
+        """All jobs of a batch, evaluations of base models and the report included."""
+        return self.store.jobs(self.batch(batch).jobs)
+
+    def job(self, job_id: str) -> Job:
+        return self.store.job(job_id)
+
+    def workers(self) -> list[WorkerInfo]:
+        return self.store.workers()
+
+    def events(self, job_id: str, after: str = "0", block_s: float = 0) -> list[Event]:
+        """At most 1,000 entries of a job's stream after the one of that id; waits up to `block_s` for one."""
+        return self.store.events(job_id, after, block_s)
+
+    def report(self, batch: str) -> BatchReport:
+        """What the report job made, or, where it has not run, one of what is settled so far."""
+        found, jobs = self.batch(batch), self.jobs(batch)
+        made = next((job.outcome for job in jobs if job.kind is JobKind.REPORT and job.outcome), None)
+        return BatchReport.from_dict(made) if made else build_report(found, jobs)
+
+    # -- steering
+
+    def cancel(self, target: str) -> list[Job]:
+        """Stops a job or a batch; the jobs that were stopped, or asked to stop and will within seconds.
+
+        An evaluation of a base model goes on while another batch waits for it.
+        """
+        try:
+            batch: Batch | None = self.store.batch(target)
+        except NotFoundError:
+            batch = None
+        if batch is None:
+            asked, classes = self.store.cancel([self.job(target).id])
+        else:
+            own = [job_id for job_id in batch.jobs if not job_id.startswith("base-")]
+            asked, classes = self.store.cancel(own)
+            for job_id in set(batch.jobs) - set(own):
+                more, woken = self.store.release_base(job_id)
+                asked, classes = asked + more, classes + woken
+        send_tokens(self._app, classes)
+        return self.store.jobs(asked)
+
+    def forget_server(self) -> None:
+        """The server is about to be stopped in good order: trust its next start at once."""
+        self.store.orderly()
+
+
+def _new_job(job: PlannedJob, batch: str, owner: str) -> NewJob:
+    def full(job_id: str) -> str:
+        return job_id if job_id.startswith("base-") else f"{batch}.{job_id}"
+
+    resources = None if isinstance(job.spec, ReportSpec) else job.spec.resources
+    return NewJob(
+        id=full(job.id),
+        kind=job.kind.value,
+        batch="" if job.shared else batch,
+        trial=job.trial,
+        owner=owner,
+        spec=job.spec.model_dump_json().replace(BATCH, batch),
+        device=resources.device if resources else "control",
+        priority=resources.priority if resources else 0,
+        queue=job.queue,
+        need=job.need_bytes,
+        needs=tuple(map(full, job.needs)),
+        follows=tuple(map(full, job.follows)),
+    )
+
+
+def _check_capacity(plan: Plan, workers: Sequence[WorkerInfo]) -> None:
+    """Refuses what would wait for ever: workers are alive, and none of them could hold a job of the plan."""
+    usable = [worker.usable_bytes for worker in workers if worker.alive and worker.device != "control"]
+    need = max((job.need_bytes for job in plan.jobs), default=0)
+    if usable and need > max(usable):
+        raise CapacityError(
+            f"a job needs about {need / GIB:.1f} GiB, and the largest worker has {max(usable) / GIB:.1f} GiB",
+            "Lower max_seq_length or per_device_train_batch_size, set resources.memory if the estimate is wrong, "
+            "start a larger worker, or submit with --force to let it wait for one.",
+        )

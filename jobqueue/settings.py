@@ -1,0 +1,91 @@
+"""Settings: read once, from LORAQ_* variables and from the user's file, the variables winning."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+def config_file() -> Path:
+    """`$LORAQ_CONFIG`, else `loraq/config.toml` in the user's configuration folder."""
+    default = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "loraq" / "config.toml"
+    return Path(os.environ.get("LORAQ_CONFIG") or default)
+
+
+def _data_dir() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "loraq"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user id has no name
+        return f"uid{os.getuid()}"
+
+
+class Settings(BaseSettings):
+    """What a user, a worker or a test may set. `LORAQ_LEASE_S=10` sets `lease_s`."""
+
+    model_config = SettingsConfigDict(env_prefix="LORAQ_", extra="forbid", frozen=True, env_ignore_empty=True)
+
+    redis_url: str | None = None
+    """`redis://[:password@]host:port/db`; without one, the server that `loraq up` started."""
+    storage: str | None = None
+    """Shared storage as an fsspec URL or a folder; without one, a folder in `data_dir`."""
+    data_dir: Path = Field(default_factory=_data_dir)
+    """Where this machine keeps the embedded server, caches and scratch."""
+    owner: str = Field(default_factory=_user)
+    """Whose jobs these are: fair share is between owners."""
+
+    lease_s: float = Field(default=60.0, gt=0)
+    """How long a claim lasts without a renewal, in seconds."""
+    renew_s: float = Field(default=5.0, gt=0)
+    """How often a running attempt renews."""
+    sweep_s: float = Field(default=2.0, gt=0)
+    """How often the control worker sweeps."""
+    poll_s: float = Field(default=2.0, gt=0)
+    """How often an idle slot asks for work without being woken."""
+    grace_s: float = Field(default=10.0, ge=0)
+    """From SIGTERM to SIGKILL of a trainer."""
+    max_failures: int = Field(default=3, ge=1)
+    """A job that has failed this often is not tried again."""
+    model_roots: tuple[Path, ...] = (Path("/"),)
+    """Folders below which a worker may read local models and data that a spec names."""
+
+    trainer_command: tuple[str, ...] | None = None
+    """What a worker starts as a trainer; None: the one with Unsloth. For tests of the queue."""
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @cached_property
+    def storage_url(self) -> str:
+        return self.storage or str(self.data_dir / "storage")
+
+    @property
+    def server_file(self) -> Path:
+        """Written by `loraq up`: how to reach the embedded server."""
+        return self.data_dir / "server.json"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config_file())

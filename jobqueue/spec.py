@@ -1,0 +1,219 @@
+"""The only schema: what a user writes in a sweep file, and what a job is asked to do.
+
+Names are those of Hugging Face, PEFT, TRL and Unsloth, so that a notebook's settings can be copied; everything
+left out has the default of Unsloth's notebook for Llama-3.2-1B on MedQA.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveInt,
+    model_validator,
+)
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+Device = Literal["auto", "gpu", "cpu"]
+Metric = Literal["likelihood", "generated"]
+Method = Literal["qlora", "lora", "full"]
+Format = Literal["auto", "multiple_choice", "messages"]
+Values = Annotated[list[Any], Field(min_length=1)]
+Entries = list[dict[str, Any]]
+
+SEVEN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Part(BaseModel):
+    """A section of the file: unknown keys are refused, a number is a number, nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataSpec(Part):
+    """Rows to train on or to ask about."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """A hub id, a file on this machine (JSONL, CSV, Parquet, gzipped or not), or an fsspec URL."""
+    split: str = "train"
+    """Of a hub data set; a file has no splits."""
+    format: Format = "auto"
+    columns: dict[Literal["question", "options", "answer", "answer_idx", "messages"], str] = {}
+    """What the file calls a column, where it is not the name on the left."""
+    limit: PositiveInt | None = None
+    """Take the first so many rows."""
+
+
+class LoraSpec(Part):
+    """The adapter, as `FastLanguageModel.get_peft_model` takes it."""
+
+    r: PositiveInt = 16
+    lora_alpha: PositiveInt = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = SEVEN_MODULES
+    use_gradient_checkpointing: bool | Literal["unsloth"] = "unsloth"
+    random_state: NonNegativeInt = 42
+    use_rslora: bool = False
+    loftq_config: dict[str, Any] | None = None
+
+
+class TrainingSpec(Part):
+    """The optimizer's run, as `SFTConfig` takes it. Rows per step: batch size x accumulation."""
+
+    per_device_train_batch_size: PositiveInt = 2
+    gradient_accumulation_steps: PositiveInt = 4
+    warmup_steps: NonNegativeInt = 5
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    """Optimizer steps; -1: as many as `num_train_epochs` needs."""
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Where neither is set, 200 steps."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    logging_steps: PositiveInt = 10
+    optim: str = "adamw_8bit"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    lr_scheduler_type: str = "linear"
+    seed: NonNegativeInt = 3407
+    max_seq_length: Annotated[int, Field(ge=16)] = 2048
+    packing: bool = False
+    dataset_num_proc: PositiveInt | None = None
+    report_to: str | list[str] = "none"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.max_steps == 0:
+            raise ValueError("max_steps: 0 trains nothing; leave it out, or write -1 for whole epochs")
+        if self.max_steps > 0 and self.num_train_epochs is not None:
+            raise ValueError("max_steps and num_train_epochs are both set; one of them says how long to train")
+        return self
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps where they are fixed, None where epochs count."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return None if self.num_train_epochs else 200
+
+    @property
+    def effective_batch(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+class EvaluationSpec(DataSpec):
+    """Questions that the base model and each adapter are asked."""
+
+    split: str = "test"
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("likelihood", "generated")
+    compare_with_base: bool = True
+    load_in_4bit: bool | None = None
+    """None: as it was trained (4 bits for qlora)."""
+    per_device_eval_batch_size: PositiveInt = 16
+    max_new_tokens: PositiveInt = 64
+
+
+def _plain_number_is_gib(value: object) -> object:
+    """`memory: 12` means 12 GiB, not 12 bytes."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9.]+", value.strip()):
+        return f"{value.strip()}GiB"
+    return f"{value}GiB" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+# Written out with its unit, so that a spec reads back as it was.
+Memory = Annotated[ByteSize, BeforeValidator(_plain_number_is_gib), PlainSerializer(lambda size: f"{int(size)}B")]
+
+
+class ResourcesSpec(Part):
+    """What a job may use, and how soon it should."""
+
+    memory: Memory | None = None
+    """Peak on the GPU, such as 12GiB; None: estimated."""
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Higher goes first."""
+    device: Device = "auto"
+    """auto: a GPU, or a CPU worker where no GPU worker is alive."""
+
+
+class RunSpec(Part):
+    """One configuration, from base model to evaluation."""
+
+    name: Name
+    base_model: Annotated[str, Field(min_length=1)]
+    """A hub id, a local folder, or a .gguf file."""
+    method: Method = "qlora"
+    data: DataSpec | None = None
+    """Without it nothing is trained: the base model itself is evaluated."""
+    lora: LoraSpec = LoraSpec()
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec | None = None
+    resources: ResourcesSpec = ResourcesSpec()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if self.data is None and self.evaluation is None:
+            raise ValueError("neither data nor evaluation is set; there is nothing to do")
+        return self
+
+    @property
+    def load_in_4bit(self) -> bool:
+        """Whether the evaluation loads the base model in 4 bits."""
+        chosen = self.evaluation.load_in_4bit if self.evaluation else None
+        return self.method == "qlora" if chosen is None else chosen
+
+
+class SweepSpec(Part):
+    """Configurations of a sweep: every combination of `grid`, for each entry of `list`."""
+
+    grid: dict[str, Values] = {}
+    """Dotted key -> values, e.g. `lora.r: [8, 16]`."""
+    list: Entries = []
+    """Sets of dotted keys, e.g. `- {lora.r: 8, lora.lora_alpha: 16}`."""
+
+
+class SweepFile(RunSpec):
+    """The whole file."""
+
+    sweep: SweepSpec = SweepSpec()
+
+
+class TrainSpec(Part):
+    """A job that trains one configuration."""
+
+    kind: Literal["train"] = "train"
+    base_model: str
+    method: Method
+    data: DataSpec
+    lora: LoraSpec
+    training: TrainingSpec
+    resources: ResourcesSpec
+
+
+class EvaluateSpec(Part):
+    """A job that asks a base model, or an adapter of it, the questions."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    base_model: str
+    method: Method
+    adapter_job: str | None
+    """The train job whose adapter (or, for method full, whose model) is asked; None: the base model."""
+    load_in_4bit: bool
+    max_seq_length: int
+    evaluation: EvaluationSpec
+    resources: ResourcesSpec
+
+
+class ReportSpec(Part):
+    """A job that aggregates a batch."""
+
+    kind: Literal["report"] = "report"
+    batch: str
+
+
+JobSpec = Annotated[TrainSpec | EvaluateSpec | ReportSpec, Field(discriminator="kind")]

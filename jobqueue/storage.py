@@ -1,0 +1,159 @@
+"""Shared storage: one fsspec location, written so that nothing half-done is ever taken for done.
+
+blobs/<sha256>/<name>                              data that was submitted, by content
+batches/<batch>/<job>/<attempt>-<nonce>/...        what one attempt made; only that attempt writes there
+evaluations/<job>/<attempt>-<nonce>/...            the same for evaluations of base models
+.../manifest.json                                  written last: with it, and only with it, the folder counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from jobqueue.errors import NotFoundError, StorageError
+from jobqueue.job import Claim
+
+MANIFEST = "manifest.json"
+BLOB = "loraq://"  # a source in storage, by content: loraq://<sha256>/<name>
+
+
+@dataclass(frozen=True)
+class Published:
+    """A complete folder."""
+
+    folder: str  # relative to the storage
+    manifest: Mapping[str, Any]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of the content, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blob_source(path: Path) -> str:
+    """What a spec calls a local file once it was submitted."""
+    return f"{BLOB}{file_hash(path)}/{path.name}"
+
+
+def job_folder(job_id: str, batch: str) -> str:
+    return f"batches/{batch}/{job_id}" if batch else f"evaluations/{job_id}"
+
+
+def attempt_folder(claim: Claim) -> str:
+    return f"{job_folder(claim.job_id, claim.batch)}/{claim.attempt}-{claim.nonce}"
+
+
+class Storage:
+    """The shared storage at an fsspec URL or a folder. Raises StorageError where it cannot be read or written."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        with self._errors("open"):
+            fs, root = url_to_fs(url)
+        self._fs: fsspec.AbstractFileSystem = fs
+        self._root: str = root.rstrip("/")
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self._fs, LocalFileSystem)
+
+    def address(self, relative: str) -> str:
+        """A URL, or a path where the storage is a folder, that `fsspec.open` reads."""
+        path = f"{self._root}/{relative}"
+        return path if self.local else self._fs.unstrip_protocol(path)
+
+    def resolve(self, source: str) -> str:
+        """A spec's data source as this machine can read it."""
+        return self.address("blobs/" + source.removeprefix(BLOB)) if source.startswith(BLOB) else source
+
+    def put_blob(self, path: Path, source: str) -> None:
+        """Uploads a submitted file, unless it is there already."""
+        target = f"{self._root}/blobs/{source.removeprefix(BLOB)}"
+        with self._errors("write"):
+            if self._fs.exists(target) and self._fs.size(target) == path.stat().st_size:
+                return
+            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            self._put(path, target)
+
+    def publish(self, local: Path, folder: str, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Copies everything below `local` into `folder`, then writes the manifest with each file's hash and size."""
+        files = {}
+        with self._errors("write"):
+            for path in sorted(p for p in local.rglob("*") if p.is_file()):
+                name = path.relative_to(local).as_posix()
+                target = f"{self._root}/{folder}/{name}"
+                self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+                self._put(path, target)
+                files[name] = {"sha256": file_hash(path), "bytes": path.stat().st_size}
+            full = {**manifest, "files": files}
+            self.write_text(f"{folder}/{MANIFEST}", json.dumps(full, indent=1))
+        return full
+
+    def published(self, job_id: str, batch: str) -> Published | None:
+        """The newest complete folder of a job."""
+        base = f"{self._root}/{job_folder(job_id, batch)}"
+        with self._errors("read"):
+            if not self._fs.exists(base):
+                return None
+            names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(base, detail=False)]
+            for name in sorted(names, key=lambda n: int(n.split("-")[0]), reverse=True):
+                if self._fs.exists(f"{base}/{name}/{MANIFEST}"):
+                    folder = f"{job_folder(job_id, batch)}/{name}"
+                    return Published(folder, json.loads(self.read_text(f"{folder}/{MANIFEST}")))
+        return None
+
+    def fetch(self, folder: str, into: Path) -> Path:
+        """A folder of the storage as one of this machine: itself where it is one, else a copy below `into`."""
+        if self.local:
+            return Path(f"{self._root}/{folder}")
+        with self._errors("read"):
+            self._fs.get(f"{self._root}/{folder}/", f"{into}/", recursive=True)
+        return into
+
+    def read_text(self, relative: str) -> str:
+        with self._errors("read"):
+            try:
+                return str(self._fs.cat_file(f"{self._root}/{relative}").decode())
+            except FileNotFoundError:
+                raise NotFoundError(f"{relative} is not in the storage {self.url}") from None
+
+    def write_text(self, relative: str, text: str) -> None:
+        """Appears whole or not at all."""
+        target = f"{self._root}/{relative}"
+        with self._errors("write"):
+            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.pipe_file(f"{target}.part", text.encode())
+            self._fs.mv(f"{target}.part", target)
+
+    def _put(self, path: Path, target: str) -> None:
+        """Uploads one file under another name first, so that a broken upload is never taken for the file."""
+        self._fs.put_file(str(path), f"{target}.part")
+        self._fs.mv(f"{target}.part", target)
+
+    @contextmanager
+    def _errors(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except (StorageError, NotFoundError):
+            raise
+        except ImportError as error:
+            raise StorageError(
+                f"the storage {self.url} needs a package that is missing: {error}",
+                "Install it on this machine.",
+            ) from error
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"cannot {verb} in the storage {self.url}: {error}",
+                "Check that it is mounted and writable, and that LORAQ_STORAGE is right.",
+            ) from error

@@ -1,0 +1,367 @@
+#!lua name=loraq_VERSION
+--[[
+Every change of a job's state happens here, one function at a time, with the server's clock.
+
+Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds since the epoch)
+  {loraq}:job:<id>            hash    the record, fields below
+  {loraq}:job:<id>:then       set     jobs that wait for its success
+  {loraq}:job:<id>:finally    set     jobs that wait for its end
+  {loraq}:job:<id>:history    list    ended attempts, JSON, oldest first
+  {loraq}:job:<id>:events     stream  progress and log lines of all attempts, trimmed
+  {loraq}:batch:<name>        hash    owner, submitted_at T, trials, base_model, jobs (JSON list of ids)
+  {loraq}:batches             zset    names by submission T
+  {loraq}:queue:<q>:<owner>   zset    queued jobs of an owner in a memory class; see `place`
+  {loraq}:owners:<q>          set     owners that have a job in that class
+  {loraq}:queues              set     classes that have ever held a job
+  {loraq}:delayed             zset    queued jobs that may not be claimed before T
+  {loraq}:running             zset    running jobs by the T at which their lease ends
+  {loraq}:unsized             set     jobs whose memory a control worker must estimate
+  {loraq}:usage               hash    owner -> "<GPU seconds, decayed>:<T of that figure>"
+  {loraq}:workers             hash    worker -> JSON as it described itself, with seen_at T
+  {loraq}:gpu_workers         zset    GPU workers by the T of their last heartbeat
+  {loraq}:sequence            number  first come, first served
+  {loraq}:clock               hash    seen_at T, run_id of the server, quiet_until T
+
+Fields of a record
+  id kind batch trial owner spec(JSON) device(auto gpu cpu control) priority seq queue need(bytes, 0 unknown) waits(jobs and estimates to come)
+  state(waiting queued running succeeded failed cancelled) cancel("1" asked for)
+  attempt(the fence) nonce(proof of the claim) settled(nonce of the last attempt that was settled) failures
+  submitted_at queued_at claimed_at ended_at not_before (T) worker reason message progress(JSON) outcome(JSON)
+]]
+
+local P = '{loraq}:'
+local HALF_LIFE = 24 * 3600 * 1000 -- of GPU seconds in the fair share
+local LOOK = 8 -- how many jobs of an owner and class a claim looks at
+local GPU_ALIVE = 30 * 1000 -- a GPU worker that has been silent for longer does not keep CPU workers away
+local FINAL = { succeeded = true, failed = true, cancelled = true }
+
+local function key(id) return P .. 'job:' .. id end
+local function field(id, name) return redis.call('HGET', key(id), name) end
+local function number(id, name) return tonumber(field(id, name) or '') or 0 end
+local function time()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+-- After a jump of the clock or another server process (which may have lost its last second) nothing is taken
+-- from anyone, and nothing given, until every live attempt has had a lease's time to renew.
+local function quiet(now, lease)
+  local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+  local seen, known, till = unpack(redis.call('HMGET', P .. 'clock', 'seen_at', 'run_id', 'quiet_until'))
+  seen, till = tonumber(seen or now), tonumber(till or 0)
+  if (known and known ~= run_id) or now < seen - 1000 or now > seen + lease or till > now + lease then
+    till = now + lease
+  end
+  redis.call('HSET', P .. 'clock', 'seen_at', now, 'run_id', run_id, 'quiet_until', till)
+  return now < till
+end
+
+-- Into its class, in the order of priority (higher first), then of submission.
+local function place(id)
+  local queue, owner, priority, seq = unpack(redis.call('HMGET', key(id), 'queue', 'owner', 'priority', 'seq'))
+  redis.call('ZADD', P .. 'queue:' .. queue .. ':' .. owner, -priority * 2 ^ 43 + seq, id)
+  redis.call('SADD', P .. 'owners:' .. queue, owner)
+  redis.call('SADD', P .. 'queues', queue)
+  return queue
+end
+
+local function unplace(id)
+  local queue, owner = unpack(redis.call('HMGET', key(id), 'queue', 'owner'))
+  redis.call('ZREM', P .. 'queue:' .. queue .. ':' .. owner, id)
+  redis.call('ZREM', P .. 'delayed', id)
+end
+
+-- Queued, now or from `not_before` on. Returns the class to wake, or nil.
+local function enqueue(id, now, not_before)
+  redis.call('HSET', key(id), 'state', 'queued', 'queued_at', now, 'not_before', not_before)
+  if not_before > now then
+    redis.call('ZADD', P .. 'delayed', not_before, id)
+    return nil
+  end
+  return place(id)
+end
+
+-- One thing less to wait for. `woken` collects the classes in which something became claimable.
+local function arrived(id, now, woken)
+  if redis.call('HINCRBY', key(id), 'waits', -1) <= 0 and field(id, 'state') == 'waiting' then
+    woken[#woken + 1] = enqueue(id, now, 0)
+  end
+end
+
+local function event(id, kind, body)
+  redis.call('XADD', key(id) .. ':events', 'MAXLEN', '~', 20000, '*', 'kind', kind, 'attempt', number(id, 'attempt'),
+    'body', body)
+end
+
+-- The end of a job, and what it means for those that waited for it.
+local function finish(id, now, state, reason, message, woken)
+  redis.call('HSET', key(id), 'state', state, 'ended_at', now, 'reason', reason, 'message', message)
+  redis.call('SREM', P .. 'unsized', id)
+  event(id, 'state', reason == '' and state or (state .. ': ' .. reason .. ': ' .. message))
+  for _, other in ipairs(redis.call('SMEMBERS', key(id) .. ':then')) do
+    if state == 'succeeded' then
+      arrived(other, now, woken)
+    elseif field(other, 'state') == 'waiting' then
+      finish(other, now, 'cancelled', 'dependency', id .. ' ' .. state, woken)
+    end
+  end
+  for _, other in ipairs(redis.call('SMEMBERS', key(id) .. ':finally')) do
+    arrived(other, now, woken)
+  end
+  redis.call('DEL', key(id) .. ':then', key(id) .. ':finally')
+end
+
+local function add(job, now, woken)
+  local id, state = job.id, field(job.id, 'state')
+  if state and state ~= 'failed' and state ~= 'cancelled' then return end -- a base evaluation that is there already
+  redis.call('HSET', key(id), 'id', id, 'kind', job.kind, 'batch', job.batch, 'trial', job.trial, 'owner', job.owner,
+    'spec', job.spec, 'device', job.device, 'priority', job.priority, 'queue', job.queue, 'need', job.need, 'state', 'waiting',
+    'failures', 0, 'submitted_at', now, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '', 'message', '',
+    'progress', '', 'outcome', '', 'seq', redis.call('INCR', P .. 'sequence'))
+  redis.call('HSETNX', key(id), 'attempt', 0)
+  local waits = 1 -- for the end of this function
+  if job.queue == '' then
+    redis.call('SADD', P .. 'unsized', id)
+    waits = waits + 1
+  end
+  for kind, others in pairs({ ['then'] = job.needs, finally = job.follows }) do
+    for _, other in ipairs(others) do
+      local before = field(other, 'state')
+      if not FINAL[before] then
+        redis.call('SADD', key(other) .. ':' .. kind, id)
+        waits = waits + 1
+      end
+    end
+  end
+  redis.call('HSET', key(id), 'waits', waits)
+  arrived(id, now, woken)
+end
+
+-- submit(name, owner, trials, base_model, jobs JSON, ids JSON) -> {1, classes...} or {0} where the name is taken
+local function submit(_, args)
+  local name, owner, trials, base_model, jobs, ids = unpack(args)
+  local batch, now, woken = P .. 'batch:' .. name, time(), {}
+  if redis.call('EXISTS', batch) == 1 then return { 0 } end
+  redis.call('HSET', batch, 'owner', owner, 'submitted_at', now, 'trials', trials, 'base_model', base_model, 'jobs', ids)
+  redis.call('ZADD', P .. 'batches', now, name)
+  for _, job in ipairs(cjson.decode(jobs)) do add(job, now, woken) end
+  return { 1, unpack(woken) }
+end
+
+-- size(id, need, class): the estimate that an unsized job waited for -> classes
+local function size(_, args)
+  local id, need, queue = unpack(args)
+  local woken = {}
+  if redis.call('SREM', P .. 'unsized', id) == 1 then
+    redis.call('HSET', key(id), 'need', need, 'queue', queue)
+    arrived(id, time(), woken)
+  end
+  return woken
+end
+
+-- refuse(id, reason, message): a waiting job can never run -> classes
+local function refuse(_, args)
+  local id, reason, message = unpack(args)
+  local woken = {}
+  if field(id, 'state') == 'waiting' then finish(id, time(), 'failed', reason, message, woken) end
+  return woken
+end
+
+local function usage(owner, now)
+  local value, at = string.match(redis.call('HGET', P .. 'usage', owner) or '', '([^:]+):([^:]+)')
+  return value and value * 0.5 ^ (math.max(0, now - at) / HALF_LIFE) or 0
+end
+
+-- The classes that a worker may serve. A CPU worker takes what was meant for GPUs where no GPU worker lives.
+local function served(device, queues, now)
+  if device ~= 'cpu' or redis.call('ZCOUNT', P .. 'gpu_workers', now - GPU_ALIVE, '+inf') > 0 then return queues end
+  local all = {}
+  for _, queue in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
+    if queue ~= 'control' then all[#all + 1] = queue end
+  end
+  return all
+end
+
+-- Whether a is to be served before b: priority, then the owner that used least, then first come.
+local function before(a, b)
+  if a.priority ~= b.priority then return a.priority > b.priority end
+  if a.usage ~= b.usage then return a.usage < b.usage end
+  return a.seq < b.seq
+end
+
+local function best(device, free, queues, now)
+  local chosen
+  for _, queue in ipairs(served(device, queues, now)) do
+    for _, owner in ipairs(redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
+      local used = usage(owner, now)
+      local heads = redis.call('ZRANGE', P .. 'queue:' .. queue .. ':' .. owner, 0, LOOK - 1)
+      if #heads == 0 then redis.call('SREM', P .. 'owners:' .. queue, owner) end
+      for _, id in ipairs(heads) do
+        local need, priority, seq, meant = unpack(redis.call('HMGET', key(id), 'need', 'priority', 'seq', 'device'))
+        local candidate = { id = id, priority = tonumber(priority), usage = used, seq = tonumber(seq) }
+        local fits = tonumber(need) <= free and not (device == 'cpu' and meant == 'gpu')
+        if fits and (not chosen or before(candidate, chosen)) then chosen = candidate end
+      end
+    end
+  end
+  return chosen and chosen.id
+end
+
+-- claim(worker, device gpu|cpu|control, free bytes, lease, nonce, class...) -> {id, attempt, spec, batch, failures} or {}
+local function claim(_, args)
+  local worker, device, free, lease, nonce = unpack(args, 1, 5)
+  local now = time()
+  if quiet(now, tonumber(lease)) then return {} end
+  local id = best(device, tonumber(free), { unpack(args, 6) }, now)
+  if not id then return {} end
+  unplace(id)
+  local attempt = redis.call('HINCRBY', key(id), 'attempt', 1)
+  redis.call('HSET', key(id), 'state', 'running', 'nonce', nonce, 'worker', worker, 'claimed_at', now, 'ended_at', 0,
+    'cancel', '', 'progress', '', 'reason', '', 'message', '')
+  redis.call('ZADD', P .. 'running', now + lease, id)
+  event(id, 'state', 'running on ' .. worker)
+  return { id, attempt, field(id, 'spec'), field(id, 'batch'), number(id, 'failures') }
+end
+
+-- Whether this attempt still owns its job.
+local function owns(id, attempt, nonce)
+  local state, now_attempt, now_nonce = unpack(redis.call('HMGET', key(id), 'state', 'attempt', 'nonce'))
+  return state == 'running' and now_attempt == attempt and now_nonce == nonce
+end
+
+-- renew(id, attempt, nonce, lease) -> 0 not yours, 1 renewed, 2 renewed and asked to cancel
+local function renew(_, args)
+  local id, attempt, nonce, lease = unpack(args)
+  if not owns(id, attempt, nonce) then return 0 end
+  redis.call('ZADD', P .. 'running', time() + lease, id)
+  return field(id, 'cancel') == '1' and 2 or 1
+end
+
+-- append(id, attempt, nonce, keep, kind, body, kind, body, ...) -> 0 not yours, 1 appended
+local function append(_, args)
+  local id, attempt, nonce, keep = unpack(args, 1, 4)
+  if not owns(id, attempt, nonce) then return 0 end
+  for i = 5, #args, 2 do
+    redis.call('XADD', key(id) .. ':events', 'MAXLEN', '~', keep, '*', 'kind', args[i], 'attempt', attempt,
+      'body', args[i + 1])
+    if args[i] == 'progress' then redis.call('HSET', key(id), 'progress', args[i + 1]) end
+  end
+  return 1
+end
+
+-- settle(id, attempt, nonce, state, reason, message, outcome, delay, counts, "expired" or "") -> {1, classes...} or {0}
+-- state `queued` means: again, after `delay` ms; `counts` "1": as one more failure. "expired": only if the lease ended.
+-- Said twice by the same attempt it is done once and answered alike.
+local function settle(_, args)
+  local id, attempt, nonce, state, reason, message, outcome, delay, counts, only = unpack(args)
+  local now, woken = time(), {}
+  if field(id, 'settled') == nonce then return { 1 } end
+  if not owns(id, attempt, nonce) then return { 0 } end
+  if only == 'expired' and tonumber(redis.call('ZSCORE', P .. 'running', id)) > now then return { 0 } end
+  if field(id, 'cancel') == '1' and state == 'queued' then state, reason, message = 'cancelled', '', 'on request' end
+  local owner, claimed, worker = unpack(redis.call('HMGET', key(id), 'owner', 'claimed_at', 'worker'))
+  redis.call('ZREM', P .. 'running', id)
+  redis.call('HSET', P .. 'usage', owner, (usage(owner, now) + (now - claimed) / 1000) .. ':' .. now)
+  redis.call('RPUSH', key(id) .. ':history', cjson.encode({ attempt = tonumber(attempt), worker = worker,
+    claimed_at = claimed / 1000, ended_at = now / 1000, state = state, reason = reason, message = message }))
+  redis.call('HSET', key(id), 'settled', nonce, 'ended_at', now, 'outcome', outcome)
+  if counts == '1' then redis.call('HINCRBY', key(id), 'failures', 1) end
+  if state == 'queued' then
+    redis.call('HSET', key(id), 'reason', reason, 'message', message)
+    event(id, 'state', 'queued again: ' .. reason .. ': ' .. message)
+    woken[1] = enqueue(id, now, delay == '0' and 0 or now + delay)
+  else
+    finish(id, now, state, reason, message, woken)
+  end
+  return { 1, unpack(woken) }
+end
+
+-- cancel(id...) -> the ids that it stopped or asked to stop, then the classes that woke behind a "|"
+local function cancel(_, ids)
+  local now, asked, woken = time(), {}, {}
+  for _, id in ipairs(ids) do
+    local state = field(id, 'state')
+    if state == 'running' then
+      redis.call('HSET', key(id), 'cancel', '1')
+      asked[#asked + 1] = id
+    elseif state == 'queued' or state == 'waiting' then
+      if state == 'queued' then unplace(id) end
+      finish(id, now, 'cancelled', '', 'on request', woken)
+      asked[#asked + 1] = id
+    end
+  end
+  asked[#asked + 1] = '|'
+  for _, queue in ipairs(woken) do asked[#asked + 1] = queue end
+  return asked
+end
+
+-- release_base(id): a batch no longer needs this evaluation of a base model; the last one to say so cancels it
+local function release_base(keys, args)
+  local id = args[1]
+  for _, other in ipairs(redis.call('SMEMBERS', key(id) .. ':finally')) do
+    if not FINAL[field(other, 'state')] then return { '|' } end
+  end
+  return cancel(keys, { id })
+end
+
+-- sweep(lease) -> JSON {expired: [{id, attempt, nonce}], unsized: [id], queues: {class: jobs that can be claimed}}
+local function sweep(_, args)
+  local now, lease = time(), tonumber(args[1])
+  local expired, queues = {}, {}
+  if not quiet(now, lease) then
+    for _, id in ipairs(redis.call('ZRANGE', P .. 'running', '-inf', now, 'BYSCORE', 'LIMIT', 0, 100)) do
+      local attempt, nonce = unpack(redis.call('HMGET', key(id), 'attempt', 'nonce'))
+      expired[#expired + 1] = { id, attempt, nonce }
+    end
+  end
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'delayed', '-inf', now, 'BYSCORE', 'LIMIT', 0, 100)) do
+    redis.call('ZREM', P .. 'delayed', id)
+    place(id)
+  end
+  for _, queue in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
+    local count = 0
+    for _, owner in ipairs(redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
+      count = count + redis.call('ZCARD', P .. 'queue:' .. queue .. ':' .. owner)
+    end
+    queues[#queues + 1] = { queue, count }
+  end
+  local unsized = redis.call('SRANDMEMBER', P .. 'unsized', 16)
+  return cjson.encode({ expired = expired, unsized = unsized, queues = queues })
+end
+
+-- heartbeat(worker, device, JSON) and leave(worker)
+local function heartbeat(_, args)
+  local worker, device, info = unpack(args)
+  local now = time()
+  redis.call('HSET', P .. 'workers', worker, now .. ' ' .. info)
+  if device == 'gpu' then redis.call('ZADD', P .. 'gpu_workers', now, worker) end
+  return now
+end
+
+local function leave(_, args)
+  redis.call('HDEL', P .. 'workers', args[1])
+  redis.call('ZREM', P .. 'gpu_workers', args[1])
+  return 1
+end
+
+-- orderly(): the server is about to stop with everything on disk; the next process of it need not be distrusted
+local function orderly() return redis.call('HDEL', P .. 'clock', 'run_id', 'seen_at') end
+
+local function register(name, callback, flags)
+  redis.register_function { function_name = name .. '_VERSION', callback = callback, flags = flags }
+end
+local GROWS = {} -- refused, like any write, where Redis is at its memory limit
+local SETTLES = { 'allow-oom' } -- must work even there: nothing that runs may be lost for want of memory
+register('submit', submit, GROWS)
+register('claim', claim, GROWS)
+register('append', append, GROWS)
+register('size', size, SETTLES)
+register('refuse', refuse, SETTLES)
+register('renew', renew, SETTLES)
+register('settle', settle, SETTLES)
+register('cancel', cancel, SETTLES)
+register('release_base', release_base, SETTLES)
+register('sweep', sweep, SETTLES)
+register('heartbeat', heartbeat, SETTLES)
+register('leave', leave, SETTLES)
+register('orderly', orderly, SETTLES)

@@ -1,0 +1,340 @@
+"""The records in Redis. Every change of state is a call of one function in store.lua; this file calls and reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from jobqueue.errors import NotFoundError, ServerError, StaleAttemptError
+from jobqueue.events import Event
+from jobqueue.job import Batch, Claim, Job, JobState, WorkerInfo
+
+PREFIX = "{loraq}:"
+KEEP_EVENTS = 20_000  # entries of a job's stream; the whole log is a file in storage
+SILENT_HEARTBEATS = 3  # a worker that has missed so many is not alive
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job as it is submitted."""
+
+    id: str
+    kind: str
+    batch: str
+    trial: str
+    owner: str
+    spec: str  # JSON
+    device: str  # auto, gpu, cpu, control
+    priority: int
+    queue: str  # "" until its memory is estimated
+    need: int  # bytes
+    needs: tuple[str, ...]  # jobs that must succeed before
+    follows: tuple[str, ...]  # jobs that must have ended before
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep of the store found for the sweeper to act on."""
+
+    expired: list[tuple[str, int, str]]  # job, attempt, nonce
+    unsized: list[str]  # jobs whose memory is to be estimated
+    queues: dict[str, int]  # class -> jobs that can be claimed
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """The end of an attempt. `state` queued means: again, `delay_s` from now."""
+
+    state: JobState
+    reason: str = ""
+    message: str = ""
+    outcome: Mapping[str, Any] | None = None
+    delay_s: float = 0.0
+    counts: bool = False  # as one more failure
+
+
+@cache
+def _library() -> tuple[str, str]:
+    """(version, source) of store.lua. The version is in every name, so that releases can share a server."""
+    source = resources.files("jobqueue").joinpath("store.lua").read_text(encoding="utf-8")
+    version = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return version, source.replace("VERSION", version)
+
+
+def _where(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port or 6379}" if parts.hostname else url
+
+
+class Store:
+    """The job records on one server.
+
+    Raises ServerError where the server cannot be reached or refuses; a call is tried once, so that a caller
+    knows within seconds, and whoever needs to go on (a worker) tries again itself.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
+        self.url = url
+        self._redis = redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=min(3.0, timeout_s),
+            socket_keepalive=True,
+            health_check_interval=10,
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def close(self) -> None:
+        self._redis.close()
+
+    # -- a client's calls
+
+    def submit(
+        self, name: str, owner: str, trials: int, base_model: str, jobs: Sequence[NewJob], ids: Sequence[str]
+    ) -> list[str] | None:
+        """All jobs of a batch at once, in an order where each comes after those it waits for.
+
+        Returns the classes to wake, or None where the name is taken (and nothing was written).
+        """
+        answer = self._call(
+            "submit",
+            name,
+            owner,
+            trials,
+            base_model,
+            json.dumps([asdict(job) for job in jobs]),
+            json.dumps(ids),
+        )
+        return answer[1:] if answer[0] == 1 else None
+
+    def cancel(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
+        """(jobs that were stopped or asked to stop, classes to wake); ended jobs are left alone."""
+        return self._split(self._call("cancel", *ids))
+
+    def release_base(self, job_id: str) -> tuple[list[str], list[str]]:
+        """As `cancel`, for the evaluation of a base model, unless another batch still waits for it."""
+        return self._split(self._call("release_base", job_id))
+
+    def batch(self, name: str) -> Batch:
+        with self._errors():
+            record = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}batch:{name}"))
+            if not record:
+                raise NotFoundError(f"there is no batch {name!r}", "See `loraq ls` for the batches that there are.")
+            ids = json.loads(record["jobs"])
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipe.hget(f"{PREFIX}job:{job_id}", "state")
+            states = [JobState(state) for state in pipe.execute() if state]
+        return Batch(
+            name=name,
+            owner=record["owner"],
+            submitted_at=float(record["submitted_at"]) / 1000,
+            trials=int(record["trials"]),
+            base_model=record["base_model"],
+            states={state: states.count(state) for state in JobState if state in states},
+            jobs=tuple(ids),
+        )
+
+    def batch_names(self, limit: int = 100) -> list[str]:
+        """Newest first."""
+        with self._errors():
+            return cast("list[str]", self._redis.zrange(f"{PREFIX}batches", 0, limit - 1, desc=True))
+
+    def jobs(self, ids: Sequence[str]) -> list[Job]:
+        """The jobs of these ids, in their order; ids that there are not are left out."""
+        with self._errors():
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipe.hgetall(f"{PREFIX}job:{job_id}")
+                pipe.lrange(f"{PREFIX}job:{job_id}:history", 0, -1)
+            answers = pipe.execute()
+        found = []
+        for record, history in zip(answers[::2], answers[1::2], strict=True):
+            if record:
+                found.append(Job.from_record({**record, "history": f"[{','.join(history)}]"}))
+        return found
+
+    def job(self, job_id: str) -> Job:
+        found = self.jobs([job_id])
+        if not found:
+            raise NotFoundError(f"there is no job {job_id!r}", "See `loraq ls BATCH` for the jobs that there are.")
+        return found[0]
+
+    def events(self, job_id: str, after: str, block_s: float) -> list[Event]:
+        """At most 1,000 entries after that stream id; waits up to `block_s` (under the socket's timeout) for one."""
+        block = max(1, int(min(block_s, 3.0) * 1000)) if block_s else None
+        with self._errors():
+            answer = self._redis.xread({f"{PREFIX}job:{job_id}:events": after}, count=1000, block=block)
+        # RESP2 answers pairs, RESP3 a mapping whose values are nested once more
+        streams: Any = answer.values() if isinstance(answer, dict) else [entries for _, entries in answer or []]
+        found = [entry for entries in streams for entry in entries]
+        flat = found[0] if found and isinstance(found[0], list) else found
+        return [Event.from_entry(entry_id, fields) for entry_id, fields in flat]
+
+    def workers(self) -> list[WorkerInfo]:
+        """Every worker that has not left, the silent ones with alive=False."""
+        with self._errors():
+            seconds, micros = self._redis.time()
+            records = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}workers"))
+        found = []
+        for worker_id, record in sorted(records.items()):
+            seen, _, text = record.partition(" ")
+            info = json.loads(text)
+            silent_s = seconds + micros / 1e6 - float(seen) / 1000
+            found.append(
+                WorkerInfo(
+                    id=worker_id,
+                    seen_at=float(seen) / 1000,
+                    alive=silent_s <= SILENT_HEARTBEATS * info.pop("every_s"),
+                    running=tuple(info.pop("running")),
+                    **info,
+                )
+            )
+        return found
+
+    # -- a worker's calls
+
+    def claim(
+        self, worker: str, device: str, free_bytes: int, lease_s: float, nonce: str, queues: Sequence[str]
+    ) -> Claim | None:
+        """The best queued job that fits, or None: nothing for this worker now."""
+        answer = self._call("claim", worker, device, free_bytes, int(lease_s * 1000), nonce, *queues)
+        if not answer:
+            return None
+        job_id, attempt, spec, batch, failures = answer
+        return Claim(job_id, int(attempt), nonce, json.loads(spec), batch, int(failures), lease_s)
+
+    def renew(self, claim: Claim) -> bool:
+        """Extends the lease; True: the user asked to cancel. Raises StaleAttemptError where it is lost."""
+        answer = self._call("renew", claim.job_id, claim.attempt, claim.nonce, int(claim.lease_s * 1000))
+        if answer == 0:
+            raise self._stale(claim)
+        return bool(answer == 2)
+
+    def append(self, claim: Claim, entries: Sequence[tuple[str, str]]) -> None:
+        """(kind, body) entries to the job's stream. Raises StaleAttemptError where the lease is lost."""
+        flat = [part for entry in entries for part in entry]
+        if flat and self._call("append", claim.job_id, claim.attempt, claim.nonce, KEEP_EVENTS, *flat) == 0:
+            raise self._stale(claim)
+
+    def settle(self, claim: Claim, end: Settlement, *, only_expired: bool = False) -> list[str]:
+        """Ends the attempt; the classes to wake. Raises StaleAttemptError where it is no longer its own to end."""
+        answer = self._call(
+            "settle",
+            claim.job_id,
+            claim.attempt,
+            claim.nonce,
+            end.state.value,
+            end.reason,
+            end.message,
+            json.dumps(end.outcome) if end.outcome else "",
+            int(end.delay_s * 1000),
+            int(end.counts),
+            "expired" if only_expired else "",
+        )
+        if answer[0] == 0:
+            raise self._stale(claim)
+        return cast("list[str]", answer[1:])
+
+    def heartbeat(self, worker: str, device: str, info: Mapping[str, Any]) -> None:
+        """`info` is a WorkerInfo's fields, and `every_s`: how often it comes."""
+        self._call("heartbeat", worker, device, json.dumps(info))
+
+    def leave(self, worker: str) -> None:
+        self._call("leave", worker)
+
+    # -- the sweeper's calls
+
+    def sweep(self, lease_s: float) -> Sweep:
+        found = json.loads(self._call("sweep", int(lease_s * 1000)))
+        return Sweep(
+            expired=[(job_id, int(attempt), nonce) for job_id, attempt, nonce in found["expired"]],
+            unsized=list(found["unsized"]),
+            queues=dict(found["queues"]),
+        )
+
+    def size(self, job_id: str, need_bytes: int, queue: str) -> list[str]:
+        """The estimate that an unsized job waited for; the classes to wake."""
+        return cast("list[str]", self._call("size", job_id, need_bytes, queue))
+
+    def refuse(self, job_id: str, reason: str, message: str) -> list[str]:
+        """A waiting job that can never run fails; the classes to wake."""
+        return cast("list[str]", self._call("refuse", job_id, reason, message))
+
+    def tokens(self, queue: str) -> int:
+        """Wake-up messages that lie in a Celery queue."""
+        with self._errors():
+            return self._redis.llen(queue)
+
+    def orderly(self) -> None:
+        """Say that the server's next stop loses nothing, so that its next start is trusted at once."""
+        self._call("orderly")
+
+    # -- how a function is called
+
+    def _call(self, name: str, *args: object) -> Any:
+        version, source = _library()
+        words = [str(arg) for arg in args]
+        with self._errors():
+            try:
+                return self._redis.fcall(f"{name}_{version}", 0, *words)
+            except redis.ResponseError as error:
+                if "not found" not in str(error).lower():
+                    raise
+            try:
+                self._redis.function_load(source)
+            except redis.ResponseError as error:
+                if "already exists" not in str(error):  # another client was quicker
+                    raise
+            return self._redis.fcall(f"{name}_{version}", 0, *words)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.AuthenticationError as error:
+            raise ServerError(
+                f"Redis at {_where(self.url)} refuses the login: {error}",
+                "Check the password in LORAQ_REDIS_URL.",
+            ) from error
+        except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+            raise ServerError(
+                f"Redis at {_where(self.url)} does not answer: {error}",
+                "Check that the server runs and that LORAQ_REDIS_URL is right.",
+            ) from error
+        except redis.OutOfMemoryError as error:
+            raise ServerError(
+                f"Redis at {_where(self.url)} is at its memory limit; nothing was written",
+                "Raise maxmemory, or remove old batches.",
+            ) from error
+        except redis.ResponseError as error:
+            if "OOM" in str(error):
+                raise ServerError(
+                    f"Redis at {_where(self.url)} is at its memory limit; nothing was written",
+                    "Raise maxmemory, or remove old batches.",
+                ) from error
+            raise ServerError(
+                f"Redis at {_where(self.url)} refuses: {error}",
+                "loraq needs Redis or Valkey, version 7 or later.",
+            ) from error
+
+    @staticmethod
+    def _split(answer: list[str]) -> tuple[list[str], list[str]]:
+        bar = answer.index("|")
+        return answer[:bar], answer[bar + 1 :]
+
+    @staticmethod
+    def _stale(claim: Claim) -> StaleAttemptError:
+        return StaleAttemptError(f"attempt {claim.attempt} of {claim.job_id} no longer owns the job")

@@ -1,0 +1,257 @@
+"""A sweep file -> its checked trials; every problem is reported at once, with file and line."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from jobqueue.errors import Problem, SpecError
+from jobqueue.spec import RunSpec, SweepFile, SweepSpec
+
+MAX_TRIALS = 10_000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration of a sweep."""
+
+    label: str  # what differs from its siblings, e.g. "learning_rate=0.0002 r=16"; "" where nothing does
+    differs: Mapping[str, Any]  # dotted key -> value
+    run: RunSpec
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep file."""
+
+    name: str
+    file: Path  # relative names in the file are relative to its folder
+    trials: Sequence[Trial]
+
+
+@dataclass
+class _Document:
+    """The file as it was read, with the line of every key."""
+
+    path: Path
+    root: CommentedMap
+    set_keys: set[str] = field(default_factory=set)  # dotted keys that came from --set
+    problems: list[Problem] = field(default_factory=list)
+
+    def line(self, loc: Sequence[str | int]) -> tuple[int | None, str]:
+        """1-based line and dotted path of the deepest part of `loc` that the file has."""
+        node: Any = self.root
+        line: int | None = 1
+        path: list[str] = []
+        for part in loc:
+            try:
+                if isinstance(node, CommentedMap) and part in node:
+                    line, node = node.lc.key(part)[0] + 1, node[part]
+                elif isinstance(node, CommentedSeq) and isinstance(part, int):
+                    line, node = node.lc.item(part)[0] + 1, node[part]
+                else:
+                    break
+            except (KeyError, IndexError, TypeError, AttributeError):  # set by --set: it has no line
+                line = None
+                node = node[part]
+            path.append(str(part))
+            if ".".join(path) in self.set_keys:
+                line = None
+        return line, ".".join(path)
+
+    def report(self, message: str, loc: Sequence[str | int] = ()) -> None:
+        line, path = self.line(loc)
+        missing = ".".join(map(str, loc)) if message.startswith("is missing") else path
+        place = "--set" if line is None else str(self.path)
+        problem = Problem(message, place, line, missing)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def check(self) -> None:
+        if self.problems:
+            raise SpecError(sorted(self.problems, key=lambda p: p.line or 0))
+
+
+def read_sweep(path: Path, sets: Sequence[str] = ()) -> Sweep:
+    """Read and check a sweep file.
+
+    Args:
+        path: the YAML (1.2) file.
+        sets: `key=value` with dotted keys, the values in YAML; they override the file.
+
+    Raises:
+        SpecError: with every problem of the file.
+    """
+    document = _read(path)
+    for item in sets:
+        _set(document, item)
+    document.check()
+    file = _validate(document, SweepFile, document.root, {})
+    trials = _trials(document) if file else []
+    document.check()
+    assert file is not None  # else there was a problem
+    return Sweep(file.name, path, trials)
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="rt")  # round trip: it keeps line numbers; YAML 1.2, where `no` is text and `2e-4` a number
+    yaml.version = (1, 2)
+    return yaml
+
+
+def _read(path: Path) -> _Document:
+    try:
+        root = _yaml().load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError([Problem("there is no such file", str(path))]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError([Problem(f"cannot be read: {error}", str(path))]) from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        message = " ".join(str(error.problem or error.context).split())
+        raise SpecError([Problem(f"is not valid YAML: {message}", str(path), line)]) from None
+    except YAMLError as error:
+        raise SpecError([Problem(f"is not valid YAML: {error}", str(path))]) from None
+    if not isinstance(root, CommentedMap):
+        raise SpecError([Problem("must be a mapping of keys (name, base_model, data, ...)", str(path), 1)])
+    return _Document(path, root)
+
+
+def _set(document: _Document, item: str) -> None:
+    key, sign, text = item.partition("=")
+    if not sign or not key.strip():
+        document.problems.append(Problem(f"{item!r} must look like key=value", "--set"))
+        return
+    try:
+        value = _yaml().load(text)
+    except YAMLError:
+        document.problems.append(Problem(f"the value {text!r} is not valid YAML", "--set", path=key))
+        return
+    if not _put(document.root, key.strip(), value):
+        document.problems.append(Problem(f"{key!r} goes into something that is no section", "--set"))
+    document.set_keys.add(key.strip())
+
+
+def _put(root: Any, dotted: str, value: Any) -> bool:
+    """Set root[a][b][c] = value for "a.b.c", making sections that are not there."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        if not isinstance(root, dict):
+            return False
+        if root.get(parent) is None:
+            root[parent] = CommentedMap()
+        root = root[parent]
+    if not isinstance(root, dict):
+        return False
+    root[last] = value
+    return True
+
+
+def _validate(
+    document: _Document, model: type[RunSpec], value: Any, places: Mapping[str, Sequence[str | int]]
+) -> RunSpec | None:
+    """`value` as a `model`, or None and its problems in the document; `places` says where a varied key came from."""
+    try:
+        # By way of JSON: strictness then knows lists and tuples, and YAML's own classes are left behind.
+        return model.model_validate_json(json.dumps(value, default=str))
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            loc = details["loc"]
+            dotted = ".".join(map(str, loc))
+            at = next((p for key, p in places.items() if dotted == key or dotted.startswith(key + ".")), None)
+            if at is None:  # a rule over several keys: blame the varied key of that section
+                at = next((p for key, p in places.items() if key.startswith(dotted + ".")), loc)
+            document.report(_message(model, details, loc), at)
+    except (TypeError, ValueError) as error:  # a key that is no text, a value that is no JSON
+        document.report(f"cannot be read: {error}")
+    return None
+
+
+def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[str | int]) -> str:
+    """One line for one of pydantic's errors."""
+    given = f", not {details['input']!r}" if not isinstance(details["input"], (dict, list)) else ""
+    match details["type"]:
+        case "extra_forbidden":
+            known = _fields(model, loc[:-1])
+            close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+            return f"unknown key {loc[-1]!r}; {hint}"
+        case "missing":
+            return "is missing"
+        case "value_error":
+            return str(details["ctx"]["error"])
+        case "none_required":
+            return f"must be left empty{given}"
+        case "string_pattern_mismatch" if loc and loc[-1] == "name":
+            return f"must be letters, digits, '.', '_' and '-' only{given}"
+    return str(details["msg"]).replace("Input should be", "must be") + given
+
+
+def _fields(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """The keys that are known at `loc` below `model`."""
+    for part in loc:
+        info = model.model_fields.get(str(part))
+        kinds = [] if info is None else [info.annotation, *get_args(info.annotation)]
+        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if not inner:
+            return list(model.model_fields)
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _trials(document: _Document) -> list[Trial]:
+    """Every combination of the grid, for each entry of the list, each checked as a whole."""
+    plain = json.loads(json.dumps(document.root, default=str))
+    sweep = SweepSpec.model_validate(plain.pop("sweep", None) or {})
+    entries = sweep.list or [{}]
+    count = len(entries)
+    for values in sweep.grid.values():
+        count *= len(values)
+    if count > MAX_TRIALS:
+        document.report(f"makes {count:,} configurations; at most {MAX_TRIALS:,} are possible", ("sweep",))
+        return []
+    trials = []
+    for index, differs in _combinations(sweep):
+        run = json.loads(json.dumps(plain))
+        places: dict[str, Sequence[str | int]] = {}
+        for key, value in differs.items():
+            at = ("sweep", "grid", key) if key in sweep.grid else ("sweep", "list", index, key)
+            places[key] = at
+            if key in ("name", "sweep") or not _put(run, key, value):
+                document.report("cannot be varied", at)
+        checked = _validate(document, RunSpec, run, places)
+        if checked is not None:
+            trials.append(Trial(_label(differs), differs, checked))
+    return trials
+
+
+def _combinations(sweep: SweepSpec) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index in the list, what differs) of each trial."""
+    for index, entry in enumerate(sweep.list or [{}]):
+        for values in itertools.product(*sweep.grid.values()):
+            yield index, {**entry, **dict(zip(sweep.grid, values, strict=True))}
+
+
+def _label(differs: Mapping[str, Any]) -> str:
+    """What differs, by the last part of each key, or the whole key where that would be ambiguous."""
+    last = [key.rsplit(".", 1)[-1] for key in differs]
+    return " ".join(
+        f"{short if last.count(short) == 1 else key}={_short(value)}"
+        for (key, value), short in zip(differs.items(), last, strict=True)
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
