@@ -1,0 +1,1 @@
+"""The side that works: one process per GPU, a guardian and a trainer per attempt."""

@@ -1,0 +1,70 @@
+"""What an attempt says: to a file, whole, and to the job's stream in the store, in bundles, while the store listens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from gpu_worker.protocol import Progress
+from jobqueue.errors import ServerError, StaleAttemptError
+from jobqueue.job import Claim
+from jobqueue.store import Store
+
+FLUSH_S = 0.5
+RETRY_S = 5.0  # after the store did not answer
+MAX_BUNDLE = 500
+MAX_BACKLOG = 20_000  # entries that wait for the store; beyond that the oldest are only in the file
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """Log lines and progress of one attempt."""
+
+    def __init__(self, store: Store, claim: Claim, file: Path) -> None:
+        self._store, self._claim = store, claim
+        self._file = file.open("a", encoding="utf-8")
+        self._backlog: deque[tuple[str, str]] = deque(maxlen=MAX_BACKLOG)
+        self._next_flush = 0.0
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush(at_once=True)
+        self._file.close()
+
+    def line(self, text: str) -> None:
+        self._file.write(text + "\n")
+        self._backlog.append(("log", text))
+
+    def progress(self, event: Progress) -> None:
+        fields = {key: value for key, value in asdict(event).items() if value is not None and key != "type"}
+        self._backlog.append(("progress", json.dumps(fields)))
+
+    def flush(self, *, at_once: bool = False) -> None:
+        """Sends what has gathered, twice a second at most. A store that is away is tried again later."""
+        self._file.flush()
+        if not at_once and time.monotonic() < self._next_flush:
+            return
+        self._next_flush = time.monotonic() + FLUSH_S
+        while self._backlog:
+            bundle = [self._backlog[i] for i in range(min(MAX_BUNDLE, len(self._backlog)))]
+            try:
+                self._store.append(self._claim, bundle)
+            except ServerError as error:
+                log.warning("%s: log kept back: %s", self._claim.job_id, error.what)
+                self._next_flush = time.monotonic() + RETRY_S
+                return
+            except StaleAttemptError:
+                self._backlog.clear()  # the lease thread has noticed, or will
+                return
+            for _ in bundle:
+                self._backlog.popleft()

@@ -1,0 +1,98 @@
+"""What a worker and its trainer say to each other: JSON lines, one job after the other.
+
+The worker writes a request on the trainer's standard input; the trainer writes events on the descriptor that
+LORAQ_EVENTS_FD names. Standard output and standard error are the job's log, whoever prints there.
+
+    worker                         trainer
+      |                              | imports Unsloth
+      |  <----- {"type": "ready"} ---|
+      |--- request ----------------> |
+      |  <----- progress, ... -------|
+      |  <----- result or failed ----|  one of them ends the job; the next request may follow
+      |--- end of file ------------> | leaves
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+EVENTS_FD = "LORAQ_EVENTS_FD"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One job for a trainer."""
+
+    job_id: str
+    spec: dict[str, Any]  # a TrainSpec or an EvaluateSpec, its sources made readable for this machine
+    output: str  # an empty folder for everything that the job leaves behind
+    adapter: str | None = None  # the folder of the trained adapter that an evaluation asks
+
+    def line(self) -> bytes:
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job is. Fields that do not apply are None and are left out."""
+
+    phase: Literal["load", "data", "train", "evaluate", "save"]
+    step: int | None = None  # optimizer steps done, or questions answered
+    steps: int | None = None  # of so many
+    epoch: float | None = None
+    loss: float | None = None  # mean over the steps since the last logged one
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_s: float | None = None
+    reserved_bytes: int | None = None  # GPU memory that the trainer's allocator holds now
+    type: Literal["progress"] = "progress"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The job succeeded."""
+
+    outcome: dict[str, Any]
+    type: Literal["result"] = "result"
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job failed in a way that the trainer could name."""
+
+    reason: str  # a jobqueue.job.FailureReason
+    message: str  # one line
+    type: Literal["failed"] = "failed"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The trainer has imported everything and waits for a request."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    type: Literal["ready"] = "ready"
+
+
+Event = Progress | Result | Failed | Ready
+_KINDS: dict[str, type[Progress] | type[Result] | type[Failed] | type[Ready]] = {
+    "progress": Progress,
+    "result": Result,
+    "failed": Failed,
+    "ready": Ready,
+}
+
+
+def encode(event: Event) -> bytes:
+    """One line, without the fields that are None."""
+    return json.dumps({key: value for key, value in asdict(event).items() if value is not None}).encode() + b"\n"
+
+
+def decode(line: bytes | str) -> Event:
+    """The event of one line. Raises ValueError where it is none."""
+    fields = json.loads(line)
+    try:
+        return _KINDS[fields["type"]](**fields)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not an event: {line!r}") from error

@@ -1,0 +1,216 @@
+"""One Celery process for one device, or for the host's control work. Started by `gpu_worker.main`, already pinned."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+
+from celery.signals import worker_shutting_down
+
+from gpu_worker import guardian
+from gpu_worker.attempt import Attempt
+from gpu_worker.gpu import Device, free_bytes
+from gpu_worker.pool import TrainerPool
+from gpu_worker.report import make_report
+from gpu_worker.trainer_process import trainer_environment
+from jobqueue.broker import WAKE, make_app, queue_name, send_tokens
+from jobqueue.embedded import connect_url
+from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
+from jobqueue.job import Claim, FailureReason, JobKind, JobState
+from jobqueue.memory import classes_for
+from jobqueue.retry import decide
+from jobqueue.settings import Settings
+from jobqueue.storage import Storage
+from jobqueue.store import Settlement, Store
+from jobqueue.sweeper import Sweeper
+
+log = logging.getLogger(__name__)
+HEARTBEAT_S = 5.0
+SUPERVISOR = "LORAQ_SUPERVISOR"  # the process id of `gpu_worker.main`
+
+
+class Worker:
+    """Serves one device: claims what fits, one job per slot at a time, until it is told to drain."""
+
+    def __init__(self, device: Device, settings: Settings, url: str, slots: int = 1) -> None:
+        self.device, self.settings, self.slots = device, settings, slots
+        self.id = f"{socket.gethostname()}/{device.label}"
+        self.draining = threading.Event()
+        self.store = Store(url)
+        self.app = make_app(url)
+        self.storage = Storage(settings.storage_url)
+        cache = settings.data_dir / "cache" / device.label
+        cache.mkdir(parents=True, exist_ok=True)
+        self.pool = TrainerPool(
+            trainer_environment(device.kind, cache), cache, settings.grace_s, settings.trainer_command
+        )
+        self._slots = threading.BoundedSemaphore(slots)
+        self._running: set[str] = set()
+        self._usable = free_bytes(device) if device.kind != "control" else 0
+
+    @property
+    def classes(self) -> list[str]:
+        """The memory classes whose wake-ups it listens to."""
+        if self.device.kind == "gpu":
+            return classes_for(self._usable)
+        return [self.device.kind]
+
+    def work(self, *, wait: bool) -> None:
+        """Claims until it is refused. With `wait`, a slot that is busy is waited for, else left alone."""
+        if not self._slots.acquire(blocking=wait):
+            return
+        try:
+            while not self.draining.is_set() and self._work_once():
+                pass
+        finally:
+            self._slots.release()
+
+    def _work_once(self) -> bool:
+        """One claim and its job; False where there was none, or the server is away."""
+        if self.device.kind != "control" and self.pool.empty and not self._running:
+            self._usable = free_bytes(self.device)
+        claimed_at = guardian.now()
+        try:
+            claim = self.store.claim(
+                self.id,
+                self.device.kind,
+                self._usable,
+                self.settings.lease_s,
+                secrets.token_hex(8),
+                self.classes,
+            )
+        except ServerError as error:
+            log.warning("no claim: %s", error.what)
+            return False
+        if claim is None:
+            return False
+        log.info("%s: attempt %d begins", claim.job_id, claim.attempt)
+        self._running.add(claim.job_id)
+        try:
+            self._run(claim, claimed_at)
+        except Exception:  # nothing that a job does may end its worker; the lease ends the job
+            log.exception("%s: attempt %d broke its slot", claim.job_id, claim.attempt)
+        finally:
+            self._running.discard(claim.job_id)
+        return True
+
+    def _run(self, claim: Claim, claimed_at: float) -> None:
+        if claim.spec["kind"] == JobKind.REPORT:
+            self._report(claim)
+            return
+        wake = partial(send_tokens, self.app)
+        args = (claim, claimed_at, self.store, self.storage, self.settings, self.pool, self.draining, wake)
+        Attempt(*args).run()
+
+    def _report(self, claim: Claim) -> None:
+        try:
+            end = Settlement(JobState.SUCCEEDED, outcome=make_report(claim, self.store, self.storage))
+        except LoraqError as error:
+            decision = decide(FailureReason.STORAGE, claim.failures, self.settings.max_failures)
+            state = JobState.QUEUED if decision.again else JobState.FAILED
+            end = Settlement(state, FailureReason.STORAGE, error.what, None, decision.delay_s, decision.counts)
+        try:
+            self.store.settle(claim, end)
+        except StaleAttemptError as error:
+            log.warning("%s", error.what)
+
+    # -- what goes on beside the jobs
+
+    def ask(self) -> None:
+        """A wake-up may be eaten by the wrong worker: an idle slot asks by itself."""
+        while not self.draining.wait(self.settings.poll_s):
+            self.pool.expire()
+            if len(self._running) < self.slots:
+                threading.Thread(target=self.work, kwargs={"wait": False}, daemon=True).start()
+
+    def beat(self) -> None:
+        """Tells the store that it lives, what it is and what it does; leaves when it drains."""
+        while True:
+            info = {
+                "host": socket.gethostname(),
+                "device": self.device.name,
+                "uuid": self.device.uuid,
+                "usable_bytes": self._usable,
+                "slots": self.slots,
+                "running": sorted(self._running),
+                "every_s": HEARTBEAT_S,
+            }
+            try:
+                self.store.heartbeat(self.id, self.device.kind, info)
+            except ServerError as error:
+                log.warning("no heartbeat: %s", error.what)
+            if self.draining.wait(HEARTBEAT_S):
+                return
+
+    def leave(self) -> None:
+        self.pool.close()
+        try:
+            self.store.leave(self.id)
+        except ServerError as error:
+            log.warning("left without a word: %s", error.what)
+
+    def serve(self) -> None:
+        """Runs Celery in this thread until SIGTERM or SIGINT, then drains."""
+
+        @self.app.task(name=WAKE, ignore_result=True)
+        def wake() -> None:
+            self.work(wait=True)
+
+        @worker_shutting_down.connect(weak=False)
+        def drain(**_: object) -> None:
+            self.draining.set()
+
+        side: list[Callable[[], None]] = [self.beat, self.ask]
+        if self.device.kind == "control":
+            sweeper = Sweeper(self.store, self.app, self.settings)
+            side.append(partial(sweeper.run, self.draining))
+        for task in side:
+            threading.Thread(target=task, daemon=True).start()
+        options = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel=WARNING"]
+        queues = ",".join(map(queue_name, self.classes))
+        try:
+            self.app.worker_main(
+                [
+                    "--quiet",
+                    "worker",
+                    "-P",
+                    "threads",
+                    "-c",
+                    str(self.slots),
+                    "-Q",
+                    queues,
+                    "-n",
+                    f"{self.device.label}@%h",
+                    *options,
+                ]
+            )
+        finally:
+            self.draining.set()
+            self.leave()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kind", choices=("gpu", "cpu", "control"), required=True)
+    parser.add_argument("--name", default="")
+    parser.add_argument("--uuid", default="")
+    parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--total-bytes", type=int, default=0)
+    parser.add_argument("--slots", type=int, default=1)
+    chosen = parser.parse_args()
+    guardian.die_with(int(os.environ[SUPERVISOR]))
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {chosen.kind}{chosen.index} %(levelname)s %(message)s")
+    logging.getLogger("celery").setLevel(logging.WARNING)
+    device = Device(chosen.kind, chosen.name or chosen.kind, chosen.uuid, chosen.index, chosen.total_bytes)
+    settings = Settings()
+    Worker(device, settings, connect_url(settings), chosen.slots).serve()
+
+
+if __name__ == "__main__":
+    main()

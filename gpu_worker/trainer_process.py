@@ -1,0 +1,218 @@
+"""A guardian with a trainer under it, as its worker holds it: start, send a job, hear of it, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from gpu_worker import guardian
+from gpu_worker.protocol import EVENTS_FD, Event, Request, decode
+
+MARK = "LORAQ_TRAINER"  # in the environment of everything that a trainer starts
+MAX_LINE = 8_000  # characters of a log line; the rest of it is cut
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line of what the trainer, or anything that it started, printed."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The trainer is gone, and with it everything that it started."""
+
+    code: int  # exit code, 128 + number of a signal
+
+    def __str__(self) -> str:
+        if self.code <= 128:
+            return f"the trainer ended with exit code {self.code}"
+        name = signal.Signals(self.code - 128).name
+        hint = " (by hand, or by the kernel for want of memory)" if name == "SIGKILL" else ""
+        return f"the trainer was ended by {name}{hint}"
+
+
+Message = Event | LogLine | Ended
+
+
+def trainer_environment(device: str, cache: Path) -> dict[str, str]:
+    """What a trainer finds in its environment; set here, before anything of Unsloth or CUDA is imported."""
+    try:
+        version = importlib.metadata.version("unsloth")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    compiled = cache / f"unsloth-{version}"
+    compiled.mkdir(parents=True, exist_ok=True)
+    return {
+        **os.environ,
+        "LORAQ_DEVICE": device,
+        "LORAQ_CACHE_DIR": str(cache),
+        "UNSLOTH_COMPILE_LOCATION": str(compiled),  # its default is the working directory
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class TrainerProcess:
+    """One trainer, from its start to its end; it may do several jobs, one after the other."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], folder: Path, grace_s: float) -> None:
+        self.mark = uuid.uuid4().hex
+        request_read, self._request = os.pipe()
+        self._events, events_write = os.pipe()
+        self._log, log_write = os.pipe()
+        for descriptor in (self._request, self._events, self._log):
+            os.set_blocking(descriptor, False)
+        self._grace_s = grace_s
+        self.guardian = subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-S", guardian.__file__),
+                *(str(grace_s), str(request_read), str(events_write), *command),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=log_write,
+            stderr=log_write,
+            pass_fds=[request_read, events_write],
+            env={**environment, EVENTS_FD: str(events_write), MARK: self.mark},
+            cwd=folder,
+            start_new_session=True,
+        )
+        for descriptor in (request_read, events_write, log_write):
+            os.close(descriptor)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._events, selectors.EVENT_READ)
+        self._selector.register(self._log, selectors.EVENT_READ)
+        self._rest = {self._events: b"", self._log: b""}
+        self._ended = False
+
+    # -- telling
+
+    def send(self, request: Request) -> None:
+        """The next job. Raises BrokenPipeError where the trainer is gone."""
+        os.set_blocking(self._request, True)
+        os.write(self._request, request.line())
+
+    def set_deadline(self, seconds: float) -> None:
+        """When the guardian is to end everything, on `guardian.now()`'s clock."""
+        self._tell(f"deadline {seconds!r}")
+
+    def rest(self) -> None:
+        """Between two jobs: no deadline."""
+        self.set_deadline(math.inf)
+
+    def stop(self) -> None:
+        """SIGTERM to the trainer, SIGKILL to everything after the grace time; does not wait."""
+        self._tell("stop")
+
+    def _tell(self, line: str) -> None:
+        assert self.guardian.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self.guardian.stdin.write(line.encode() + b"\n")
+            self.guardian.stdin.flush()
+
+    # -- hearing
+
+    def messages(self, seconds: float) -> list[Message]:
+        """What came within `seconds`, in order; Ended once, as the last, when nothing of the trainer is left.
+
+        The trainer flushes its log before it reports the end of a job, so that log is read to its present end
+        before a report is handed on.
+        """
+        found: list[Message] = []
+        if self._ended:
+            return found
+        ready = {key.fd for key, _ in self._selector.select(seconds)}
+        if self._events in ready:
+            events = [decode(line) for line in self._lines(self._events)]
+            found += [LogLine(text) for text in self._log_lines()]
+            found += events
+        elif self._log in ready:
+            found += [LogLine(text) for text in self._log_lines()]
+        if self.guardian.poll() is not None:
+            found += [LogLine(text) for text in self._log_lines()]
+            found.append(Ended(self._clean_up()))
+        return found
+
+    def _log_lines(self) -> list[str]:
+        lines = []
+        for line in self._lines(self._log):
+            text = line.decode("utf-8", errors="replace").rstrip("\r").rpartition("\r")[2]  # a bar's last state
+            if text.strip():
+                lines.append(text[:MAX_LINE])
+        return lines
+
+    def _lines(self, descriptor: int) -> list[bytes]:
+        """The complete lines that can be read now."""
+        data = self._rest[descriptor]
+        while True:
+            try:
+                piece = os.read(descriptor, 1 << 16)
+            except BlockingIOError:
+                break
+            if not piece:
+                if descriptor in self._selector.get_map():
+                    self._selector.unregister(descriptor)
+                data += b"\n" if data and not data.endswith(b"\n") else b""
+                break
+            data += piece
+        *lines, self._rest[descriptor] = data.split(b"\n")
+        return lines
+
+    # -- ending
+
+    def kill(self) -> int:
+        """Ends everything now and waits until nothing is left. Returns the exit code."""
+        if not self._ended:
+            assert self.guardian.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self.guardian.stdin.close()  # the lifeline: the guardian kills all and ends
+            try:
+                self.guardian.wait(self._grace_s + 5)
+            except subprocess.TimeoutExpired:
+                self.guardian.kill()
+                self.guardian.wait()
+            self._clean_up()
+        return self._exit_code
+
+    def _clean_up(self) -> int:
+        """After the guardian's end, also by kill -9: whatever of the trainer is still there is ended."""
+        self._ended = True
+        code = self.guardian.wait()
+        self._exit_code = code if code >= 0 else 128 - code
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.guardian.pid, signal.SIGKILL)
+        for process in marked(self.mark):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+                process.wait(5)
+        self._selector.close()
+        for descriptor in (self._request, self._events, self._log):
+            os.close(descriptor)
+        if self.guardian.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self.guardian.stdin.close()
+        return self._exit_code
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Every living process that carries a trainer's mark in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
