@@ -1,0 +1,1 @@
+"""The demo: a tiny chat model, and the questions it is fine-tuned and scored on."""
