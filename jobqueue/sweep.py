@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -61,8 +61,10 @@ class _Document:
                     line, node = node.lc.item(part)[0] + 1, node[part]
                 else:
                     break
-            except (KeyError, IndexError, TypeError, AttributeError):  # set by --set: it has no line
-                line = None
+            except (KeyError, IndexError, TypeError, AttributeError):  # of a --set, or merged with `<<`
+                dotted = ".".join([*path, str(part)])
+                if any(key.startswith(dotted) or dotted.startswith(key) for key in self.set_keys):
+                    line = None
                 node = node[part]
             path.append(str(part))
             if ".".join(path) in self.set_keys:
@@ -95,7 +97,6 @@ def read_sweep(path: Path, sets: Sequence[str] = ()) -> Sweep:
     document = _read(path)
     for item in sets:
         _set(document, item)
-    document.check()
     file = _validate(document, SweepFile, document.root, {})
     trials = _trials(document) if file else []
     document.check()
@@ -165,7 +166,7 @@ def _validate(
         # By way of JSON: strictness then knows lists and tuples, and YAML's own classes are left behind.
         return model.model_validate_json(json.dumps(value, default=str))
     except ValidationError as error:
-        for details in error.errors(include_url=False):
+        for details in _one_per_value(model, error.errors(include_url=False)):
             loc = details["loc"]
             dotted = ".".join(map(str, loc))
             at = next((p for key, p in places.items() if dotted == key or dotted.startswith(key + ".")), None)
@@ -175,6 +176,22 @@ def _validate(
     except (TypeError, ValueError) as error:  # a key that is no text, a value that is no JSON
         document.report(f"cannot be read: {error}")
     return None
+
+
+def _one_per_value(model: type[BaseModel], errors: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One error for a value that may be of several kinds, not one for each: "must be true or false or 'unsloth'"."""
+    merged: list[Mapping[str, Any]] = []
+    for details in errors:
+        if details["type"] == "too_short" and details["input"]:
+            continue  # pydantic counts only what is right; what is wrong has an error of its own
+        *value, kind = details["loc"] or ("",)
+        is_kind = isinstance(kind, str) and kind not in _fields(model, value)  # pydantic names the kind last
+        if is_kind and merged and merged[-1]["loc"][:-1] == tuple(value) and details["type"] != "extra_forbidden":
+            other = details["msg"].removeprefix("Input should be ")
+            merged[-1] = {**merged[-1], "msg": f"{merged[-1]['msg']} or {other}"}
+        else:
+            merged.append(details)
+    return merged
 
 
 def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[str | int]) -> str:
@@ -190,11 +207,18 @@ def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[s
             return "is missing"
         case "value_error":
             return str(details["ctx"]["error"])
+        case "byte_size":
+            return f"must be a size such as 12GiB{given}"
         case "none_required":
             return f"must be left empty{given}"
         case "string_pattern_mismatch" if loc and loc[-1] == "name":
             return f"must be letters, digits, '.', '_' and '-' only{given}"
-    return str(details["msg"]).replace("Input should be", "must be") + given
+    message = str(details["msg"]).replace("Input should be", "must be") + given
+    message = message.replace("a valid ", "a ").replace("a array", "a list").replace("a integer", "an integer")
+    one = details["type"].startswith(("int", "float", "string", "bool", "literal"))
+    if one and isinstance(details["input"], list):
+        message += "; several values to try belong under sweep.grid"
+    return message.replace("an object", "a section").replace("a boolean", "true or false")
 
 
 def _fields(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:

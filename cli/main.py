@@ -1,0 +1,167 @@
+"""The command `loraq`: its commands by name, what an error looks like, and the way to the service.
+
+Everything but Click is imported by the command that needs it, so that `loraq --help` starts at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import traceback
+from collections.abc import Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from click.exceptions import Exit
+
+from jobqueue.errors import LoraqError
+
+if TYPE_CHECKING:
+    from jobqueue.service import Client
+
+INTERRUPTED = 130
+
+# name: (module, how the command's help begins). A command is the module's attribute of that name.
+COMMANDS = {
+    "submit": ("cli.submit", "Put the fine-tunes of a sweep file into the queue."),
+    "ls": ("cli.control", "List batches, or the jobs of one."),
+    "show": ("cli.show", "Show a batch or a job in full."),
+    "watch": ("cli.watch", "Follow a batch until it has ended."),
+    "logs": ("cli.logs", "Show what a job has printed."),
+    "results": ("cli.results", "Show which trial is better, by how much, and what it cost."),
+    "cancel": ("cli.control", "Stop batches or jobs."),
+    "worker": ("cli.local", "Work on jobs with this machine's GPUs."),
+    "up": ("cli.local", "Start a server and a worker on this machine."),
+    "down": ("cli.local", "Stop what `loraq up` started."),
+    "demo": ("cli.local", "Try everything with a tiny model."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it is called, and turns every exception into two lines and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and close:  # Click knows only the names of commands that were imported
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {close[0]!r}?")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in exit_codes()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, Exit):
+            raise
+        except (KeyboardInterrupt, click.Abort):
+            ctx.exit(INTERRUPTED)
+        except LoraqError as error:
+            _fail(ctx, error.what, error.do, error.exit_code)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # `loraq ls | head`: Click ends quietly
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            _fail(
+                ctx,
+                what,
+                "This should not happen; run again with --debug (`loraq --debug ...`) to see where.",
+                1,
+            )
+
+
+def _fail(ctx: click.Context, what: str, do: str, exit_code: int) -> NoReturn:
+    """Say what happened and what to do about it, and leave."""
+    if ctx.params.get("debug"):
+        traceback.print_exc()
+    color = False if os.environ.get("NO_COLOR") else None
+    click.secho(what, fg="red", bold=True, err=True, color=color)
+    if do:
+        click.echo(do, err=True)
+    ctx.exit(exit_code)
+
+
+def exit_codes() -> Iterator[tuple[int, str]]:
+    """Every exit code and its meaning; those of errors come from jobqueue.errors."""
+    yield 0, "Done."
+    yield 1, "Anything else."
+    yield 2, "The command line is wrong."
+    for error in sorted(LoraqError.__subclasses__(), key=lambda kind: kind.exit_code):
+        if error.exit_code != LoraqError.exit_code:
+            yield (
+                error.exit_code,
+                (error.__doc__ or "").partition("\n")[0].partition(";")[0].rstrip(".") + ".",
+            )
+    yield INTERRUPTED, "Interrupted (ctrl-C)."
+
+
+def connect() -> Client:
+    """The service with the user's settings; it talks to the server at its first call."""
+    from pydantic import ValidationError
+
+    from jobqueue.service import Client
+    from jobqueue.settings import Settings, config_file
+
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise LoraqError(
+            f"The settings are wrong: {wrong}", f"Correct {config_file()} or the variables LORAQ_*."
+        ) from None
+    except ValueError as error:  # of tomllib
+        raise LoraqError(f"{config_file()} is not valid TOML: {error}", "Correct it.") from None
+    return Client(settings)
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        click.echo(f"loraq {version('loraq')}")
+    except PackageNotFoundError:
+        click.echo("loraq (not installed: run from its source)")
+    ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version.",
+)
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+def loraq(debug: bool) -> None:
+    """A job queue for LLM fine-tuning: submit a sweep, let GPUs work it off, see which run is better."""
+
+
+def main() -> None:
+    """Entry point of the command."""
+    loraq(prog_name="loraq")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""How things look: units, states, tables, JSON. The commands decide what to show, this decides how."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, Literal
+
+import click
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from jobqueue.job import Batch, Job, JobState
+
+WIDE = 10_000
+"""Columns of an output that is no terminal: a file or a pipe gets whole lines."""
+GAP = 2
+WRAP = 28
+NONE = "-"
+
+STATE_STYLES: Mapping[JobState, str] = {
+    JobState.WAITING: "dim",
+    JobState.QUEUED: "cyan",
+    JobState.RUNNING: "bold blue",
+    JobState.SUCCEEDED: "green",
+    JobState.FAILED: "bold red",
+    JobState.CANCELLED: "yellow",
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Prints text as it is, without markup or colours of its own; unwrapped where it is no terminal."""
+    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = WIDE
+    return made
+
+
+# --- JSON -------------------------------------------------------------------------------------------------
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout: dataclasses by their fields, a batch with its state too."""
+    click.echo(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold."""
+    if isinstance(value, Batch):
+        return {**plain(asdict(value)), "state": value.state.value}
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "model_dump"):  # a pydantic model
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None  # NaN and infinity are no JSON
+    return value if value is None or isinstance(value, (str, int)) else str(value)
+
+
+# --- Units ------------------------------------------------------------------------------------------------
+
+
+def memory(count: float | None) -> str:
+    """Bytes as GiB, small ones as MiB."""
+    if not count:
+        return NONE
+    return f"{count / 2**30:.1f} GiB" if count >= 0.1 * 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def duration(seconds: float | None) -> str:
+    """The two units that matter: `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    if seconds is None:
+        return NONE
+    rest = max(0, round(seconds))
+    for unit, name, part, part_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if rest >= unit:
+            less = rest % unit // part
+            return f"{rest // unit} {name} {less} {part_name}" if less else f"{rest // unit} {name}"
+    return f"{rest} s"
+
+
+def minutes(value: float | None) -> str:
+    """Minutes of training; the short runs of a test in seconds."""
+    if value is None:
+        return NONE
+    return f"{value:.1f} min" if value >= 1 else f"{60 * value:.0f} s"
+
+
+def age(since: float) -> str:
+    """How long ago, in one unit."""
+    return " ".join(duration(time.time() - since).split()[:2]) if since else NONE
+
+
+def moment(at: float) -> str:
+    """Local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) if at else NONE
+
+
+def clock(at: float) -> str:
+    """Local time of day."""
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return NONE if share is None else f"{100 * share:.{digits}f}%"
+
+
+def interval(bounds: tuple[float, float] | None) -> str:
+    """Of a share, in percent: `[42.1, 48.3]`."""
+    return NONE if bounds is None else f"[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
+
+
+def points(difference: float | None) -> str:
+    """A difference in percentage points, signed."""
+    return NONE if difference is None else f"{difference:+.1f}"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def p_value(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return "<0.0001" if value < 0.0001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 job`, `4 jobs`, `2 batches`."""
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
+# --- Jobs -------------------------------------------------------------------------------------------------
+
+
+def state(job: Job) -> Text:
+    """A job's state in a word or two."""
+    if job.cancel_requested and not job.state.final:
+        return Text("stopping", "yellow")
+    why = f" ({job.reason})" if job.reason and job.state is JobState.FAILED else ""
+    return Text(f"{job.state}{why}", STATE_STYLES[job.state])
+
+
+def batch_state(value: JobState) -> Text:
+    return Text(value, STATE_STYLES[value])
+
+
+def counts(states: Mapping[JobState, int]) -> str:
+    """`3 queued, 2 running, 1 succeeded`."""
+    return ", ".join(f"{states[state]} {state}" for state in JobState if states.get(state)) or "no jobs"
+
+
+def step(progress: Mapping[str, Any]) -> str:
+    """`20/200` of a progress event."""
+    if progress.get("step") is None:
+        return ""
+    return f"{progress['step']}/{progress['steps']}" if progress.get("steps") else str(progress["step"])
+
+
+def progress(event: Mapping[str, Any]) -> str:
+    """A progress event on one line, without what it does not know."""
+    parts = [f"{event.get('phase', '')} {step(event)}".strip()]
+    if event.get("loss") is not None:
+        parts.append(f"loss {event['loss']:.3f}")
+    if event.get("tokens_per_s"):
+        parts.append(f"{number(event['tokens_per_s'])} tokens/s")
+    if event.get("reserved_bytes"):
+        parts.append(memory(event["reserved_bytes"]))
+    return "  ".join(parts)
+
+
+def facts(out: Console, pairs: Mapping[str, Any]) -> None:
+    """Names and values, one line each; what is not known is left out."""
+    grid = Table.grid(padding=(0, GAP, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in pairs.items():
+        if value:
+            grid.add_row(name, Text(value) if isinstance(value, str) else value)
+    out.print(grid)
+
+
+# --- Tables -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table that adapts to the terminal."""
+
+    header: str
+    right: bool = False
+    wrap: bool = False  # may break at spaces, where it is longer than WRAP; nothing else is ever broken
+    rank: int = 0  # the highest goes first where the terminal is too narrow; 0 always stays
+
+
+Row = Sequence[RenderableType]
+
+
+def table(out: Console, columns: Sequence[Column], rows: Sequence[Row], *, header: bool = True) -> Table:
+    """The columns that `out` is wide enough for: ids are never broken, the least important columns go."""
+    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    sizes = [_size(out, column, [row[i] for row in cells], header) for i, column in enumerate(columns)]
+    filled = [i for i in range(len(columns)) if not columns[i].rank or any(str(row[i]) for row in cells)]
+
+    def width(shown: Sequence[int]) -> int:
+        return sum(min(sizes[i].maximum, max(WRAP, sizes[i].minimum)) + GAP for i in shown) - GAP
+
+    kept = list(filled)
+    while width(kept) > out.width and any(columns[i].rank for i in kept):
+        kept.remove(max(kept, key=lambda i: columns[i].rank))
+    out.width = max(out.width, sum(sizes[i].minimum + GAP for i in kept))  # better the terminal breaks the line
+    made = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=header, header_style="bold")
+    for i in kept:
+        column, least = columns[i], sizes[i].minimum
+        justify: Literal["left", "right"] = "right" if column.right else "left"
+        made.add_column(column.header, justify=justify, no_wrap=not column.wrap, min_width=least)
+    for row in cells:
+        made.add_row(*(row[i] for i in kept))
+    left_out = [columns[i].header for i in filled if i not in kept and columns[i].header]
+    if left_out:
+        made.caption, made.caption_justify = f"no room for: {', '.join(left_out)}", "left"
+    return made
+
+
+def _size(out: Console, column: Column, cells: Sequence[RenderableType], header: bool) -> Measurement:
+    """The fewest and the most characters that a column takes."""
+    title = [Text(column.header)] if header else []
+    sizes = [Measurement.get(out, out.options.update(width=WIDE), cell) for cell in [*title, *cells]]
+    most = max((size.maximum for size in sizes), default=0)
+    return Measurement(max((size.minimum for size in sizes), default=0) if column.wrap else most, most)

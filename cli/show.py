@@ -1,0 +1,221 @@
+"""`loraq show`: a batch or a job in full."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.main import connect
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jobqueue.job import Batch, Job
+    from jobqueue.service import Client
+
+
+@click.command()
+@click.argument("target", metavar="BATCH|JOB")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def show(target: str, as_json: bool) -> None:
+    """Show a batch or a job in full.
+
+    Of a job: its spec, its attempts and why they ended, and what it took in memory and time.
+    """
+    from cli.render import console, print_json
+    from jobqueue.job import Job
+
+    client = connect()
+    found = find(client, target)
+    if as_json:
+        print_json(found)
+    elif isinstance(found, Job):
+        _print_job(console(), found, _waits_for(client, found))
+    else:
+        _print_batch(console(), found, client.jobs(target))
+
+
+def find(client: Client, target: str) -> Batch | Job:
+    """The batch or the job of that name. Raises NotFoundError."""
+    from jobqueue.errors import NotFoundError
+
+    if re.fullmatch(r"base-[0-9a-f]+|.*\.(\d+|\d+\.eval|report)", target):  # the look of a job's id
+        try:
+            return client.job(target)
+        except NotFoundError as error:
+            try:
+                return client.batch(target)  # a batch may be called llama3.1
+            except NotFoundError:
+                raise error from None
+    return client.batch(target)
+
+
+def _waits_for(client: Client, job: Job) -> str:
+    """The jobs that it still waits for, or what else keeps it from the queue."""
+    from jobqueue.job import JobKind, JobState
+
+    if job.state is not JobState.WAITING:
+        return ""
+    if job.waits and job.batch and job.kind is JobKind.REPORT:
+        others = [other.id for other in client.jobs(job.batch) if other.id != job.id and not other.state.final]
+        return " ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    if job.waits:
+        return str(job.spec.get("adapter_job") or f"{job.waits} jobs")
+    return "a worker's estimate of its memory"
+
+
+def _print_batch(out: Console, batch: Batch, jobs: Sequence[Job]) -> None:
+    from cli.control import print_jobs
+    from cli.render import age, batch_state, counts, facts, moment
+    from jobqueue.job import FailureReason
+
+    pairs = {
+        "batch": batch.name,
+        "state": batch_state(batch.state),
+        "base model": batch.base_model,
+        "trials": str(batch.trials),
+        "owner": batch.owner,
+        "submitted": f"{moment(batch.submitted_at)} ({age(batch.submitted_at)} ago)",
+        "jobs": counts(batch.states),
+    }
+    facts(out, pairs)
+    out.print()
+    print_jobs(out, jobs)
+    for job in jobs:
+        if job.message and job.reason is not FailureReason.DEPENDENCY:
+            out.print(f"\n{job.id}: {job.message}", style="yellow", soft_wrap=True)
+
+
+def _print_job(out: Console, job: Job, waits_for: str) -> None:
+    from cli.render import age, duration, facts, memory, moment, progress, state
+
+    took = f", after {duration(job.seconds)}" if job.seconds else ""
+    pairs = {
+        "job": job.id,
+        "kind": job.kind,
+        "state": state(job),
+        "message": job.message,
+        "trial": job.trial,
+        "batch": job.batch,
+        "owner": job.owner,
+        "waits for": waits_for,
+        "needs": f"{memory(job.need_bytes)} on the GPU (estimated)" if job.need_bytes else "",
+        "queue": job.queue,
+        "priority": str(job.priority) if job.priority else "",
+        "submitted": f"{moment(job.submitted_at)} ({age(job.submitted_at)} ago)",
+        "not before": moment(job.not_before) if job.not_before and not job.state.final else "",
+        "started": moment(job.claimed_at) if job.claimed_at else "",
+        "ended": f"{moment(job.ended_at)}{took}" if job.state.final else "",
+        "worker": job.worker,
+        "progress": progress(job.progress) if job.progress and not job.state.final else "",
+        "failures": str(job.failures) if job.failures else "",
+    }
+    facts(out, pairs)
+    if job.history:
+        _title(out, "Attempts")
+        _print_attempts(out, job.history)
+    if job.outcome:
+        _print_outcome(out, job.outcome)
+    _title(out, "Spec")
+    _print_yaml(out, job.spec)
+
+
+def _title(out: Console, text: str) -> None:
+    out.print(f"\n{text}", style="bold")
+
+
+def _print_attempts(out: Console, history: Sequence[Mapping[str, Any]]) -> None:
+    from cli.render import Column, duration, moment, table
+
+    columns = [
+        Column("attempt", right=True),
+        Column("ended as"),
+        Column("why", wrap=True),
+        Column("took", right=True, rank=1),
+        Column("started", rank=3),
+        Column("worker", rank=2),
+    ]
+    rows = []
+    for ended in history:
+        why = ": ".join(filter(None, (ended.get("reason"), ended.get("message"))))
+        start, end = float(ended.get("claimed_at") or 0), float(ended.get("ended_at") or 0)
+        state = "queued again" if ended.get("state") == "queued" else str(ended.get("state", ""))
+        took = duration(end - start) if start and end else ""
+        rows.append([str(ended.get("attempt", "")), state, why, took, moment(start), str(ended.get("worker", ""))])
+    out.print(table(out, columns, rows))
+
+
+def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
+    """Memory as Unsloth's notebooks report it, time, and what came out."""
+    from cli.render import facts, memory, number, percent
+
+    used, time, training = (outcome.get(part) or {} for part in ("memory", "time", "training"))
+    total = used.get("total_bytes")
+
+    def share(count: float | None) -> str:
+        of_total = f" ({percent(count / total)} of the GPU)" if count and total else ""
+        return f"{memory(count)}{of_total}" if count else ""
+
+    if used:
+        _title(out, "Memory")
+        gpu, capacity = used.get("gpu") or "", f"({memory(total)})" if total else ""
+        pairs = {"GPU": f"{gpu} {capacity}".strip()}
+        for key in ("reserved_at_start", "peak_reserved", "peak_for_training", "peak_allocated"):
+            pairs[key.replace("_", " ")] = share(used.get(f"{key}_bytes"))
+        facts(out, pairs)
+    if time:
+        _title(out, "Time")
+        names = {"load_s": "loading", "train_s": "training", "save_s": "saving"}
+        spans = {key: value for key, value in time.items() if key.endswith("_s")}
+        facts(out, {names.get(key, key.removesuffix("_s")): _seconds(value) for key, value in spans.items()})
+    if training:
+        _title(out, "Training")
+        facts(out, {key.replace("_", " "): _plain(value) for key, value in training.items()})
+    scores = {key: part for key, part in outcome.items() if isinstance(part, dict) and "accuracy" in part}
+    if scores:
+        _title(out, f"Scores on {number(outcome.get('questions'))} questions")
+        facts(out, {metric.replace("_", " "): _score(part) for metric, part in scores.items()})
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" + (f" ({value / 60:.1f} min)" if value >= 60 else "")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _score(part: Mapping[str, Any]) -> str:
+    from cli.render import interval, percent
+
+    bounds = part.get("interval")
+    return percent(part["accuracy"]) + (f" {interval(bounds)}" if bounds else "")
+
+
+def _print_yaml(out: Console, spec: Mapping[str, Any]) -> None:
+    """The spec as a user would write it, coloured on a terminal."""
+    from rich.syntax import Syntax
+    from ruamel.yaml import YAML
+
+    yaml, text = YAML(), StringIO()
+    yaml.default_flow_style = False
+    yaml.width = 10_000
+    yaml.dump(dict(spec), text)
+    if out.is_terminal:
+        out.print(
+            Syntax(
+                text.getvalue().rstrip(),
+                "yaml",
+                theme="ansi_dark",
+                background_color="default",
+                word_wrap=True,
+            )
+        )
+    else:
+        out.print(text.getvalue().rstrip())

@@ -1,0 +1,100 @@
+"""`loraq submit`: a sweep file into the queue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.main import connect
+
+if TYPE_CHECKING:
+    from jobqueue.plan import Plan
+    from jobqueue.service import Client
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the file, e.g. training.max_steps=20. May be given several times.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the jobs and submit nothing; needs no server.")
+@click.option("--wait", is_flag=True, help="Follow the batch, then show its results; exit code 10 if a job failed.")
+@click.option("--force", is_flag=True, help="Submit also where no live worker is big enough.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def submit(file: Path, sets: tuple[str, ...], dry_run: bool, wait: bool, force: bool, as_json: bool) -> None:
+    """Put the fine-tunes of a sweep file into the queue.
+
+    Every mistake in FILE is reported at once, with its line, before anything is submitted.
+    """
+    from cli.render import console, counted, print_json
+
+    client = connect()
+    plan = client.plan(client.read(file, sets))
+    notes = console(stderr=True)
+    for warning in plan.warnings:
+        notes.print(f"warning: {warning}", style="yellow")
+    if dry_run:
+        _show_plan(plan, as_json)
+        return
+    batch = client.submit(plan, force=force)
+    if wait:
+        _wait(client, batch.name, as_json)
+    elif as_json:
+        print_json(batch)
+    else:
+        out = console()
+        out.print(f"Submitted {batch.name}: {counted(len(batch.jobs), 'job')} for {counted(batch.trials, 'trial')}.")
+        out.print(f"  loraq watch {batch.name}    to follow it", style="dim")
+        out.print(f"  loraq results {batch.name}  to see which trial is best", style="dim")
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    from cli.render import Column, console, counted, memory, print_json, table
+    from jobqueue.job import JobKind
+
+    if as_json:
+        print_json({"name": plan.sweep.name, "file": plan.sweep.file, "jobs": plan.jobs, "warnings": plan.warnings})
+        return
+    out = console()
+    columns = [
+        Column("id"),
+        Column("kind"),
+        Column("trial", wrap=True),
+        Column("waits for", wrap=True, rank=2),
+        Column("memory", right=True, rank=1),
+    ]
+    rows = []
+    for job in plan.jobs:
+        need = "" if job.kind is JobKind.REPORT else memory(job.need_bytes) if job.need_bytes else "by a worker"
+        rows.append([job.id, job.kind, job.trial, _few(job.after), need])
+    out.print(table(out, columns, rows))
+    trials = counted(len(plan.sweep.trials), "trial")
+    out.print(f"\n{plan.sweep.name}: {counted(len(plan.jobs), 'job')} for {trials}. Nothing was submitted.")
+
+
+def _few(ids: tuple[str, ...]) -> str:
+    """The report waits for everything: no list of a hundred."""
+    return " ".join(ids) if len(ids) <= 3 else f"{ids[0]} and {len(ids) - 1} more"
+
+
+def _wait(client: Client, name: str, as_json: bool) -> None:
+    """Follow the batch to its end, show its results, and fail if it did."""
+    from cli.render import console
+    from cli.results import print_report
+    from cli.watch import watch_batch
+    from jobqueue.errors import BatchFailedError
+    from jobqueue.job import JobState
+
+    batch = watch_batch(client, name, console(stderr=as_json))
+    print_report(client.report(name), "json" if as_json else "table")
+    if batch.state is not JobState.SUCCEEDED:
+        raise BatchFailedError(
+            f"Batch {name} did not succeed: not all of its jobs did.",
+            f"See `loraq ls {name}` for which, and `loraq logs JOB` for why.",
+        )

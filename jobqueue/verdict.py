@@ -1,0 +1,54 @@
+"""A batch's report in a sentence: which trial is best, by how much, and whether that is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jobqueue.job import JobState
+
+if TYPE_CHECKING:
+    from jobqueue.results import Comparison, Metric, TrialResult
+
+
+def verdict(
+    trials: Sequence[TrialResult], metric: Metric | None, versus_runner_up: Comparison | None, complete: bool
+) -> str:
+    """The report in a sentence or two: which trial is best, and by how much."""
+    if metric is None:
+        return _verdict_without_scores(trials, complete)
+    so_far = "" if complete else " so far"
+    scored = [trial for trial in trials if metric in trial.scores]
+    if not scored:
+        return f"No trial was scored{so_far}; the base model was."
+    best = scored[0]
+    said = f"Best{so_far}: " if len(trials) > 1 else ""
+    said += f"{best.label or best.job} with {100 * best.scores[metric].accuracy:.1f}% ({metric})"
+    if best.versus_base:
+        said += f", {_against(best.versus_base, 'the base model')}"
+    if versus_runner_up:
+        said += f", {_against(versus_runner_up, f'the runner-up {scored[1].label or scored[1].job}')}"
+    return said + "."
+
+
+def _verdict_without_scores(trials: Sequence[TrialResult], complete: bool) -> str:
+    if all(trial.state in (JobState.FAILED, JobState.CANCELLED) for trial in trials):
+        return "No trial succeeded." if trials else "There is no trial."
+    if not complete:
+        return "Nothing has been evaluated yet."
+    said = "Nothing was evaluated, so it is not known which trial is better"
+    losses = [(trial.final_loss, trial.label or trial.job) for trial in trials if trial.final_loss is not None]
+    if not losses:
+        return said + "."
+    lowest, name = min(losses)
+    return f"{said}. The lowest training loss, {lowest:.3f}, has {name}."
+
+
+def _against(comparison: Comparison, other: str) -> str:
+    points, p = comparison.points, comparison.p_value
+    if comparison.shown is False:
+        return f"no difference shown from {other} ({points:+.1f} points, p = {p:.2g})"
+    amount = f"{abs(points):.1f} points {'above' if points >= 0 else 'below'} {other}"
+    if p is None:
+        return f"{amount} (not tested)"
+    return f"{amount} ({'p < 0.0001' if p < 0.0001 else f'p = {p:.2g}'})"

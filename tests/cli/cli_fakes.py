@@ -1,0 +1,199 @@
+"""A client that answers from memory, for what the command line makes of the answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from click.testing import Result
+
+from jobqueue.errors import LoraqError, NotFoundError
+from jobqueue.events import Event
+from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
+from jobqueue.plan import Plan, make_plan
+from jobqueue.results import BatchReport, build_report
+from jobqueue.sweep import Sweep, read_sweep
+
+EVALUATION = {"source": "questions.jsonl", "split": "test", "metrics": ["likelihood", "generated"]}
+
+
+def make_job(job_id: str, state: JobState = JobState.SUCCEEDED, **fields: Any) -> Job:
+    """A job of the batch that its id names; what is not given is as for a job that did well."""
+    batch = "" if job_id.startswith("base-") else job_id.removesuffix(".eval").rpartition(".")[0]
+    kind = JobKind.TRAIN
+    spec: dict[str, Any] = {"kind": "train", "base_model": "org/tiny", "lora": {"r": 8}, "training": {"max_steps": 20}}
+    if job_id.endswith((".eval", "report")) or not batch:
+        kind = JobKind.REPORT if job_id.endswith("report") else JobKind.EVALUATE
+        adapter = job_id.removesuffix(".eval") if batch else None
+        spec = {"kind": "evaluate", "base_model": "org/tiny", "adapter_job": adapter, "load_in_4bit": True}
+        spec |= {"evaluation": EVALUATION, "max_seq_length": 2048, "method": "qlora"}
+    started = state not in (JobState.WAITING, JobState.QUEUED)
+    known: dict[str, Any] = {
+        "id": job_id,
+        "kind": kind,
+        "state": state,
+        "batch": batch,
+        "trial": "",
+        "owner": "ada",
+        "spec": spec,
+        "priority": 0,
+        "need_bytes": 3 * 2**30,
+        "attempt": 1 if started else 0,
+        "failures": 0,
+        "submitted_at": time.time() - 600,
+        "queued_at": time.time() - 600,
+        "claimed_at": time.time() - 500 if started else 0.0,
+        "ended_at": time.time() - 300 if state.final else 0.0,
+        "not_before": 0.0,
+        "worker": "box/gpu0" if started else "",
+        "reason": None,
+        "message": "",
+        "cancel_requested": False,
+        "waits": 0,
+    }
+    return Job(**known | fields)
+
+
+def trained(steps: int = 20, loss: float = 1.25) -> dict[str, Any]:
+    """The outcome of a train job."""
+    gib = 2**30
+    return {
+        "memory": {
+            "gpu": "NVIDIA H100",
+            "total_bytes": 80 * gib,
+            "reserved_at_start_bytes": 2 * gib,
+            "peak_reserved_bytes": 3 * gib,
+            "peak_for_training_bytes": gib,
+            "peak_allocated_bytes": int(2.5 * gib),
+        },
+        "time": {"load_s": 9.5, "data_s": 1.0, "train_s": 150.0, "save_s": 0.5, "total_s": 161.0, "train_minutes": 2.5},
+        "training": {"steps": steps, "tokens_per_s": 5123.4, "final_loss": loss, "trained_parameters": 11_000_000},
+        "versions": {"unsloth": "2026.1.1"},
+    }
+
+
+def scored(likelihood: int, generated: int, questions: int = 100) -> dict[str, Any]:
+    """The outcome of an evaluation."""
+
+    def part(correct: int) -> dict[str, Any]:
+        share = correct / questions
+        return {"correct": correct, "accuracy": share, "interval": [share - 0.09, share + 0.09]}
+
+    return {"questions": questions, "likelihood": part(likelihood), "generated": part(generated)}
+
+
+def make_batch(name: str, jobs: Sequence[Job]) -> Batch:
+    states = [job.state for job in jobs]
+    return Batch(
+        name=name,
+        owner="ada",
+        submitted_at=time.time() - 600,
+        trials=sum(job.kind is JobKind.TRAIN for job in jobs),
+        base_model="org/tiny",
+        states={state: states.count(state) for state in JobState if state in states},
+        jobs=tuple(job.id for job in jobs),
+    )
+
+
+def two_trials(name: str = "medqa") -> list[Job]:
+    """A finished batch in which one trial is better, and one that failed."""
+    return [
+        make_job(f"{name}.1", trial="learning_rate=0.0001 r=8", outcome=trained(loss=1.5)),
+        make_job(f"{name}.1.eval", trial="learning_rate=0.0001 r=8", outcome=scored(40, 38)),
+        make_job(f"{name}.2", trial="learning_rate=0.0002 r=8", outcome=trained(loss=1.25)),
+        make_job(f"{name}.2.eval", trial="learning_rate=0.0002 r=8", outcome=scored(52, 50)),
+        make_job(
+            f"{name}.3",
+            JobState.FAILED,
+            trial="learning_rate=0.1 r=8",
+            reason=FailureReason.NAN_LOSS,
+            message="the loss was NaN at step [12]",
+        ),
+        make_job(f"{name}.3.eval", JobState.CANCELLED, trial="learning_rate=0.1 r=8"),
+        make_job("base-0123456789ab", outcome=scored(30, 29)),
+        make_job(f"{name}.report"),
+    ]
+
+
+@dataclass
+class FakeClient:
+    """Answers what the service would; `looks` are the successive states of the batch that is watched."""
+
+    known: dict[str, list[Job]] = field(default_factory=dict)
+    looks: list[list[Job]] = field(default_factory=list)
+    streams: list[list[Event] | LoraqError] = field(default_factory=list)
+    submitted: list[Plan] = field(default_factory=list)
+    forced: bool = False
+    picks: dict[str, dict[int, bool]] = field(default_factory=dict)
+
+    def read(self, file: Path, sets: Sequence[str] = ()) -> Sweep:
+        return read_sweep(file, sets)
+
+    def plan(self, sweep: Sweep) -> Plan:
+        return make_plan(sweep, workers_are_here=False)
+
+    def submit(self, plan: Plan, *, force: bool = False) -> Batch:
+        self.submitted.append(plan)
+        self.forced = force
+        if not self.known:
+            self.known[plan.sweep.name] = two_trials(plan.sweep.name)
+        return self.batch(plan.sweep.name)
+
+    def batches(self) -> list[Batch]:
+        return [make_batch(name, jobs) for name, jobs in self.known.items()]
+
+    def batch(self, name: str) -> Batch:
+        if name not in self.known:
+            raise NotFoundError(f"there is no batch {name!r}", "See `loraq ls`.")
+        return make_batch(name, self.known[name])
+
+    def jobs(self, batch: str) -> list[Job]:
+        self.batch(batch)
+        if self.looks:
+            self.known[batch] = self.looks.pop(0)
+        return self.known[batch]
+
+    def job(self, job_id: str) -> Job:
+        for jobs in self.known.values():
+            for job in jobs:
+                if job.id == job_id:
+                    return job
+        raise NotFoundError(f"there is no job {job_id!r}", "See `loraq ls BATCH`.")
+
+    def cancel(self, target: str) -> list[Job]:
+        jobs = self.known[target] if target in self.known else [self.job(target)]
+        return [replace(job, cancel_requested=True) for job in jobs if not job.state.final]
+
+    def workers(self) -> list[WorkerInfo]:
+        return []
+
+    def events(self, job_id: str, after: str = "0", block_s: float = 0) -> list[Event]:
+        """The next of `streams`, which must begin after `after`; nothing when they are used up."""
+        if not self.streams:
+            return []
+        events = self.streams[0]
+        if isinstance(events, LoraqError):
+            if not block_s:  # what is stored is read before anything is followed
+                return []
+            raise self.streams.pop(0)  # type: ignore[misc]
+        assert not events or float(events[0].id) > float(after), "an entry would be shown twice"
+        return self.streams.pop(0)  # type: ignore[return-value]
+
+    def report(self, batch: str) -> BatchReport:
+        return build_report(self.batch(batch), self.jobs(batch), self.picks)
+
+
+def make_events(*entries: tuple[str, Any], first: int = 1, attempt: int = 1) -> list[Event]:
+    """Entries of a stream: (kind, text or data)."""
+    made = []
+    for number, (kind, body) in enumerate(entries, start=first):
+        text, data = ("", body) if kind == "progress" else (body, {})
+        made.append(Event(str(number), kind, attempt, 1_000_000.0 + number, text, data))  # type: ignore[arg-type]
+    return made
+
+
+Command = Callable[..., Result]
+"""`command("ls", "--json", columns=80)`."""

@@ -1,0 +1,104 @@
+"""`loraq submit`: dry run, the real one, waiting for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_fakes import Command, FakeClient, two_trials
+
+from jobqueue.job import JobState
+
+SWEEP = """\
+name: medqa
+base_model: org/tiny
+data: {source: org/questions}
+evaluation: {source: org/questions}
+sweep:
+  grid: {lora.r: [8, 16]}
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> str:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(SWEEP)
+    return str(file)
+
+
+def test_dry_run_shows_the_jobs_and_submits_nothing(command: Command, client: FakeClient, sweep_file: str) -> None:
+    result = command("submit", sweep_file, "--dry-run")
+
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["1", "train", "r=8", "by", "a", "worker"] in rows
+    assert ["2.eval", "evaluate", "r=16", "2", "by", "a", "worker"] in rows
+    assert "medqa: 6 jobs for 2 trials. Nothing was submitted." in result.stdout
+    assert client.submitted == []
+
+
+def test_dry_run_as_json(command: Command, client: FakeClient, sweep_file: str) -> None:
+    document = json.loads(command("submit", sweep_file, "--dry-run", "--json", "--set", "training.max_steps=7").stdout)
+
+    assert set(document) == {"name", "file", "jobs", "warnings"}
+    assert set(document["jobs"][0]) == {"id", "kind", "trial", "spec", "need_bytes", "needs", "follows"}
+    assert document["jobs"][0]["spec"]["training"]["max_steps"] == 7
+
+
+def test_submit_says_what_to_type_next(command: Command, client: FakeClient, sweep_file: str) -> None:
+    result = command("submit", sweep_file, "--force")
+
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == "Submitted medqa: 8 jobs for 3 trials."
+    assert "loraq watch medqa" in result.stdout
+    assert "loraq results medqa" in result.stdout
+    assert client.forced
+
+
+def test_warnings_go_to_stderr(command: Command, client: FakeClient, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("org/tiny", "/no/such/model"))
+
+    result = command("submit", str(tmp_path / "sweep.yaml"), "--json")
+
+    assert json.loads(result.stdout)["name"] == "medqa"
+    assert result.stderr.startswith("warning: /no/such/model")
+
+
+def test_mistakes_are_all_reported_with_their_lines(command: Command, client: FakeClient, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(
+        SWEEP.replace("lora.r", "lora.rank").replace("source: org/questions}", "sorce: x}")
+    )
+
+    result = command("submit", str(tmp_path / "sweep.yaml"))
+
+    assert result.exit_code == 3
+    assert "sweep.yaml:3: data.sorce: unknown key 'sorce'; did you mean source?" in result.stderr
+    assert "sweep.yaml:4: " in result.stderr
+    assert client.submitted == []
+
+
+def test_missing_file_is_a_spec_error(command: Command, client: FakeClient) -> None:
+    result = command("submit", "nowhere.yaml")
+
+    assert result.exit_code == 3
+    assert "nowhere.yaml: there is no such file" in result.stderr
+
+
+def test_wait_ends_with_the_results(command: Command, client: FakeClient, sweep_file: str) -> None:
+    client.known["medqa"] = two_trials()[:4]
+
+    result = command("submit", sweep_file, "--wait")
+
+    assert result.exit_code == 0, result.stderr
+    assert "medqa has ended: 4 succeeded." in result.stdout
+    assert "Best: learning_rate=0.0002 r=8" in result.stdout
+
+
+def test_wait_fails_with_the_batch(command: Command, client: FakeClient, sweep_file: str) -> None:
+    result = command("submit", sweep_file, "--wait", "--json")
+
+    assert result.exit_code == 10
+    assert json.loads(result.stdout)["batch"] == "medqa"
+    assert "did not succeed" in result.stderr
+    assert client.batch("medqa").state is JobState.FAILED

@@ -1,0 +1,396 @@
+"""The parser of sweep files: what it understands, and that it reports every problem at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobqueue import sweep as sweep_module
+from jobqueue.errors import SpecError
+from jobqueue.sweep import Sweep, read_sweep
+
+HEAD = "name: medqa\nbase_model: org/model\n"
+GOOD = HEAD + "data: {source: rows.jsonl}\n"
+
+Read = Callable[..., Sweep]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    def read_text(text: str, *sets: str) -> Sweep:
+        file = tmp_path / "sweep.yaml"
+        file.write_text(text, encoding="utf-8")
+        return read_sweep(file, sets)
+
+    return read_text
+
+
+@pytest.fixture
+def problems(read: Read) -> Callable[..., list[tuple[int | None, str, str]]]:
+    """(line, key, message) of everything that is wrong with a file."""
+
+    def of(text: str, *sets: str) -> list[tuple[int | None, str, str]]:
+        with pytest.raises(SpecError) as caught:
+            read(text, *sets)
+        return [(problem.line, problem.path, problem.message) for problem in caught.value.problems]
+
+    return of
+
+
+Problems = Callable[..., list[tuple[int | None, str, str]]]
+
+
+def values(read_sweep: Sweep, key: str) -> list[Any]:
+    """The value of a dotted key in each trial."""
+    found = []
+    for trial in read_sweep.trials:
+        value: Any = trial.run
+        for part in key.split("."):
+            value = getattr(value, part)
+        found.append(value)
+    return found
+
+
+# --- What is understood
+
+
+def test_defaults_are_those_of_the_notebook(read: Read) -> None:
+    (trial,) = read(GOOD).trials
+
+    assert (trial.label, trial.differs) == ("", {})
+    assert (trial.run.method, trial.run.lora.r, trial.run.training.learning_rate) == ("qlora", 16, 2e-4)
+    assert (trial.run.training.steps, trial.run.training.effective_batch) == (200, 8)
+
+
+def test_grid_makes_every_combination_in_order(read: Read) -> None:
+    found = read(GOOD + "sweep:\n  grid: {training.learning_rate: [1e-4, 2e-4], lora.r: [8, 16]}\n")
+
+    assert [trial.label for trial in found.trials] == [
+        "learning_rate=0.0001 r=8",
+        "learning_rate=0.0001 r=16",
+        "learning_rate=0.0002 r=8",
+        "learning_rate=0.0002 r=16",
+    ]
+    assert values(found, "training.learning_rate") == [1e-4, 1e-4, 2e-4, 2e-4]
+    assert values(found, "lora.r") == [8, 16, 8, 16]
+
+
+def test_list_sets_keys_together(read: Read) -> None:
+    found = read(GOOD + "sweep:\n  list:\n  - {lora.r: 8, lora.lora_alpha: 16}\n  - {lora.r: 32}\n")
+
+    assert [trial.label for trial in found.trials] == ["r=8 lora_alpha=16", "r=32"]
+    assert values(found, "lora.lora_alpha") == [16, 16]
+
+
+def test_grid_is_repeated_for_each_entry_of_the_list(read: Read) -> None:
+    found = read(GOOD + "sweep:\n  list: [{lora.r: 8}, {lora.r: 16}]\n  grid: {training.seed: [1, 2, 3]}\n")
+
+    assert [trial.label for trial in found.trials] == [f"r={r} seed={seed}" for r in (8, 16) for seed in (1, 2, 3)]
+
+
+def test_label_names_the_whole_key_where_the_last_part_is_ambiguous(read: Read) -> None:
+    text = (
+        HEAD
+        + "data: {source: a}\nevaluation: {source: b}\n"
+        + "sweep: {grid: {data.limit: [1], evaluation.limit: [2], method: [lora]}}\n"
+    )
+
+    assert [trial.label for trial in read(text).trials] == ["data.limit=1 evaluation.limit=2 method=lora"]
+
+
+def test_section_that_the_file_leaves_out_can_be_varied(read: Read) -> None:
+    found = read(GOOD + "sweep: {grid: {evaluation: [null, {source: q.jsonl}]}}\n")
+
+    assert [run.evaluation is None for run in (trial.run for trial in found.trials)] == [True, False]
+
+
+@pytest.mark.parametrize("text", ["2e-4", "2E-4", "0.0002", ".0002", "2.0e-4"])
+def test_numbers_with_exponents_are_numbers(read: Read, text: str) -> None:
+    """YAML 1.1 reads 2e-4 as text."""
+    assert values(read(GOOD + f"training: {{learning_rate: {text}}}\n"), "training.learning_rate") == [2e-4]
+
+
+@pytest.mark.parametrize("text", ["no", "on", "off", "yes", "y", "n", "2024-01-01", "0o17x", "12:30:45"])
+def test_words_that_older_yaml_reads_as_something_else_are_text(read: Read, text: str) -> None:
+    assert values(read(HEAD + f"data: {{source: {text}}}\n"), "data.source") == [text]
+
+
+@pytest.mark.parametrize("text", ["no", "off", '"false"', "0"])
+def test_only_true_and_false_are_booleans(problems: Problems, text: str) -> None:
+    ((line, key, message),) = problems(GOOD + f"training:\n  packing: {text}\n")
+
+    assert (line, key) == (5, "training.packing")
+    assert "must be true or false" in message
+
+
+def test_whole_number_is_a_float_where_one_is_needed(read: Read) -> None:
+    assert values(read(GOOD + "training: {num_train_epochs: 3}\n"), "training.num_train_epochs") == [3.0]
+
+
+@pytest.mark.parametrize(("text", "gib"), [("12", 12), ("12GiB", 12), ("0.5", 0.5), ('"8"', 8), ("1024MiB", 1)])
+def test_memory_is_in_gib_unless_it_says(read: Read, text: str, gib: float) -> None:
+    assert values(read(GOOD + f"resources: {{memory: {text}}}\n"), "resources.memory") == [gib * 2**30]
+
+
+def test_utf8_byte_order_mark_anchors_and_comments(read: Read) -> None:
+    found = read(
+        "\ufeff# a comment\n"
+        + GOOD.replace("{source: rows.jsonl}", "&rows {source: ärzte.jsonl}")
+        + "evaluation: *rows\n"
+    )
+
+    assert values(found, "evaluation.source") == ["ärzte.jsonl"]
+    assert values(found, "evaluation.split") == ["test"]
+
+
+# --- --set
+
+
+def test_set_overrides_the_file_and_its_types_are_those_of_yaml(read: Read) -> None:
+    found = read(
+        GOOD, "training.learning_rate=3e-4", "lora.r=4", "training.packing=true", "name=other", "data.source=a=b"
+    )
+
+    assert found.name == "other"
+    assert values(found, "training.learning_rate") == [3e-4]
+    assert values(found, "lora.r") == [4]
+    assert values(found, "training.packing") == [True]
+    assert values(found, "data.source") == ["a=b"]
+
+
+def test_set_of_a_list_and_of_a_sweep(read: Read) -> None:
+    found = read(GOOD, "sweep.grid={lora.r: [1, 2]}", "lora.target_modules=[q_proj]")
+
+    assert values(found, "lora.r") == [1, 2]
+    assert values(found, "lora.target_modules") == [("q_proj",)] * 2
+
+
+def test_wrong_sets_are_problems_without_a_line(problems: Problems) -> None:
+    found = problems(GOOD, "lora.r=0", "lora.rank=8", "training", "lora.r.x=1", "data.source=[")
+
+    assert {line for line, _, _ in found} == {None}
+    text = "\n".join(f"{key}: {message}" for _, key, message in found)
+    assert "lora.r: " in text
+    assert "unknown key 'rank'" in text
+    assert "'training' must look like key=value" in text
+    assert "'lora.r.x' goes into something that is no section" in text
+    assert "'[' is not valid YAML" in text
+
+
+def test_set_mends_what_the_file_has_wrong(read: Read) -> None:
+    assert values(read(GOOD + "lora: {r: 0}\n", "lora.r=8"), "lora.r") == [8]
+
+
+def test_set_of_a_key_in_a_wrong_section_is_told_apart_from_the_file(problems: Problems) -> None:
+    found = problems(GOOD + "training:\n  seed: x\n", "training.max_steps=y")
+
+    assert [(line, key) for line, key, _ in found] == [(None, "training.max_steps"), (5, "training.seed")]
+
+
+# --- What is wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora: {use_gradient_checkpointing: maybe}", "must be true or false or 'unsloth', not 'maybe'"),
+        ("lora: {target_modules: q_proj}", "must be a list or 'all-linear', not 'q_proj'"),
+        ("lora: {r: [8, 16]}", "must be an integer; several values to try belong under sweep.grid"),
+        (
+            "lora: {bias: [none, all]}",
+            "must be 'none', 'all' or 'lora_only'; several values to try belong under sweep.grid",
+        ),
+        ("resources: {memory: lots}", "must be a size such as 12GiB, not 'lots'"),
+        ("evaluation: {source: q, metrics: [x]}", "must be 'likelihood' or 'generated', not 'x'"),
+        ("lora: 8", "must be a section, not 8"),
+        ("training: {report_to: 3}", "must be a string or a list, not 3"),
+        ("training: {learning_rate: '2e-4'}", "must be a number, not '2e-4'"),
+    ],
+)
+def test_one_plain_message_per_value(problems: Problems, text: str, message: str) -> None:
+    assert [found for _, _, found in problems(GOOD + text + "\n")] == [message]
+
+
+def test_mistake_in_a_merged_section_is_placed_at_the_section(problems: Problems) -> None:
+    text = HEAD + "data: &rows {source: a, bad: 1}\nevaluation:\n  <<: *rows\n  split: test\n"
+
+    assert [(line, key) for line, key, _ in problems(text)] == [(3, "data.bad"), (4, "evaluation.bad")]
+
+
+def test_key_missing_in_a_section_of_a_set(problems: Problems) -> None:
+    for item in ("evaluation.split=test", "evaluation={split: test}"):
+        assert problems(GOOD, item) == [(None, "evaluation.source", "is missing")]
+
+
+def test_tags_run_nothing(read: Read) -> None:
+    assert values(read(GOOD + "lora: !!python/object/apply:os._exit {r: 8}\n"), "lora.r") == [8]
+
+
+def test_every_problem_is_reported_at_once_in_the_order_of_the_file(problems: Problems) -> None:
+    found = problems(
+        "name: bad name!\n"
+        "base_model: 7\n"
+        "data: {splt: train}\n"
+        "lora:\n"
+        '  r: "16"\n'
+        "  bias: some\n"
+        "training:\n"
+        "  learning_rate: -1\n"
+        "evaluation: {source: q, metrics: [likelihood, generatd]}\n"
+        "resorces: {}\n"
+    )
+
+    assert [(line, key) for line, key, _ in found] == [
+        (1, "name"),
+        (2, "base_model"),
+        (3, "data.source"),
+        (3, "data.splt"),
+        (5, "lora.r"),
+        (6, "lora.bias"),
+        (8, "training.learning_rate"),
+        (9, "evaluation.metrics.1"),
+        (10, "resorces"),
+    ]
+    messages = {key: message for _, key, message in found}
+    assert messages["data.source"] == "is missing"
+    assert messages["data.splt"] == "unknown key 'splt'; did you mean split?"
+    assert messages["resorces"] == "unknown key 'resorces'; did you mean resources?"
+    assert "not '16'" in messages["lora.r"]
+    assert "'generated'" in messages["evaluation.metrics.1"]
+
+
+def test_error_says_file_line_and_what_to_do(read: Read) -> None:
+    with pytest.raises(SpecError) as caught:
+        read(GOOD + "lora: {rank: 8}\n")
+
+    assert "sweep.yaml:4: lora.rank: unknown key 'rank'; " in caught.value.what
+    assert "nothing was submitted" in caught.value.do
+    assert caught.value.exit_code == 3
+
+
+def test_unknown_key_without_a_likeness_lists_what_is_known(problems: Problems) -> None:
+    ((_, _, message),) = problems(GOOD + "lora: {zzzzzz: 8}\n")
+
+    assert "known here: bias, loftq_config, lora_alpha" in message
+
+
+def test_both_lengths_of_training(problems: Problems) -> None:
+    ((line, key, message),) = problems(GOOD + "training:\n  max_steps: 20\n  num_train_epochs: 2\n")
+
+    assert (line, key) == (4, "training")
+    assert "max_steps and num_train_epochs are both set" in message
+
+
+def test_both_lengths_by_way_of_the_sweep(problems: Problems) -> None:
+    found = problems(GOOD + "training: {num_train_epochs: 2}\nsweep:\n  grid:\n    training.max_steps: [10, -1]\n")
+
+    assert [(line, key) for line, key, _ in found] == [(7, "sweep.grid.training.max_steps")]
+
+
+def test_nothing_to_do(problems: Problems) -> None:
+    ((_, _, message),) = problems(HEAD)
+
+    assert "neither data nor evaluation is set" in message
+
+
+@pytest.mark.parametrize(
+    ("sweep", "line", "key", "words"),
+    [
+        ("  grid: {lora.r: [8, 0]}", 5, "sweep.grid.lora.r", "greater than 0"),
+        ("  grid: {lora.foo: [1]}", 5, "sweep.grid.lora.foo", "unknown key 'foo'"),
+        ("  grid: {lora: [8]}", 5, "sweep.grid.lora", "not 8"),
+        ("  grid: {name: [a, b]}", 5, "sweep.grid.name", "cannot be varied"),
+        ("  grid: {sweep.grid: [a]}", 5, "sweep.grid.sweep.grid", ""),
+        ("  grid: {lora.r.x: [1]}", 5, "sweep.grid.lora.r.x", ""),
+        ("  grid: {lora.r: 8}", 5, "sweep.grid.lora.r", "must be a list, not 8"),
+        ("  grid: {lora.r: []}", 5, "sweep.grid.lora.r", "at least 1"),
+        ("  list: [{lora.r: 8}, {lora.r: x}]", 5, "sweep.list.1.lora.r", "integer"),
+        ("  gird: {lora.r: [8]}", 5, "sweep.gird", "did you mean grid?"),
+        ("  list:\n  - lora.r: 8\n  - data.limit: -3", 7, "sweep.list.1.data.limit", "greater than 0"),
+        ("  grid: {lora.r: [8, 16], training.seed: [-1]}", 5, "sweep.grid.training.seed", "greater than or equal to 0"),
+    ],
+)
+def test_mistakes_in_a_sweep(problems: Problems, sweep: str, line: int, key: str, words: str) -> None:
+    found = problems(GOOD.replace("}\n", "}\nlora: {r: 16}\n").replace("lora: {r: 16}\n", "") + f"sweep:\n{sweep}\n")
+
+    assert [(at, path) for at, path, _ in found] == [(line, key)]
+    assert words in found[0][2]
+
+
+def test_a_sweep_of_too_many(problems: Problems, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "MAX_TRIALS", 5)
+
+    ((line, key, message),) = problems(GOOD + "sweep: {grid: {lora.r: [1, 2, 3], training.seed: [1, 2]}}\n")
+
+    assert (line, key) == (4, "sweep")
+    assert "6" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("", 1, "must be a mapping"),
+        ("- a\n- b\n", 1, "must be a mapping"),
+        ("just words\n", 1, "must be a mapping"),
+        (GOOD + "lora: {r: 8\n", None, "not valid YAML"),
+        (GOOD + "lora:\n\tr: 8\n", 5, "not valid YAML"),
+        (GOOD + "name: again\n", 4, "not valid YAML"),
+        (GOOD + "lora:\n  r: 8\n  r: 16\n", 6, "not valid YAML"),
+        (GOOD + "lora: *nowhere\n", 4, "not valid YAML"),
+        (GOOD + "---\nname: second\n", None, "not valid YAML"),
+    ],
+)
+def test_text_that_cannot_be_read(problems: Problems, text: str, line: int | None, words: str) -> None:
+    found = problems(text)
+
+    assert words in found[0][2]
+    if line is not None:
+        assert found[0][0] == line
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"nothere\.yaml: there is no such file"):
+        read_sweep(tmp_path / "nothere.yaml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"name: \xe9\n"])
+def test_file_that_is_no_utf8(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "sweep.yaml").write_bytes(content)
+
+    with pytest.raises(SpecError, match="cannot be read"):
+        read_sweep(tmp_path / "sweep.yaml")
+
+
+def test_folder_instead_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="cannot be read"):
+        read_sweep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD + "1: x\n",
+        GOOD + "training: {learning_rate: .nan}\n",
+        GOOD + "training: {learning_rate: .inf}\n",
+        GOOD + "lora: 8\n",
+        GOOD + "lora: [8]\n",
+        GOOD + "sweep: 3\n",
+        GOOD + "sweep: {list: [3]}\n",
+        GOOD + "sweep: {grid: {1: [2]}}\n",
+        GOOD + "data:\n",
+        GOOD.replace("{source: rows.jsonl}", "[rows.jsonl]"),
+        GOOD + "? {a: b}\n: c\n",
+        GOOD + "evaluation: {source: q, metrics: []}\n",
+        "name: ~\nbase_model: ''\ndata: {source: x}\n",
+    ],
+)
+def test_odd_values_are_problems_and_no_crash(problems: Problems, text: str) -> None:
+    assert problems(text)
+
+
+@pytest.mark.parametrize("item", ["=3", "a..b=1", ".=1", "lora.=1", "sweep.grid=3", "sweep=x", "data=~"])
+def test_odd_sets_are_problems_and_no_crash(problems: Problems, item: str) -> None:
+    assert problems(GOOD, item)
