@@ -1,0 +1,243 @@
+"""Write docs/sweep-file.md from the pydantic models and docs/commands.md from the Click commands.
+
+python ops/generate_docs.py            writes both
+python ops/generate_docs.py --check    exit code 1 where one of them is not what it would write
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import BaseModel
+
+from cli.main import COMMANDS, exit_codes, loraq
+from jobqueue import spec
+
+DOCS = Path(__file__).parents[1] / "docs"
+NOTE = "<!-- Written by ops/generate_docs.py: change the code, then run `make docs`. -->"
+
+SECTIONS = (
+    ("", spec.SweepFile),
+    ("data", spec.DataSpec),
+    ("lora", spec.LoraSpec),
+    ("training", spec.TrainingSpec),
+    ("evaluation", spec.EvaluationSpec),
+    ("resources", spec.ResourcesSpec),
+    ("sweep", spec.SweepSpec),
+)
+
+# What a key means where the model says nothing, since the name is Hugging Face's, PEFT's or TRL's own.
+MEANINGS: Mapping[str, str] = {
+    "name": "What the batch is called.",
+    "method": "qlora: base model in 4 bits; lora: in 16 bits; full: all weights are trained.",
+    "data": "Section, see below. " + "{doc}",
+    "lora": "Section, see below.",
+    "training": "Section, see below.",
+    "evaluation": "Section, see below. Without it nothing is scored.",
+    "resources": "Section, see below.",
+    "sweep": "Section, see below. Without it the file is one configuration.",
+    "data.format": "How a row looks; auto: by the names of its columns.",
+    "lora.r": "Rank of the adapter: larger learns more and takes more memory.",
+    "lora.lora_alpha": "The adapter's weight is lora_alpha / r.",
+    "lora.lora_dropout": "Share of the adapter's inputs that are dropped in training.",
+    "lora.bias": "Which biases are trained as well.",
+    "lora.target_modules": "The layers that get an adapter.",
+    "lora.use_gradient_checkpointing": "Compute activations again instead of keeping them: less memory, more time.",
+    "lora.random_state": "Seed of the adapter's first weights.",
+    "lora.use_rslora": "Weight lora_alpha / sqrt(r) instead of lora_alpha / r.",
+    "lora.loftq_config": "LoftQ's initialisation, as PEFT takes it.",
+    "training.per_device_train_batch_size": "Rows per forward pass.",
+    "training.gradient_accumulation_steps": "Forward passes per optimizer step.",
+    "training.warmup_steps": "Steps until the learning rate is reached.",
+    "training.learning_rate": "The highest learning rate.",
+    "training.logging_steps": "Report progress every so many steps.",
+    "training.optim": "The optimizer, by transformers' name.",
+    "training.weight_decay": "Pull of the weights towards zero.",
+    "training.lr_scheduler_type": "How the learning rate falls, by transformers' name.",
+    "training.seed": "Seed of the order of the rows.",
+    "training.max_seq_length": "Tokens of a row; what is longer is cut.",
+    "training.packing": "Several short rows in one sequence.",
+    "training.dataset_num_proc": "Processes that prepare the rows.",
+    "training.report_to": "Experiment trackers, by transformers' names.",
+    "evaluation.split": "Of a hub data set; a file has no splits.",
+    "evaluation.metrics": "likelihood: the option with the highest log-probability; generated: the written answer.",
+    "evaluation.compare_with_base": "Ask the base model too. It is asked once for the same questions, then reused.",
+    "evaluation.per_device_eval_batch_size": "Questions at a time.",
+    "evaluation.max_new_tokens": "Length of a written answer.",
+}
+
+
+def main() -> int:
+    pages = {"sweep-file.md": sweep_file_page(), "commands.md": commands_page()}
+    if sys.argv[1:] == ["--check"]:
+        return sum(_differs(DOCS / name, text) for name, text in pages.items())
+    for name, text in pages.items():
+        (DOCS / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+def _differs(file: Path, wanted: str) -> bool:
+    found = file.read_text(encoding="utf-8") if file.exists() else ""
+    if found != wanted:
+        print(f"{file} is not up to date; run `make docs`")
+        print("\n".join(difflib.unified_diff(found.splitlines(), wanted.splitlines(), "is", "should be", "", "", 0)))
+    return found != wanted
+
+
+# -- the sweep file
+
+
+def sweep_file_page() -> str:
+    example = (Path(__file__).parents[1] / "cli" / "demo" / "sweep.yaml").read_text(encoding="utf-8")
+    parts = [
+        "# The sweep file",
+        NOTE,
+        _wrapped(
+            "A sweep file is YAML 1.2: `2e-4` is a number, `no` is text. Unknown keys are refused, and every mistake "
+            "is reported at once with its line before anything is submitted; try `loraq submit FILE --dry-run`. "
+            "Names are those of Hugging Face, PEFT, TRL and Unsloth; what is left out has the default of Unsloth's "
+            "notebook for Llama-3.2-1B. Relative paths count from the file's folder. On the command line "
+            "`--set training.max_steps=20` overrides a key."
+        ),
+        "The one that `loraq demo` runs:",
+        f"```yaml\n{example.strip()}\n```",
+    ]
+    for prefix, model in SECTIONS:
+        parts.append(f"## `{prefix}`" if prefix else "## Top level")
+        parts.append(_summary(model))
+        parts.append(_table(prefix, model))
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(model: type[BaseModel]) -> str:
+    text = " ".join((model.__doc__ or "").split())
+    return text if text.endswith((".", ":")) else f"{text}."
+
+
+def _table(prefix: str, model: type[BaseModel]) -> str:
+    schema = model.model_json_schema()
+    lines = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in schema["properties"].items():
+        default = "required" if name in schema.get("required", ()) else _default(field.get("default"))
+        cells = (f"`{name}`", _kind(field, schema), default, _meaning(prefix, name, model))
+        lines.append(_row(*cells))
+    return "\n".join(lines)
+
+
+def _kind(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    """What may be written, in words; `field` is a part of a JSON schema."""
+    if "$ref" in field:
+        return "section"
+    if "anyOf" in field:
+        kinds = [_kind(one, schema) for one in field["anyOf"] if one != {"type": "null"}]
+        return " or ".join(dict.fromkeys(kinds))
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if field.get("type") == "array":
+        return f"list of {_kind(field['items'], schema) or 'values'}"
+    if field.get("type") == "object":
+        values = field.get("additionalProperties")
+        return f"keys with {_kind(values, schema)}" if isinstance(values, dict) and _kind(values, schema) else "keys"
+    word = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true, false"}
+    kind = word.get(str(field.get("type")), "")
+    return " ".join([kind, *_bounds(field)]) if kind else ""
+
+
+def _bounds(field: Mapping[str, Any]) -> Iterator[str]:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    for key, sign in signs.items():
+        if key in field:
+            yield f"{sign} {field[key]:g}"
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return "-" if not value else "its defaults"
+    if isinstance(value, list):
+        return "`[" + ", ".join(map(str, value)) + "]`" if value else "-"
+    return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def _meaning(prefix: str, name: str, model: type[BaseModel]) -> str:
+    said = ""
+    for cls in reversed(model.__mro__):  # a section may add keys to those of another
+        if issubclass(cls, BaseModel) and cls is not BaseModel:
+            said = _attribute_docstrings(cls).get(name, said)
+    key = f"{prefix}.{name}" if prefix else name
+    other = MEANINGS.get(key, MEANINGS.get(f"data.{name}", "") if prefix == "evaluation" else "")
+    if not (said or other):
+        raise SystemExit(f"nothing says what {key} means: give it a docstring in {spec.__file__}")
+    return other.replace("{doc}", said).strip() if "{doc}" in other else said or other
+
+
+def _attribute_docstrings(cls: type[BaseModel]) -> dict[str, str]:
+    """The string below each attribute, which Python itself throws away."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for before, after in zip(tree.body, tree.body[1:], strict=False):
+        match before, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = " ".join(text.split()).replace("None:", "left out:")
+    return found
+
+
+# -- the commands
+
+
+def commands_page() -> str:
+    parts = ["# Commands", NOTE, "Every command ends with one of these codes:", _exit_codes()]
+    context = click.Context(loraq, info_name="loraq")
+    for name in COMMANDS:
+        command = loraq.get_command(context, name)
+        assert command is not None
+        parts += _command(command, click.Context(command, info_name=name, parent=context))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _exit_codes() -> str:
+    return "\n".join(
+        ["| code | meaning |", "| --- | --- |", *(_row(str(code), meaning) for code, meaning in exit_codes())]
+    )
+
+
+def _command(command: click.Command, context: click.Context) -> Iterator[str]:
+    yield f"## loraq {command.name}"
+    yield f"```\n{context.command_path} {' '.join(command.collect_usage_pieces(context))}\n```"
+    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+    yield "\n\n".join(_wrapped(paragraph) for paragraph in paragraphs)
+    rows = [
+        record
+        for parameter in command.get_params(context)
+        if "--help" not in parameter.opts and (record := parameter.get_help_record(context)) and record[1]
+    ]
+    if rows:
+        lines = [_row(f"`{flags}`", text) for flags, text in rows]
+        yield "\n".join(["| option | meaning |", "| --- | --- |", *lines])
+
+
+def _row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
