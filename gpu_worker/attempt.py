@@ -157,8 +157,8 @@ class Attempt:
             except BaseException:
                 trainer.kill()
                 raise
-            self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result))
-        return self._judge(end, request)
+            self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
+        return self._judge(end, request, journal.last_line)
 
     def _follow(self, trainer: TrainerProcess, journal: Journal) -> Result | Failed | Ended | JobState:
         """Until the job's end: passes on what the trainer says, and ends it on cancel, drain or loss.
@@ -191,13 +191,13 @@ class Attempt:
                 return end
             journal.flush()
 
-    def _judge(self, end: Result | Failed | Ended | JobState, request: Request) -> Settlement | None:
+    def _judge(self, end: Result | Failed | Ended | JobState, request: Request, last_line: str) -> Settlement | None:
         if isinstance(end, Result):
             return self._succeed(request, end.outcome)
         if isinstance(end, Failed):
             return self._failure(FailureReason(end.reason), end.message)
         if isinstance(end, Ended):
-            return self._failure(FailureReason.CRASHED, str(end))
+            return self._failure(FailureReason.CRASHED, f"{end}; its last words: {last_line or 'none'}")
         if end is JobState.CANCELLED:
             return Settlement(JobState.CANCELLED, message="on request")
         if end is JobState.QUEUED:

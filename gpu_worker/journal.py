@@ -31,6 +31,7 @@ class Journal:
         self._file = file.open("a", encoding="utf-8")
         self._backlog: deque[tuple[str, str]] = deque(maxlen=MAX_BACKLOG)
         self._next_flush = 0.0
+        self.last_line = ""
 
     def __enter__(self) -> Journal:
         return self
@@ -42,6 +43,7 @@ class Journal:
         self._file.close()
 
     def line(self, text: str) -> None:
+        self.last_line = text
         self._file.write(text + "\n")
         self._backlog.append(("log", text))
 

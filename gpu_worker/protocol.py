@@ -8,7 +8,7 @@ LORAQ_EVENTS_FD names. Standard output and standard error are the job's log, who
       |  <----- {"type": "ready"} ---|
       |--- request ----------------> |
       |  <----- progress, ... -------|
-      |  <----- result or failed ----|  one of them ends the job; the next request may follow
+      |  <----- result or failed ----|  one of them ends the job; the next request may follow where it says goes_on
       |--- end of file ------------> | leaves
 """
 
@@ -55,6 +55,7 @@ class Result:
     """The job succeeded."""
 
     outcome: dict[str, Any]
+    goes_on: bool = True  # False: the trainer ends now, it could not give back what the job had used
     type: Literal["result"] = "result"
 
 

@@ -8,10 +8,12 @@ import os
 import secrets
 import socket
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 
-from celery.signals import worker_shutting_down
+from celery.platforms import SecurityWarning
+from celery.signals import setup_logging, worker_shutting_down
 
 from gpu_worker import guardian
 from gpu_worker.attempt import Attempt
@@ -162,6 +164,10 @@ class Worker:
         def wake() -> None:
             self.work(wait=True)
 
+        @setup_logging.connect(weak=False)
+        def leave_logging_alone(**_: object) -> None:
+            pass
+
         @worker_shutting_down.connect(weak=False)
         def drain(**_: object) -> None:
             self.draining.set()
@@ -172,7 +178,7 @@ class Worker:
             side.append(partial(sweeper.run, self.draining))
         for task in side:
             threading.Thread(target=task, daemon=True).start()
-        options = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel=WARNING"]
+        options = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         queues = ",".join(map(queue_name, self.classes))
         try:
             self.app.worker_main(
@@ -207,6 +213,8 @@ def main() -> None:
     guardian.die_with(int(os.environ[SUPERVISOR]))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {chosen.kind}{chosen.index} %(levelname)s %(message)s")
     logging.getLogger("celery").setLevel(logging.WARNING)
+    # Celery warns of root for the sake of pickle, which this app does not accept; containers often run as root.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     device = Device(chosen.kind, chosen.name or chosen.kind, chosen.uuid, chosen.index, chosen.total_bytes)
     settings = Settings()
     Worker(device, settings, connect_url(settings), chosen.slots).serve()

@@ -63,7 +63,8 @@ def trainer_environment(device: str, cache: Path) -> dict[str, str]:
         "UNSLOTH_COMPILE_LOCATION": str(compiled),  # its default is the working directory
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+        # Threads that spin while they wait bring a machine to a stop when other jobs share its cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 

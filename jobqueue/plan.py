@@ -168,7 +168,7 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
 
 def _base_id(spec: EvaluateSpec) -> str:
     """The same for all that must give the same scores: by model, precision, questions and how they are asked."""
-    asked = spec.evaluation.model_dump(exclude={"compare_with_base", "per_device_eval_batch_size"})
+    asked = spec.evaluation.model_dump(exclude={"compare_with_base", "per_device_eval_batch_size", "load_in_4bit"})
     key = [base_model.fingerprint(spec.base_model), spec.load_in_4bit, spec.max_seq_length, asked]
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 

@@ -1,0 +1,149 @@
+"""A sweep of four fine-tunes on MedQA, submitted to a real server and worked off by a real worker.
+
+    python benchmarks/medqa_sweep.py MODEL_DIR TRAIN.jsonl.gz,VALIDATION.jsonl.gz TEST.jsonl.gz OUT_DIR [--steps 120]
+
+Writes OUT_DIR/medqa_sweep.json (figures, machine, versions, every job) and OUT_DIR/medqa_sweep.txt (the table as
+`loraq results` prints it). Beside it, on the same machine, the picks of `plain_scores.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LORAQ = [sys.executable, "-P", "-m", "cli.main"]
+
+SWEEP = """\
+name: medqa
+base_model: {model}
+data: {{source: train.jsonl}}
+lora: {{lora_alpha: 16}}
+training:
+  per_device_train_batch_size: 8
+  gradient_accumulation_steps: 1
+  max_steps: {steps}
+evaluation: {{source: test.jsonl, per_device_eval_batch_size: 192, max_new_tokens: 40, limit: {limit}}}
+sweep:
+  grid:
+    training.learning_rate: [1e-4, 4e-4]
+    lora.r: [8, 32]
+"""
+BASES = """\
+name: medqa-base
+base_model: {model}
+evaluation: {{source: test.jsonl, per_device_eval_batch_size: 192, max_new_tokens: 40, limit: {limit}}}
+sweep:
+  grid: {{evaluation.load_in_4bit: [true, false]}}
+"""
+
+
+def loraq(*words: str, **options: Any) -> str:
+    """What the command prints. Raises CalledProcessError."""
+    return subprocess.run([*LORAQ, *words], check=True, stdout=subprocess.PIPE, text=True, **options).stdout
+
+
+def unpack(sources: list[Path], into: Path) -> None:
+    with into.open("w", encoding="utf-8") as out:
+        for source in sources:
+            with gzip.open(source, "rt", encoding="utf-8") as file:
+                out.writelines(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("train")
+    parser.add_argument("test", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--limit", type=int, default=100_000)
+    parser.add_argument("--cpu", action="store_true")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="loraq-medqa-"))
+    os.environ |= {"LORAQ_DATA_DIR": str(folder / "data"), "LORAQ_CONFIG": str(folder / "none")}
+    unpack([Path(name) for name in options.train.split(",")], folder / "train.jsonl")
+    unpack([options.test], folder / "test.jsonl")
+    values = {"model": options.model.absolute(), "steps": options.steps, "limit": options.limit}
+    (folder / "sweep.yaml").write_text(SWEEP.format(**values))
+    (folder / "bases.yaml").write_text(BASES.format(**values))
+
+    from jobqueue import embedded
+
+    server = embedded.start(folder / "server", die_with_parent=True)
+    os.environ["LORAQ_REDIS_URL"] = server.url
+    with (options.out / "worker.log").open("w") as log:
+        worker = subprocess.Popen([*LORAQ, "worker", *(["--cpu"] if options.cpu else [])], stdout=log, stderr=log)
+    try:
+        started = time.time()
+        for file in ("sweep.yaml", "bases.yaml"):
+            print(loraq("submit", str(folder / file)), flush=True)
+        for batch in ("medqa", "medqa-base"):
+            loraq("watch", batch, stderr=subprocess.STDOUT)
+            print(f"{batch} ended after {time.time() - started:.0f} s", flush=True)
+        minutes = (time.time() - started) / 60
+        table = loraq("results", "medqa", env={**os.environ, "COLUMNS": "160"})
+        print(table)
+        (options.out / "medqa_sweep.txt").write_text(table)
+        jobs = json.loads(loraq("ls", "medqa", "--json")) + json.loads(loraq("ls", "medqa-base", "--json"))
+        report = json.loads(loraq("results", "medqa", "--json"))
+        bases = json.loads(loraq("results", "medqa-base", "--json"))
+    finally:
+        worker.terminate()
+        worker.wait()
+    plain = folder / "plain.json"
+    script = Path(__file__).with_name("plain_scores.py")
+    test = folder / "test.jsonl"
+    subprocess.run([sys.executable, script, options.model, test, plain], check=True)
+    result = collect(jobs, report, bases, json.loads(plain.read_text()), folder / "data" / "storage", minutes)
+    (options.out / "medqa_sweep.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result["figures"], indent=1))
+
+
+def collect(
+    jobs: list[dict[str, Any]], report: Any, bases: Any, plain: dict[str, Any], storage: Path, minutes: float
+) -> dict[str, Any]:
+    """The figures, and everything that they were made of."""
+    jobs = list({job["id"]: job for job in jobs}.values())
+    evaluations = {job["id"]: job for job in jobs if job["kind"] == "evaluate" and job["state"] == "succeeded"}
+    base = {e["spec"]["load_in_4bit"]: e for e in evaluations.values() if e["spec"]["adapter_job"] is None}
+    tuned = [e["outcome"] for e in evaluations.values() if e["spec"]["adapter_job"]]
+    best = max(tuned, key=lambda outcome: outcome["likelihood"]["accuracy"])
+    lines = (storage / base[False]["outcome"]["folder"] / "questions.jsonl").read_text().splitlines()
+    picks = [json.loads(line)["picks"]["likelihood"] for line in lines]
+    differing = sum(a != b for a, b in zip(picks, plain["picks"], strict=False))
+    trains = [job["outcome"] for job in jobs if job["kind"] == "train" and job["state"] == "succeeded"]
+    return {
+        "figures": {
+            "jobs_succeeded": sum(job["state"] == "succeeded" for job in jobs),
+            "questions": len(picks),
+            "base_likelihood_accuracy": base[False]["outcome"]["likelihood"]["accuracy"],
+            "base_picks_differing": differing,
+            "base_4bit_likelihood_accuracy": base[True]["outcome"]["likelihood"]["accuracy"],
+            "best_likelihood_accuracy": best["likelihood"]["accuracy"],
+            "base_answer_form_rate": base[True]["outcome"]["generated"]["answer_form"],
+            "best_answer_form_rate": best["generated"]["answer_form"],
+            "peak_reserved_gib": round(max(t["memory"]["peak_reserved_bytes"] for t in trains) / 2**30, 3),
+        },
+        "machine": {"gpu": trains[0]["memory"]["gpu"], "python": platform.python_version(), "cores": os.cpu_count()},
+        "versions": trains[0]["versions"],
+        "minutes": round(minutes, 1),
+        "yardstick": {"accuracy": plain["accuracy"], "seconds": plain["seconds"]},
+        "jobs_total": len(jobs),
+        "report": report,
+        "bases": bases,
+        "jobs": jobs,
+    }
+
+
+if __name__ == "__main__":
+    main()
