@@ -1,4 +1,4 @@
-"""The yardstick for likelihood accuracy: stock transformers, each option with its whole prompt again, in padded batches.
+"""The yardstick of likelihood accuracy: stock transformers, each option with its whole prompt, in padded batches.
 
     python benchmarks/plain_scores.py MODEL_DIR TEST.jsonl OUT.json
 
@@ -44,7 +44,9 @@ def main(model_dir: str, data: str, out: str) -> None:
         for start in range(0, len(items), BATCH):
             batch = items[start : start + BATCH]
             width = max(len(prompt) + len(reply) for _, _, prompt, reply in batch)
-            ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+            ids = torch.zeros(
+                (len(batch), width), dtype=torch.long
+            )  # padding is on the right and masked: any token does
             mask = torch.zeros((len(batch), width), dtype=torch.long)
             for place, (_, _, prompt, reply) in enumerate(batch):
                 ids[place, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)

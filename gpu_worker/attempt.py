@@ -109,7 +109,8 @@ class Attempt:
         """How the attempt ended; None where the job was lost to another."""
         try:
             done = self._storage.published(self._claim.job_id, self._claim.batch)
-            if done is not None:  # an earlier attempt had finished, and only its word did not arrive
+            if done is not None and done.manifest["spec"] == self._claim.spec:
+                # an earlier attempt had finished, and only its word did not arrive
                 return Settlement(JobState.SUCCEEDED, outcome=done.manifest["outcome"])
             request = self._request()
             return self._work(request)

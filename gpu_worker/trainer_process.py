@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
 import os
 import selectors
@@ -49,23 +48,8 @@ Message = Event | LogLine | Ended
 
 
 def trainer_environment(device: str, cache: Path) -> dict[str, str]:
-    """What a trainer finds in its environment; set here, before anything of Unsloth or CUDA is imported."""
-    try:
-        version = importlib.metadata.version("unsloth")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    compiled = cache / f"unsloth-{version}"
-    compiled.mkdir(parents=True, exist_ok=True)
-    return {
-        **os.environ,
-        "LORAQ_DEVICE": device,
-        "LORAQ_CACHE_DIR": str(cache),
-        "UNSLOTH_COMPILE_LOCATION": str(compiled),  # its default is the working directory
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "PYTHONUNBUFFERED": "1",
-        # Threads that spin while they wait bring a machine to a stop when other jobs share its cores.
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    """What a trainer is told by its environment; `cache` is this worker's own, so that no two trainers race in it."""
+    return {**os.environ, "LORAQ_DEVICE": device, "LORAQ_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
 
 
 class TrainerProcess:

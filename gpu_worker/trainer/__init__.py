@@ -1,0 +1,1 @@
+"""The process with torch in it; nothing outside this package imports torch."""

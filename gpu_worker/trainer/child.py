@@ -1,0 +1,148 @@
+"""The trainer process: `python -P -m gpu_worker.trainer.child`. Takes one job after the other, see protocol.py.
+
+Nothing but this file writes on the events descriptor; standard output and standard error are the job's log.
+A trainer that cannot give its memory back, or that failed in a way nobody foresaw, ends instead of going on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from gpu_worker.protocol import EVENTS_FD, Event, Failed, Progress, Ready, Request, Result, encode
+from gpu_worker.trainer.failures import bad_spec, failed, one_line
+from jobqueue.errors import LoraqError
+from jobqueue.job import FailureReason
+from jobqueue.spec import EvaluateSpec, JobSpec, TrainSpec
+
+log = logging.getLogger("loraq.trainer")
+# Of the GPU's memory, what may stay in tensors after a job: compiled functions keep a weight or two alive.
+LEFT_OVER_SHARE = 0.01
+ENDS_TRAINER = (FailureReason.OUT_OF_MEMORY.value, FailureReason.INTERNAL.value)
+Emit = Callable[[Event], None]
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True)
+    requests, emit = _channels()
+    _environment()
+    # Unsloth first, and not before the environment is set.
+    from gpu_worker.trainer import model as models
+    from gpu_worker.trainer import usage
+
+    start = usage.allocated()
+    emit(Ready(usage.versions()))
+    for line in requests:
+        end = _run(Request(**json.loads(line)), emit)
+        models.free()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        left = usage.allocated() - start
+        dirty = left > LEFT_OVER_SHARE * usage.total()
+        if dirty:
+            log.warning("%.0f MiB of GPU memory did not come back; this trainer ends", left / 2**20)
+            sys.stderr.flush()
+        if isinstance(end, Result):
+            end = replace(end, goes_on=not dirty)
+        emit(end)
+        if dirty or (isinstance(end, Failed) and end.reason in ENDS_TRAINER):
+            return
+
+
+def _channels() -> tuple[Any, Emit]:
+    """Where requests come from and events go to; both out of reach of whatever else runs here."""
+    requests = os.fdopen(os.dup(0), "rb")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    descriptor = int(os.environ.pop(EVENTS_FD))
+    os.set_inheritable(descriptor, False)
+    lock = threading.Lock()
+
+    def emit(event: Event) -> None:
+        data = encode(event)
+        with lock:
+            while data:
+                data = data[os.write(descriptor, data) :]
+
+    return requests, emit
+
+
+def _environment() -> None:
+    """Read by Unsloth, transformers and tokenizers when they are imported."""
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    if os.environ.get("LORAQ_DEVICE") == "gpu":
+        os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"  # else it trains on the CPU without a word
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraq"
+    cache = Path(os.environ.get("LORAQ_CACHE_DIR") or default).absolute()
+    compiled = cache / "unsloth" / importlib.metadata.version("unsloth")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(compiled))  # else it lands in the working directory
+    # Threads that wait must not spin: on a CPU with other work to do a step took 20 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _run(request: Request, emit: Emit) -> Result | Failed:
+    """One job. Afterwards nothing refers to what it held: not even an exception's frames."""
+    try:
+        return Result(_outcome(request, emit))
+    except Exception as error:
+        end = failed(error)
+        if end.reason == FailureReason.INTERNAL.value:
+            traceback.print_exc()
+        else:
+            log.error("%s", error)
+        _forget(error)
+        return end
+
+
+def _outcome(request: Request, emit: Emit) -> dict[str, Any]:
+    spec = _spec(request)
+    report: Callable[[Progress], None] = emit
+    if isinstance(spec, TrainSpec):
+        from gpu_worker.trainer.train import train
+
+        return train(spec, request, report)
+    from gpu_worker.trainer.evaluate import evaluate
+
+    return evaluate(spec, request, report)
+
+
+def _spec(request: Request) -> TrainSpec | EvaluateSpec:
+    try:
+        # From JSON: in Python's own values a list would be no tuple.
+        spec = TypeAdapter[Any](JobSpec).validate_json(json.dumps(request.spec))
+    except (ValidationError, LoraqError) as error:
+        raise bad_spec(one_line(f"the job's spec is not valid: {error}")) from error
+    if not isinstance(spec, (TrainSpec, EvaluateSpec)):
+        raise bad_spec(f"a trainer has nothing to do with a job of kind {spec.kind}")
+    return spec
+
+
+def _forget(error: BaseException | None) -> None:
+    """Empty the frames of an exception and of those that caused it: they hold the model."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+if __name__ == "__main__":
+    main()

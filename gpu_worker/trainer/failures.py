@@ -1,0 +1,63 @@
+"""Why a job fails: from an exception to a reason and a line that a user understands. No torch."""
+
+from __future__ import annotations
+
+import errno
+
+from gpu_worker.protocol import Failed
+from jobqueue.errors import DataError, StorageError
+from jobqueue.job import FailureReason
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOENT}
+LONGEST_MESSAGE = 500  # characters
+
+
+class JobFailure(Exception):
+    """The job cannot go on, for a reason that is known where it is raised."""
+
+    def __init__(self, reason: FailureReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def bad_spec(message: str) -> JobFailure:
+    return JobFailure(FailureReason.BAD_SPEC, message)
+
+
+def bad_data(message: str) -> JobFailure:
+    return JobFailure(FailureReason.BAD_DATA, message)
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks, cut to LONGEST_MESSAGE."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
+
+
+def failed(error: BaseException) -> Failed:
+    """What the worker is told. An exception that nobody foresaw is internal: its traceback is in the log."""
+    reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
+    if isinstance(error, JobFailure):
+        reason, message = error.reason, str(error)
+    elif isinstance(error, DataError):
+        reason, message = FailureReason.BAD_DATA, str(error)
+    elif isinstance(error, StorageError):
+        reason, message = FailureReason.STORAGE, str(error)
+    elif isinstance(error, OSError) and error.errno in _DISK:
+        reason = FailureReason.STORAGE
+    elif _out_of_memory(error):
+        reason = FailureReason.OUT_OF_MEMORY
+        message = str(error) or "memory ran out"
+    return Failed(reason.value, one_line(message))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError by name, so that this needs no torch; CUDA libraries have their own words."""
+    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "CUDAOutOfMemoryError"):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "CUDA out of memory" in text
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        or "DefaultCPUAllocator: can't allocate memory" in text
+    )

@@ -1,0 +1,214 @@
+"""Base models and adapters. The only file that imports Unsloth, which must come before trl, transformers and peft."""
+
+from __future__ import annotations
+
+import unsloth
+
+# isort: split
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from gpu_worker.trainer import gguf
+from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
+from jobqueue.job import FailureReason
+from jobqueue.spec import LoraSpec, Method
+
+ON_GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as Unsloth gives it, and its tokenizer as its makers published it."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    """The folder (absolute) or hub id that it came from."""
+
+
+def load(base_model: str, method: Method, max_seq_length: int, load_in_4bit: bool) -> Loaded:
+    """Load a base model: 4 bits, 16 bits, or all weights trainable (`method` full).
+
+    Raises JobFailure: bad_spec where there is no such model or it cannot be trained here.
+    """
+    name = resolve(base_model)
+    tokenizer = _tokenizer(name)
+    _check_causal(name)
+    # Unsloth's own tokenizer is not used: on a GPU it exchanges a pad token that equals eos, where needed by a
+    # new one. Padding is masked by the attention mask here, so the tokenizer can stay as it was published.
+    with _refusals(f"{base_model} cannot be loaded"):
+        model, _ = unsloth.FastLanguageModel.from_pretrained(
+            model_name=name,
+            max_seq_length=max_seq_length,
+            dtype=_dtype(),
+            load_in_4bit=load_in_4bit and method != "full",
+            load_in_8bit=False,
+            full_finetuning=method == "full",
+            use_exact_model_name=True,  # else known names become their -bnb-4bit repositories
+            trust_remote_code=False,
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise bad_spec(f"{base_model}: its tokenizer has a token {highest}, its embeddings only {rows} rows")
+    return Loaded(model, tokenizer, name)
+
+
+def add_lora(model: Any, lora: LoraSpec, max_seq_length: int) -> Any:
+    """Put a fresh adapter on a base model. Raises JobFailure (bad_spec) where the model refuses an option."""
+    modules = lora.target_modules
+    with _refusals("this base model refuses the adapter"):
+        return unsloth.FastLanguageModel.get_peft_model(
+            model,
+            r=lora.r,
+            target_modules=modules if isinstance(modules, str) else list(modules),
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            bias=lora.bias,
+            use_gradient_checkpointing=lora.use_gradient_checkpointing,
+            random_state=lora.random_state,
+            max_seq_length=max_seq_length,
+            use_rslora=lora.use_rslora,
+            init_lora_weights="loftq" if lora.loftq_config else True,
+            loftq_config=lora.loftq_config or {},
+        )
+
+
+def load_for_asking(base_model: str, load_in_4bit: bool, adapter: str | None) -> Loaded:
+    """Load a base model, and an adapter on it, as transformers and PEFT themselves run them.
+
+    Without Unsloth's kernels: they round differently in 16 bits, which turns the pick of one question in a
+    hundred, and a score should be what anybody gets who loads the adapter. Raises JobFailure: bad_spec where
+    there is no such model, storage where there is no adapter.
+    """
+    name = resolve(base_model)
+    tokenizer = _tokenizer(name)
+    config = _check_causal(name)
+    options: dict[str, Any] = {"dtype": _dtype(), "device_map": {"": 0 if ON_GPU else "cpu"}}
+    if load_in_4bit and not getattr(config, "quantization_config", None):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=_dtype(),
+        )
+    with _refusals(f"{base_model} cannot be loaded"):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise JobFailure(FailureReason.STORAGE, f"there is no adapter in {adapter}")
+        # PEFT puts the adapter into the base model's own layers. That model is asked, not the wrapper, whose
+        # forward Unsloth replaces.
+        model = PeftModel.from_pretrained(model, str(Path(adapter).absolute())).get_base_model()
+    return Loaded(model.eval(), tokenizer, name)
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turn the exceptions with which libraries refuse a model or an option into bad_spec; let others pass."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, ValueError) and "dispatched on the CPU or the disk" in text:
+            raise JobFailure(FailureReason.OUT_OF_MEMORY, one_line(f"{what}: the GPU is too full for it")) from error
+        # RuntimeError is also what a broken GPU raises, which is no fault of the spec.
+        refused = isinstance(error, (ValueError, TypeError, KeyError, NotImplementedError))
+        unsloth_refused = isinstance(error, RuntimeError) and text.startswith("Unsloth")
+        if refused or unsloth_refused or type(error).__name__ == "SafetensorError":
+            raise bad_spec(one_line(f"{what}: {text}")) from error
+        raise
+
+
+def _dtype() -> torch.dtype:
+    """bf16 where the card has it, else fp16; a CPU computes in 32 bits."""
+    if not ON_GPU:
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def for_training(model: Any) -> None:
+    """Unsloth hangs the right function for its kind of model on the model itself."""
+    if hasattr(model, "for_training"):
+        model.for_training()
+    else:
+        unsloth.FastLanguageModel.for_training(model)
+
+
+def free() -> None:
+    """Give memory back after a job: what its objects held must be unreferenced by now."""
+    for _ in range(3):  # a model sits in cycles of bound methods and hooks
+        gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def resolve(base_model: str) -> str:
+    """An absolute folder, or a hub id. Raises JobFailure (bad_spec)."""
+    path = Path(base_model).expanduser()
+    if path.is_file():
+        if not gguf.is_gguf(path):
+            raise bad_spec(f"{base_model} is a file, but not a GGUF model; name a folder, a .gguf file or a hub id")
+        return str(gguf.folder_of(path))
+    if path.is_dir():
+        _check_folder(path)
+        return str(path.absolute())
+    if base_model.startswith(("/", ".", "~")) or base_model.count("/") > 1 or base_model.endswith(".gguf"):
+        raise bad_spec(f"base_model {base_model} does not exist on this worker")
+    return base_model
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        what = "an adapter, not a base model" if adapter else "no model: it has no config.json"
+        raise bad_spec(f"base_model {path} is {what}")
+    indexes = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
+    needed = {name for index in indexes for name in json.loads(index.read_text())["weight_map"].values()}
+    missing = sorted(name for name in needed if not (path / name).is_file())
+    if missing:
+        raise bad_spec(f"base_model {path} lacks {', '.join(missing[:3])}; copy the folder again")
+    if not needed and not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise bad_spec(f"base_model {path} has no weights (*.safetensors)")
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(name, "tokenizer", error) from error
+    if not tokenizer.is_fast:
+        raise bad_spec(f"{name} has no fast tokenizer (tokenizer.json), which masking the prompt needs")
+    return tokenizer
+
+
+def _check_causal(name: str) -> Any:
+    """The model's config."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(name, "config", error) from error
+    causal = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ["ForCausalLM"])
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
+        kind = ", ".join(config.architectures or [config.model_type])
+        raise bad_spec(f"{name} is no causal language model ({kind}); answers can only be trained into one")
+    return config
+
+
+def _unreadable(name: str, what: str, error: Exception) -> JobFailure:
+    """A hub that cannot be reached may be there later; a model that is not there will not."""
+    text = one_line(str(error))
+    if "couldn't connect" in text.lower() or "connection" in type(error).__name__.lower():
+        return JobFailure(FailureReason.STORAGE, f"{name}: its {what} cannot be fetched: {text}")
+    return bad_spec(one_line(f"{name}: its {what} cannot be read: {text}"))

@@ -1,0 +1,285 @@
+"""One fine-tune, from base model to saved adapter; reads top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gpu_worker.trainer import model as models  # first: it imports Unsloth
+
+# isort: split
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from gpu_worker.protocol import Progress, Request
+from gpu_worker.trainer import usage
+from gpu_worker.trainer.clock import Clock
+from gpu_worker.trainer.data import IGNORED, tokenise
+from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
+from jobqueue import rows
+from jobqueue.job import FailureReason
+from jobqueue.spec import TrainSpec
+
+log = logging.getLogger("loraq.trainer")
+Report = Callable[[Progress], None]
+SILENCE_S = 2.0  # a running job says something at least this often (a step permitting)
+
+
+def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
+    """Train what `spec` says and save it into `request.output`/adapter. Returns the outcome.
+
+    Raises JobFailure, DataError, and whatever torch raises.
+    """
+    training = spec.training
+    if training.packing:
+        raise bad_spec(
+            "training.packing: packed rows would see each other without a kernel that keeps them apart; "
+            "packing comes with a later version, set it to false"
+        )
+    clock = Clock()
+    usage.reset_peak()
+    set_seed(training.seed)
+
+    report(Progress("load"))
+    file = rows.load(spec.data)  # before the model: a bad file costs seconds, not minutes
+    clock.lap("data_s")
+    base = models.load(spec.base_model, spec.method, training.max_seq_length, spec.method == "qlora")
+    model, tokenizer = base.model, base.tokenizer
+    if spec.method != "full":
+        model = models.add_lora(model, spec.lora, training.max_seq_length)
+    parameters = [(p.requires_grad, _size(p)) for p in model.parameters()]
+    trained_parameters = sum(size for trained, size in parameters if trained)
+    clock.lap("load_s")
+
+    report(Progress("data"))
+    conversations = [example.conversation for _, example in file.examples]
+    tokens, data = tokenise(tokenizer, conversations, training.max_seq_length)
+    log.info("data: %s", {key: value for key, value in asdict(data).items() if key != "preview"})
+    log.info("the first row, trained on what stands in <<>>:\n%s", data.preview)
+    if training.dataset_num_proc is not None:
+        log.info("dataset_num_proc: not needed, rows are tokenised by threads of the tokenizers library")
+    clock.lap("data_s")
+
+    config = _config(spec, request, torch.cuda.is_available())
+    collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+    watch = Watch(report, collator)
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict(
+                {"input_ids": [row.input_ids for row in tokens], "labels": [row.labels for row in tokens]}
+            ),
+            data_collator=collator,
+            callbacks=[watch],
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise bad_spec(one_line(f"the trainer refuses these settings: {error}")) from error
+    models.for_training(model)
+    reserved_at_start = usage.reserved()
+    clock.lap("setup_s")
+
+    # Checkpoints would be kept from here: trainer.train(resume_from_checkpoint=...), and a callback that saves.
+    result = trainer.train()
+    clock.lap("train_s")
+    if not math.isfinite(result.training_loss):
+        raise JobFailure(FailureReason.NAN_LOSS, _nan_message(trainer.state.global_step))
+    memory = usage.memory(reserved_at_start)
+
+    report(Progress("save", step=trainer.state.global_step, steps=trainer.state.max_steps))
+    _save(model, tokenizer, Path(request.output) / "adapter", spec.base_model)
+    with contextlib.suppress(OSError):  # the trainer's own folder, empty as nothing is checkpointed
+        Path(config.output_dir or "").rmdir()
+    clock.lap("save_s")
+
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [[entry["step"], entry["loss"], entry["learning_rate"]] for entry in history]
+    train_s = clock.laps["train_s"]
+    return {
+        "memory": memory,
+        "time": clock.report() | {"train_minutes": round(train_s / 60, 2)},
+        "training": {
+            "steps": trainer.state.global_step,
+            "epochs": round(trainer.state.epoch or 0.0, 4),
+            "rows": watch.rows,
+            "tokens": watch.tokens,
+            "trained_tokens": watch.trained_tokens,
+            "tokens_per_s": round(watch.tokens / train_s, 1),
+            "final_loss": losses[-1][1] if losses else result.training_loss,
+            "mean_loss": result.training_loss,
+            "parameters": sum(size for _, size in parameters),
+            "trained_parameters": trained_parameters,
+            "seed": training.seed,
+        },
+        "losses": losses,
+        "data": file.summary.report() | asdict(data),
+        "versions": usage.versions(),
+    }
+
+
+def _config(spec: TrainSpec, request: Request, on_gpu: bool) -> SFTConfig:
+    """Every field that matters is written out: Unsloth and TRL change the defaults of transformers."""
+    training = spec.training
+    bf16 = on_gpu and torch.cuda.is_bf16_supported()
+    optim = training.optim
+    if not on_gpu and ("8bit" in optim or "paged" in optim):
+        optim = "adamw_torch_fused"
+        log.info("optim: %s needs a GPU, taking %s", training.optim, optim)
+    try:
+        return SFTConfig(
+            output_dir=str(Path(request.output) / "trainer"),
+            # how long
+            max_steps=training.steps or -1,
+            num_train_epochs=training.num_train_epochs or 1.0,
+            per_device_train_batch_size=training.per_device_train_batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            # optimizer
+            learning_rate=training.learning_rate,
+            lr_scheduler_type=training.lr_scheduler_type,
+            warmup_steps=training.warmup_steps,
+            optim=optim,
+            weight_decay=training.weight_decay,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_epsilon=1e-8,
+            max_grad_norm=1.0,
+            label_smoothing_factor=0.0,
+            # numbers
+            bf16=bf16,
+            fp16=on_gpu and not bf16,
+            use_cpu=not on_gpu,
+            gradient_checkpointing=bool(spec.lora.use_gradient_checkpointing),
+            loss_type="nll",
+            seed=training.seed,
+            data_seed=training.seed,
+            full_determinism=False,
+            # data: tokenised and cut already
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=training.max_seq_length,
+            packing=False,
+            padding_free=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            train_sampling_strategy="random",
+            dataloader_num_workers=0,
+            dataloader_drop_last=False,
+            # what is said and kept
+            logging_strategy="steps",
+            logging_steps=training.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # else a NaN loss is logged as a fine one
+            disable_tqdm=True,
+            report_to=training.report_to,
+            run_name=request.job_id,
+            eval_strategy="no",
+            save_strategy="no",
+            push_to_hub=False,
+        )
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise bad_spec(one_line(f"training: {error}")) from error
+
+
+class Collator:
+    """Pads rows on the right to the longest of the batch; remembers what each batch holds."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+        self.batches: deque[tuple[int, int, int]] = deque()  # rows, tokens, trained tokens; oldest first
+
+    def __call__(self, batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in batch)
+        ids = torch.full((len(batch), width), self.pad_token_id)
+        labels = torch.full((len(batch), width), IGNORED)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for place, row in enumerate(batch):
+            length = len(row["input_ids"])
+            ids[place, :length] = torch.tensor(row["input_ids"])
+            labels[place, :length] = torch.tensor(row["labels"])
+            mask[place, :length] = 1  # by length, never by the pad id: pad may be eos
+        self.batches.append((len(batch), int(mask.sum()), int((labels != IGNORED).sum())))
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}  # each (rows, width)
+
+
+class Watch(TrainerCallback):
+    """Counts what was trained on, reports progress, and ends the job when the loss is no number."""
+
+    def __init__(self, report: Report, collator: Collator) -> None:
+        self.report = report
+        self.collator = collator
+        self.rows = self.tokens = self.trained_tokens = 0
+        self.said_at = time.monotonic()
+        self.said_tokens = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.collator.batches:
+            return
+        rows, tokens, trained_tokens = self.collator.batches.popleft()
+        self.rows += rows
+        self.tokens += tokens
+        self.trained_tokens += trained_tokens
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.on_substep_end(args, state, control)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last loss, whatever logging_steps is
+        logs_now = control.should_log or state.global_step == 1 or state.global_step % args.logging_steps == 0
+        if not logs_now and time.monotonic() - self.said_at >= SILENCE_S:
+            self._say(state, {})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise JobFailure(FailureReason.NAN_LOSS, _nan_message(state.global_step))
+        self._say(state, logs)
+
+    def _say(self, state: Any, logs: dict[str, float]) -> None:
+        now = time.monotonic()
+        speed = (self.tokens - self.said_tokens) / max(now - self.said_at, 1e-9)
+        self.said_at, self.said_tokens = now, self.tokens
+        grad_norm = logs.get("grad_norm")
+        self.report(
+            Progress(
+                "train",
+                step=state.global_step,
+                steps=state.max_steps,
+                epoch=round(state.epoch or 0.0, 4),
+                loss=logs.get("loss"),
+                learning_rate=logs.get("learning_rate"),
+                grad_norm=float(grad_norm) if grad_norm is not None and math.isfinite(grad_norm) else None,
+                tokens_per_s=round(speed, 1),
+                reserved_bytes=usage.reserved(),
+            )
+        )
+
+
+def _size(parameter: Any) -> int:
+    """Numbers in a parameter; a 4-bit one holds two per byte and knows its true shape."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else int(parameter.numel())
+
+
+def _nan_message(step: int) -> str:
+    return f"the loss became NaN by step {step}; a lower learning_rate, or more warmup_steps, may help"
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, base_model: str) -> None:
+    """The adapter (method full: the whole model) and the tokenizer."""
+    if hasattr(model, "peft_config"):
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = base_model  # as the user named it, not a path in this worker's cache
+        # Vocabularies are never extended, so embeddings need not come along; PEFT would ask the hub about that.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))

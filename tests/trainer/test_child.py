@@ -1,0 +1,247 @@
+"""The trainer process over its protocol: training, evaluation, failures, several jobs in one process.
+
+The tests share one trainer and run in the order of the file; the last ones end it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer_child import DEADLINE_S, DEMO, Child, Done, evaluate_spec, train_spec
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpu_worker.protocol import Failed, Progress, Ready
+
+
+@pytest.fixture(scope="module")
+def trained(child: Child) -> Done:
+    return child.run(train_spec(training={"max_steps": 12}))
+
+
+@pytest.fixture(scope="module")
+def base(child: Child) -> Done:
+    return child.run(evaluate_spec())
+
+
+def lines(done: Done) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (done.folder / "questions.jsonl").read_text().splitlines()]
+
+
+def test_training_reports_memory_time_losses_and_data(trained: Done) -> None:
+    outcome = trained.outcome
+    assert outcome.keys() == {"memory", "time", "training", "losses", "data", "versions"}
+    memory, spent, training = outcome["memory"], outcome["time"], outcome["training"]
+    assert (memory["kind"], memory["gpu"]) == ("ram", "cpu")
+    assert 0 < memory["reserved_at_start_bytes"] <= memory["peak_reserved_bytes"] < memory["total_bytes"]
+    assert memory["peak_for_training_bytes"] == memory["peak_reserved_bytes"] - memory["reserved_at_start_bytes"]
+    assert 0 < memory["peak_percent"] < 100
+    assert {"load_s", "data_s", "train_s", "save_s", "total_s", "train_minutes"} <= spent.keys()
+    assert spent["train_s"] < spent["total_s"]
+    assert (training["steps"], training["rows"], training["epochs"]) == (12, 96, 1.5)
+    assert 0 < training["trained_parameters"] < training["parameters"]
+    assert 0 < training["trained_tokens"] < training["tokens"]
+    assert [step for step, _, _ in outcome["losses"]] == [1, 2, 4, 6, 8, 10, 12]
+    assert outcome["losses"][-1][1] < outcome["losses"][0][1]
+    assert training["final_loss"] == outcome["losses"][-1][1]
+    assert (outcome["data"]["rows"], outcome["data"]["used"], outcome["data"]["dropped"]) == (64, 64, {})
+
+
+def test_progress_runs_from_load_to_save(trained: Done) -> None:
+    assert list(dict.fromkeys(event.phase for event in trained.progress)) == ["load", "data", "train", "save"]
+    steps = [event for event in trained.progress if event.phase == "train" and event.loss is not None]
+    assert [event.step for event in steps] == [1, 2, 4, 6, 8, 10, 12]
+    assert all(event.steps == 12 and event.tokens_per_s and event.reserved_bytes for event in steps)
+    assert all(event.grad_norm and event.grad_norm > 0 for event in steps)
+
+
+def test_an_adapter_folder_holds_the_adapter_its_tokenizer_and_no_base_model(trained: Done) -> None:
+    files = {path.name for path in (trained.folder / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
+    assert "config.json" not in files
+    config = json.loads((trained.folder / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == (str(DEMO / "model"), 16)
+    assert [path.name for path in trained.folder.iterdir()] == ["adapter"]
+
+
+def test_the_same_job_in_the_same_process_gives_the_same_losses(child: Child, trained: Done) -> None:
+    again = child.run(train_spec(training={"max_steps": 12}))
+    assert again.outcome["losses"] == trained.outcome["losses"]
+
+
+def test_another_split_of_the_same_effective_batch_gives_nearly_the_same_losses(child: Child, trained: Done) -> None:
+    split = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 12}
+    other = child.run(train_spec(training=split)).outcome
+    for (_, loss, _), (_, expected, _) in zip(other["losses"], trained.outcome["losses"], strict=True):
+        assert loss == pytest.approx(expected, abs=0.02)
+
+
+def test_scores_are_the_log_probabilities_that_full_logits_give(base: Done) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
+    rows = [json.loads(line) for line in (DEMO / "test.jsonl").read_text().splitlines()[:6]]
+    for row, line in zip(rows, lines(base), strict=False):
+        options = "\n".join(f"{letter}. {text}" for letter, text in row["options"].items())
+        content = f"{row['question']}\n\nOptions:\n{options}\n\nPlease choose the correct answer."
+        asked = [{"role": "user", "content": content}]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        for letter, text in row["options"].items():
+            reply = tokenizer(f"The correct answer is {text}.", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt_ids + reply])).logits[0].log_softmax(-1)
+            places = range(len(prompt_ids) - 1, len(prompt_ids) + len(reply) - 1)
+            expected = sum(logits[place, token].item() for place, token in zip(places, reply, strict=True))
+            assert line["scores"][letter] == pytest.approx(expected, abs=1e-3)
+        assert line["picks"]["likelihood"] == max(line["scores"], key=line["scores"].__getitem__)
+        assert line["answer"] == row["answer_idx"]
+
+
+def test_an_evaluation_reports_accuracies_that_its_lines_bear_out(base: Done) -> None:
+    outcome, questions = base.outcome, lines(base)
+    assert outcome["questions"] == len(questions) == 24
+    for metric in ("likelihood", "likelihood_normalised", "generated"):
+        correct = sum(line["picks"][metric] == line["answer"] for line in questions)
+        low, high = outcome[metric]["interval"]
+        assert outcome[metric]["correct"] == correct
+        assert outcome[metric]["accuracy"] == correct / 24
+        assert low < outcome[metric]["accuracy"] < high
+    assert outcome["generated"]["answer_form"] == sum("correct answer is" in line["text"] for line in questions) / 24
+    assert all("<|end|>" not in line["text"] for line in questions)
+    assert base.progress[-1].step == base.progress[-1].steps == 48
+    # 95% Wilson interval of `correct` out of 24, by its formula.
+    share, z = outcome["likelihood"]["accuracy"], 1.959964
+    centre, spread = share + z * z / 48, z * math.sqrt(share * (1 - share) / 24 + z * z / (4 * 24 * 24))
+    expected = [(centre - spread) / (1 + z * z / 24), (centre + spread) / (1 + z * z / 24)]
+    assert outcome["likelihood"]["interval"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_greedy_answer_does_not_depend_on_what_is_in_its_batch(child: Child, base: Done) -> None:
+    alone = child.run(evaluate_spec(evaluation={"per_device_eval_batch_size": 1, "metrics": ["generated"]}))
+    assert [line["text"] for line in lines(alone)] == [line["text"] for line in lines(base)]
+    assert "likelihood" not in alone.outcome
+
+
+def test_an_adapter_changes_the_scores_and_half_the_batch_does_not(child: Child, trained: Done, base: Done) -> None:
+    asked = child.run(evaluate_spec(evaluation={"metrics": ["likelihood"]}), trained.folder / "adapter")
+    halved = {"metrics": ["likelihood"], "per_device_eval_batch_size": 2}
+    again = child.run(evaluate_spec(evaluation=halved), trained.folder / "adapter")
+    for tuned, same, plain in zip(lines(asked), lines(again), lines(base), strict=True):
+        assert tuned["scores"] == pytest.approx(same["scores"], abs=1e-3)
+        assert tuned["scores"] != pytest.approx(plain["scores"], abs=1e-3)
+
+
+def test_four_bits_and_all_weights_are_trained_and_asked_too(child: Child) -> None:
+    quantised = child.run(train_spec(method="qlora", training={"max_steps": 1}))
+    assert quantised.outcome["training"]["trained_parameters"] < quantised.outcome["training"]["parameters"]
+    asked = evaluate_spec(method="qlora", load_in_4bit=True, evaluation={"limit": 4, "metrics": ["likelihood"]})
+    assert child.run(asked, quantised.folder / "adapter").outcome["questions"] == 4
+
+    full = child.run(train_spec(method="full", training={"max_steps": 1}))
+    assert full.outcome["training"]["trained_parameters"] == full.outcome["training"]["parameters"]
+    files = {path.name for path in (full.folder / "adapter").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
+    assert "adapter_config.json" not in files
+    asked = evaluate_spec(method="full", evaluation={"limit": 4, "metrics": ["likelihood"]})
+    assert child.run(asked, full.folder / "adapter").outcome["questions"] == 4
+
+
+def test_conversations_are_trained_on_and_cannot_be_asked(child: Child, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": turns * 2}) + "\n")
+    done = child.run(train_spec(data={"source": str(file)}, training={"max_steps": 1}))
+    assert done.outcome["data"]["preview"].count("<<Hello<|end|>>>") == 2
+    failure = child.run(evaluate_spec(evaluation={"source": str(file)})).failure
+    assert failure.reason == "bad_data"
+    assert "likelihood, generated need multiple-choice rows" in failure.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "words"),
+    [
+        ({"base_model": "/no/such/folder"}, "bad_spec", "/no/such/folder does not exist"),
+        ({"base_model": str(DEMO)}, "bad_spec", "no config.json"),
+        ({"base_model": str(DEMO / "train.jsonl")}, "bad_spec", "not a GGUF model"),
+        ({"training": {"packing": True}}, "bad_spec", "packing comes with a later version"),
+        ({"training": {"optim": "sgdd"}}, "bad_spec", "sgdd"),
+        ({"training": {"lr_scheduler_type": "zigzag"}}, "bad_spec", "zigzag"),
+        ({"lora": {"target_modules": ["no_such_proj"]}}, "bad_spec", "no_such_proj"),
+        ({"lora": {"rank": 4}}, "bad_spec", "not valid"),
+        ({"data": {"source": "/no/such/file.jsonl"}}, "bad_data", "/no/such/file.jsonl does not exist"),
+        ({"training": {"max_seq_length": 16}}, "bad_data", "no row is left to train on"),
+        ({"training": {"learning_rate": 1e30}}, "nan_loss", "the loss became NaN"),
+    ],
+)
+def test_a_job_that_cannot_work_fails_with_its_reason_and_the_trainer_goes_on(
+    changes: dict[str, Any], reason: str, words: str, child: Child
+) -> None:
+    failure = child.run(train_spec(**changes)).failure
+    assert failure.reason == reason, failure
+    assert words in failure.message
+    assert "\n" not in failure.message
+    assert child.process.poll() is None
+
+
+def test_a_folder_without_weights_an_adapter_and_another_kind_of_model_are_no_base_models(
+    child: Child, trained: Done, tmp_path: Path
+) -> None:
+    cases = {"weights": "has no weights", "kind": "no causal language model"}
+    for name in cases:
+        (tmp_path / name).mkdir()
+        for file in (DEMO / "model").iterdir():
+            if name == "kind" or file.suffix != ".safetensors":
+                (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "kind" / "config.json").read_text())
+    (tmp_path / "kind" / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]})
+    )
+    (tmp_path / "adapter").symlink_to(trained.folder / "adapter")
+    for name, words in (cases | {"adapter": "is an adapter, not a base model"}).items():
+        failure = child.run(train_spec(base_model=str(tmp_path / name))).failure
+        assert (failure.reason, words in failure.message) == ("bad_spec", True), failure
+
+
+def test_an_evaluation_without_its_adapter_is_a_matter_of_storage(child: Child, tmp_path: Path) -> None:
+    assert child.run(evaluate_spec(), adapter=tmp_path).failure.reason == "storage"
+
+
+def test_questions_that_do_not_fit_are_left_out_and_counted(child: Child, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (DEMO / "test.jsonl").read_text().splitlines()[:3]]
+    rows[1]["question"] = "fish " * 200
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"source": str(tmp_path / "d.jsonl"), "metrics": ["likelihood"]}
+    done = child.run(evaluate_spec(max_seq_length=150, evaluation=asked))
+    assert (done.outcome["questions"], done.outcome["data"]["too_long"]) == (2, 1)
+    assert [line["index"] for line in lines(done)] == [0, 2]
+
+
+def test_an_unforeseen_failure_is_reported_and_ends_the_trainer(child: Child, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = child.run(evaluate_spec(evaluation={"limit": 2, "metrics": ["likelihood"]}), output=tmp_path / "file")
+    assert done.failure.reason == "internal"
+    assert done.failure.message.startswith("NotADirectoryError")
+    assert child.next_event() is None
+    assert child.process.wait(DEADLINE_S) == 0
+    assert "Traceback (most recent call last)" in child.log.read_text()
+
+
+def test_sigterm_ends_a_trainer_in_the_middle_of_a_job(tmp_path: Path) -> None:
+    child = Child(tmp_path)
+    try:
+        assert isinstance(child.next_event(), Ready)
+        child.send(train_spec(training={"max_steps": 10_000, "num_train_epochs": None}))
+        event = child.next_event()
+        while not (isinstance(event, Progress) and event.phase == "train"):
+            assert event is not None
+            assert not isinstance(event, Failed)
+            event = child.next_event()
+        child.process.send_signal(signal.SIGTERM)
+        assert child.process.wait(DEADLINE_S) == -signal.SIGTERM
+    finally:
+        child.close()

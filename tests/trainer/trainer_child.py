@@ -1,0 +1,125 @@
+"""A trainer process for the tests, spoken to as a worker does, and small jobs for it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from gpu_worker.protocol import EVENTS_FD, Event, Failed, Progress, Request, Result, decode
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "cli" / "demo"
+DEADLINE_S = 180.0
+
+
+class Child:
+    """A running trainer. Every wait has a deadline."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.jobs = 0
+        reading, writing = os.pipe()
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("LORAQ_")},
+            EVENTS_FD: str(writing),
+            "LORAQ_CACHE_DIR": str(folder / "cache"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # these tests are about a CPU
+        }
+        self.log = folder / "log.txt"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "gpu_worker.trainer.child"],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=folder, env=environment, pass_fds=[writing],
+            )  # fmt: skip
+        os.close(writing)
+        self.events: queue.Queue[Event | None] = queue.Queue()
+        threading.Thread(target=self._read, args=(reading,), daemon=True).start()
+
+    def _read(self, descriptor: int) -> None:
+        with os.fdopen(descriptor, "rb") as lines:
+            for line in lines:
+                self.events.put(decode(line))
+        self.events.put(None)
+
+    def next_event(self) -> Event | None:
+        """The next event; None once the trainer has closed its end."""
+        try:
+            return self.events.get(timeout=DEADLINE_S)
+        except queue.Empty:
+            raise AssertionError(f"no event within {DEADLINE_S} s; the log:\n{self.log.read_text()[-3000:]}") from None
+
+    def send(self, spec: dict[str, Any], adapter: Path | None = None, output: Path | None = None) -> Path:
+        """Hand it a job; returns the job's output folder."""
+        self.jobs += 1
+        if output is None:
+            output = self.folder / f"job{self.jobs}"
+            output.mkdir()
+        request = Request(f"job{self.jobs}", spec, str(output), str(adapter) if adapter else None)
+        assert self.process.stdin is not None
+        self.process.stdin.write(request.line())
+        self.process.stdin.flush()
+        return output
+
+    def run(self, spec: dict[str, Any], adapter: Path | None = None, output: Path | None = None) -> Done:
+        """Hand it a job and wait for its end."""
+        folder = self.send(spec, adapter, output)
+        progress: list[Progress] = []
+        while True:
+            event = self.next_event()
+            assert event is not None, f"the trainer ended; its log:\n{self.log.read_text()[-3000:]}"
+            if isinstance(event, Progress):
+                progress.append(event)
+            elif isinstance(event, (Result, Failed)):
+                return Done(event, progress, folder)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(DEADLINE_S)
+
+
+class Done:
+    """How a job ended."""
+
+    def __init__(self, end: Result | Failed, progress: list[Progress], folder: Path) -> None:
+        self.end = end
+        self.progress = progress
+        self.folder = folder
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        assert isinstance(self.end, Result), self.end
+        return self.end.outcome
+
+    @property
+    def failure(self) -> Failed:
+        assert isinstance(self.end, Failed), self.end
+        return self.end
+
+
+def train_spec(**changes: Any) -> dict[str, Any]:
+    """A small training job on the demo model; `training` and `data` are merged, the rest replaced."""
+    training = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 2e-3,
+        "logging_steps": 2, "warmup_steps": 0, "max_seq_length": 256,
+    } | changes.pop("training", {})  # fmt: skip
+    data = {"source": str(DEMO / "train.jsonl"), "limit": 64} | changes.pop("data", {})
+    return {
+        "kind": "train", "base_model": str(DEMO / "model"), "method": "lora", "data": data, "lora": {},
+        "training": training, "resources": {}, **changes,
+    }  # fmt: skip
+
+
+def evaluate_spec(**changes: Any) -> dict[str, Any]:
+    """A small evaluation on the demo model; `evaluation` is merged, the rest replaced."""
+    evaluation = {"source": str(DEMO / "test.jsonl"), "limit": 24} | changes.pop("evaluation", {})
+    return {
+        "kind": "evaluate", "base_model": str(DEMO / "model"), "method": "lora", "adapter_job": None,
+        "load_in_4bit": False, "max_seq_length": 256, "evaluation": evaluation, "resources": {}, **changes,
+    }  # fmt: skip
