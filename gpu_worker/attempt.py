@@ -11,66 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_worker import guardian
+from gpu_worker.confine import check_source
 from gpu_worker.journal import Journal
+from gpu_worker.lease import Lease
 from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Failed, Progress, Request, Result
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
-from jobqueue.errors import LoraqError, ServerError, StaleAttemptError, StorageError
-from jobqueue.job import Claim, FailureReason, JobState
-from jobqueue.retry import decide
+from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
+from jobqueue.job import Claim, FailureReason, JobState, Settlement
+from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage, attempt_folder
-from jobqueue.store import Settlement, Store
+from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
-KILL_S = 1.0  # what a guardian may need, at most, from its deadline to the last process' end
-
-
-class Lease:
-    """Renews a claim from a thread of its own, tells the guardian each new deadline, hears of a cancel.
-
-    The deadline that the guardian gets is counted from before the renewal was sent, so that it lies before the
-    one that the server keeps: a cut-off trainer is dead before anyone else may claim its job.
-    """
-
-    def __init__(self, store: Store, claim: Claim, settings: Settings, claimed_at: float) -> None:
-        self._store, self._claim, self._settings = store, claim, settings
-        self._margin = min(2 * KILL_S, settings.lease_s / 4)
-        self.deadline = claimed_at + settings.lease_s - self._margin
-        self.cancelled = threading.Event()
-        self.lost = threading.Event()
-        self._trainer: TrainerProcess | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name=f"lease-{claim.job_id}", daemon=True)
-        self._thread.start()
-
-    def guard(self, trainer: TrainerProcess) -> None:
-        """From now on that trainer lives no longer than the lease."""
-        trainer.set_deadline(self.deadline)
-        self._trainer = trainer
-
-    def close(self) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _renew(self) -> None:
-        while not self._done.wait(self._settings.renew_s):
-            asked_at = guardian.now()
-            try:
-                if self._store.renew(self._claim):
-                    self.cancelled.set()
-            except StaleAttemptError:
-                self.lost.set()
-                return
-            except ServerError as error:
-                log.warning("%s: not renewed: %s", self._claim.job_id, error.what)
-                if guardian.now() > self.deadline:
-                    self.lost.set()
-                continue
-            self.deadline = asked_at + self._settings.lease_s - self._margin
-            if self._trainer is not None:
-                self._trainer.set_deadline(self.deadline)
 
 
 class Attempt:
@@ -91,14 +45,15 @@ class Attempt:
         self._store, self._storage, self._settings = store, storage, settings
         self._pool, self._draining, self._wake = pool, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at)
-        self._scratch = settings.data_dir / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
+        self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
+        self.sick = False  # this host, not the job, is to blame for how it ended
 
     def run(self) -> None:
         try:
-            self._scratch.mkdir(parents=True)
             end = self._end()
             if end is not None:
-                self._settle(end)
+                self.sick = end.reason == FailureReason.STORAGE
+                self._wake(self._lease.settle(end, self._draining))
         except StaleAttemptError as error:
             log.warning("%s; its trainer was ended", error.what)
         finally:
@@ -108,7 +63,8 @@ class Attempt:
     def _end(self) -> Settlement | None:
         """How the attempt ended; None where the job was lost to another."""
         try:
-            done = self._storage.published(self._claim.job_id, self._claim.batch)
+            self._scratch.mkdir(parents=True)
+            done = self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
             if done is not None and done.manifest["spec"] == self._claim.spec:
                 # an earlier attempt had finished, and only its word did not arrive
                 return Settlement(JobState.SUCCEEDED, outcome=done.manifest["outcome"])
@@ -128,24 +84,16 @@ class Attempt:
         """The job as this machine can do it: sources readable, the adapter in a folder."""
         spec = dict(self._claim.spec)
         section = "data" if spec["kind"] == "train" else "evaluation"
+        for source in (spec["base_model"], spec[section]["source"]):
+            check_source(source, self._settings.model_roots)
         spec[section] = {**spec[section], "source": self._storage.resolve(spec[section]["source"])}
-        for path in (spec["base_model"], spec[section]["source"]):
-            self._check_allowed(path)
         adapter = None
         if spec["kind"] == "evaluate" and spec["adapter_job"]:
-            trained = self._storage.published(spec["adapter_job"], self._claim.batch)
-            if trained is None:
-                raise StorageError(f"the adapter of {spec['adapter_job']} is not in the storage {self._storage.url}")
-            adapter = str(self._storage.fetch(f"{trained.folder}/adapter", self._scratch / "adapter"))
+            trained = self._store.job(spec["adapter_job"]).outcome["folder"]
+            adapter = str(self._storage.fetch(f"{trained}/adapter", self._scratch / "adapter"))
         output = self._scratch / "output"
         output.mkdir()
         return Request(self._claim.job_id, spec, str(output), adapter)
-
-    def _check_allowed(self, path: str) -> None:
-        if not path.startswith("/") or path.startswith(self._storage.address("")):
-            return
-        if not any(Path(path).resolve().is_relative_to(root) for root in self._settings.model_roots):
-            raise LoraqError(f"{path} lies outside the folders that this worker may read (model_roots)")
 
     def _work(self, request: Request) -> Settlement | None:
         with Journal(self._store, self._claim, self._scratch / "log.txt") as journal:
@@ -158,6 +106,7 @@ class Attempt:
             except BaseException:
                 trainer.kill()
                 raise
+            self._lease.release()
             self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
         return self._judge(end, request, journal.last_line)
 
@@ -212,6 +161,7 @@ class Attempt:
         outcome = {**outcome, "folder": folder}
         manifest = {
             "job": self._claim.job_id,
+            "submission": self._claim.submission,
             "attempt": self._claim.attempt,
             "spec": self._claim.spec,
             "outcome": outcome,
@@ -221,23 +171,4 @@ class Attempt:
         return Settlement(JobState.SUCCEEDED, outcome=outcome)
 
     def _failure(self, reason: FailureReason, message: str) -> Settlement:
-        decision = decide(reason, self._claim.failures, self._settings.max_failures)
-        return Settlement(
-            state=JobState.QUEUED if decision.again else JobState.FAILED,
-            reason=reason,
-            message=message,
-            delay_s=decision.delay_s,
-            counts=decision.counts,
-        )
-
-    def _settle(self, end: Settlement) -> None:
-        """Until the server has taken it, or given the job to another. Raises StaleAttemptError."""
-        while True:
-            try:
-                self._wake(self._store.settle(self._claim, end))
-                log.info("%s: attempt %d %s %s", self._claim.job_id, self._claim.attempt, end.state, end.message)
-                return
-            except ServerError as error:
-                log.warning("%s: not settled yet: %s", self._claim.job_id, error.what)
-                if self._draining.wait(self._settings.renew_s) and guardian.now() > self._lease.deadline:
-                    return  # the worker has to go; the sweeper, and the manifest, will speak for the attempt
+        return after_failure(reason, message, self._claim.failures, self._settings.max_failures)

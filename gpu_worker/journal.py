@@ -31,6 +31,7 @@ class Journal:
         self._file = file.open("a", encoding="utf-8")
         self._backlog: deque[tuple[str, str]] = deque(maxlen=MAX_BACKLOG)
         self._next_flush = 0.0
+        self._sent = 0  # entries that the store has
         self.last_line = ""
 
     def __enter__(self) -> Journal:
@@ -60,7 +61,7 @@ class Journal:
         while self._backlog:
             bundle = [self._backlog[i] for i in range(min(MAX_BUNDLE, len(self._backlog)))]
             try:
-                self._store.append(self._claim, bundle)
+                self._store.append(self._claim, bundle, self._sent)
             except ServerError as error:
                 log.warning("%s: log kept back: %s", self._claim.job_id, error.what)
                 self._next_flush = time.monotonic() + RETRY_S
@@ -68,5 +69,6 @@ class Journal:
             except StaleAttemptError:
                 self._backlog.clear()  # the lease thread has noticed, or will
                 return
+            self._sent += len(bundle)
             for _ in bundle:
                 self._backlog.popleft()

@@ -1,6 +1,6 @@
 """`loraq worker`: finds this host's GPUs, starts one pinned Celery process for each and one for control, keeps them up.
 
-    python -P -m gpu_worker.main [--cpu] [--gpu INDEX|UUID]... [--slots N] [--no-control] [--control-only]
+    python -P -m gpu_worker.main [--cpu] [--gpu INDEX|UUID]... [--no-control] [--control-only]
 
 SIGTERM drains all of them; when this process dies in any other way, they die with it.
 """
@@ -60,9 +60,9 @@ def devices(options: argparse.Namespace) -> list[Device]:
     return found
 
 
-def served(device: Device, slots: int, url: str) -> Served:
+def served(device: Device, url: str) -> Served:
     command = [sys.executable, "-P", "-m", "gpu_worker.serve", "--kind", device.kind, "--name", device.name]
-    command += ["--uuid", device.uuid, "--index", str(device.index), "--slots", str(slots)]
+    command += ["--uuid", device.uuid, "--index", str(device.index)]
     # Pinned here, before the process exists: nothing in it can touch CUDA any earlier. By UUID, as indices change
     # with CUDA_DEVICE_ORDER; the control worker and a CPU worker see no GPU at all. The URL is no argument: it may
     # hold a password, and arguments are for everyone to read.
@@ -74,7 +74,7 @@ def served(device: Device, slots: int, url: str) -> Served:
 def run(options: argparse.Namespace) -> None:
     settings = Settings()
     url = connect_url(settings)
-    workers = [served(device, options.slots, url) for device in devices(options)]
+    workers = [served(device, url) for device in devices(options)]
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))
@@ -95,7 +95,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="loraq worker")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gpu", action="append", default=[])
-    parser.add_argument("--slots", type=int, default=1)
     parser.add_argument("--no-control", action="store_true")
     parser.add_argument("--control-only", action="store_true")
     options = parser.parse_args()

@@ -27,7 +27,7 @@ class TrainerPool:
         grace_s: float,
         command: Sequence[str] | None = None,
     ) -> None:
-        self._environment, self._folder, self._grace_s = environment, folder, grace_s
+        self._environment, self.folder, self._grace_s = environment, folder, grace_s
         self._command = list(command) if command else [sys.executable, "-P", "-m", "gpu_worker.trainer.child"]
         self._resting: tuple[TrainerProcess, str, float] | None = None
         self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class TrainerPool:
             if known == base_model and not any(isinstance(m, Ended) for m in trainer.messages(0)):
                 return trainer
             trainer.kill()
-        return TrainerProcess(self._command, self._environment, self._folder, self._grace_s)
+        return TrainerProcess(self._command, self._environment, self.folder, self._grace_s)
 
     def give_back(self, trainer: TrainerProcess, base_model: str, *, clean: bool) -> None:
         """To rest where it ended its job well, to its end otherwise; nothing of it is left then."""

@@ -37,4 +37,4 @@ def _picks(job: Job, storage: Storage) -> Mapping[int, bool]:
         return {}
     metric = "likelihood" if "likelihood" in job.outcome else "generated"
     rows = [json.loads(line) for line in text.splitlines()]
-    return {row["index"]: row["picks"][metric] == row["answer"] for row in rows}
+    return {row["index"]: metric in row["right"] for row in rows}

@@ -6,34 +6,38 @@ import argparse
 import logging
 import os
 import secrets
+import shutil
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 
-from celery.platforms import SecurityWarning
+from celery.exceptions import SecurityWarning
 from celery.signals import setup_logging, worker_shutting_down
 
 from gpu_worker import guardian
 from gpu_worker.attempt import Attempt
 from gpu_worker.gpu import Device, free_bytes
+from gpu_worker.lease import Lease
 from gpu_worker.pool import TrainerPool
 from gpu_worker.report import make_report
 from gpu_worker.trainer_process import trainer_environment
 from jobqueue.broker import WAKE, make_app, queue_name, send_tokens
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
-from jobqueue.job import Claim, FailureReason, JobKind, JobState
+from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
 from jobqueue.memory import classes_for
-from jobqueue.retry import decide
+from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
-from jobqueue.store import Settlement, Store
+from jobqueue.store import Store
 from jobqueue.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
+FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0  # of a host that cannot write
 SUPERVISOR = "LORAQ_SUPERVISOR"  # the process id of `gpu_worker.main`
 
 
@@ -49,11 +53,13 @@ class Worker:
         self.storage = Storage(settings.storage_url)
         cache = settings.data_dir / "cache" / device.label
         cache.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(cache / "scratch", ignore_errors=True)  # of attempts that ended with kill -9
         self.pool = TrainerPool(
             trainer_environment(device.kind, cache), cache, settings.grace_s, settings.trainer_command
         )
         self._slots = threading.BoundedSemaphore(slots)
         self._running: set[str] = set()
+        self._pause_s = self._well_at = 0.0
         self._usable = free_bytes(device) if device.kind != "control" else 0
 
     @property
@@ -68,7 +74,7 @@ class Worker:
         if not self._slots.acquire(blocking=wait):
             return
         try:
-            while not self.draining.is_set() and self._work_once():
+            while not self.draining.is_set() and time.monotonic() >= self._well_at and self._work_once():
                 pass
         finally:
             self._slots.release()
@@ -98,29 +104,45 @@ class Worker:
             self._run(claim, claimed_at)
         except Exception:  # nothing that a job does may end its worker; the lease ends the job
             log.exception("%s: attempt %d broke its slot", claim.job_id, claim.attempt)
+            self._pause(sick=True)
         finally:
             self._running.discard(claim.job_id)
         return True
 
     def _run(self, claim: Claim, claimed_at: float) -> None:
         if claim.spec["kind"] == JobKind.REPORT:
-            self._report(claim)
+            self._report(claim, claimed_at)
             return
         wake = partial(send_tokens, self.app)
         args = (claim, claimed_at, self.store, self.storage, self.settings, self.pool, self.draining, wake)
-        Attempt(*args).run()
+        attempt = Attempt(*args)
+        attempt.run()
+        self._pause(attempt.sick)
 
-    def _report(self, claim: Claim) -> None:
+    def _pause(self, sick: bool) -> None:
+        """A host whose storage or disk fails would spoil the whole queue, one job after the other: it rests, longer
+        each time, until an attempt shows that it is well again."""
+        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S) if sick else 0.0
+        self._well_at = time.monotonic() + self._pause_s
+        if sick:
+            log.warning("nothing is claimed for %g s: the storage or a disk of this host failed", self._pause_s)
+
+    def _report(self, claim: Claim, claimed_at: float) -> None:
+        lease = Lease(self.store, claim, self.settings, claimed_at)
         try:
-            end = Settlement(JobState.SUCCEEDED, outcome=make_report(claim, self.store, self.storage))
-        except LoraqError as error:
-            decision = decide(FailureReason.STORAGE, claim.failures, self.settings.max_failures)
-            state = JobState.QUEUED if decision.again else JobState.FAILED
-            end = Settlement(state, FailureReason.STORAGE, error.what, None, decision.delay_s, decision.counts)
-        try:
-            self.store.settle(claim, end)
+            try:
+                end = Settlement(JobState.SUCCEEDED, outcome=make_report(claim, self.store, self.storage))
+            except Exception as error:
+                log.exception("%s: no report", claim.job_id)
+                reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
+                if isinstance(error, LoraqError):
+                    reason, message = FailureReason.STORAGE, error.what
+                end = after_failure(reason, message, claim.failures, self.settings.max_failures)
+            lease.settle(end, self.draining)
         except StaleAttemptError as error:
             log.warning("%s", error.what)
+        finally:
+            lease.close()
 
     # -- what goes on beside the jobs
 
@@ -198,6 +220,8 @@ class Worker:
             )
         finally:
             self.draining.set()
+            for _ in range(self.slots):  # Celery waits for jobs that a token began; `ask` begins others
+                self._slots.acquire()
             self.leave()
 
 
@@ -208,7 +232,6 @@ def main() -> None:
     parser.add_argument("--uuid", default="")
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--total-bytes", type=int, default=0)
-    parser.add_argument("--slots", type=int, default=1)
     chosen = parser.parse_args()
     guardian.die_with(int(os.environ[SUPERVISOR]))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {chosen.kind}{chosen.index} %(levelname)s %(message)s")
@@ -217,7 +240,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=SecurityWarning)
     device = Device(chosen.kind, chosen.name or chosen.kind, chosen.uuid, chosen.index, chosen.total_bytes)
     settings = Settings()
-    Worker(device, settings, connect_url(settings), chosen.slots).serve()
+    Worker(device, settings, connect_url(settings)).serve()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from gpu_worker.protocol import EVENTS_FD, Event, Request, decode
 
 MARK = "LORAQ_TRAINER"  # in the environment of everything that a trainer starts
 MAX_LINE = 8_000  # characters of a log line; the rest of it is cut
+KILLED_S = 5.0  # how long a process may live after its SIGKILL, in the kernel's hands
+READ, READS = 1 << 16, 16  # bytes at once (what a pipe holds), and how often before whoever waits is answered
 
 
 @dataclass(frozen=True)
@@ -122,15 +125,24 @@ class TrainerProcess:
             return found
         ready = {key.fd for key, _ in self._selector.select(seconds)}
         if self._events in ready:
-            events = [decode(line) for line in self._lines(self._events)]
+            events = [self._event(line) for line in self._lines(self._events)]
             found += [LogLine(text) for text in self._log_lines()]
             found += events
         elif self._log in ready:
             found += [LogLine(text) for text in self._log_lines()]
-        if self.guardian.poll() is not None:
+        if self.guardian.poll() is not None:  # what lies in the pipes came before its end
             found += [LogLine(text) for text in self._log_lines()]
+            found += [self._event(line) for line in self._lines(self._events)]
             found.append(Ended(self._clean_up()))
         return found
+
+    @staticmethod
+    def _event(line: bytes) -> Message:
+        """Half an event, of a trainer that was killed while it wrote, is no more than a line of its log."""
+        try:
+            return decode(line)
+        except ValueError:
+            return LogLine(f"not an event: {line[:MAX_LINE]!r}")
 
     def _log_lines(self) -> list[str]:
         lines = []
@@ -138,14 +150,17 @@ class TrainerProcess:
             text = line.decode("utf-8", errors="replace").rstrip("\r").rpartition("\r")[2]  # a bar's last state
             if text.strip():
                 lines.append(text[:MAX_LINE])
+        rest = self._rest[self._log]
+        if len(rest) > READ:  # a line that does not end: of a progress bar the last state, of others the beginning
+            self._rest[self._log] = rest[rest.rfind(b"\r", 0, -1) + 1 :][:READ]
         return lines
 
     def _lines(self, descriptor: int) -> list[bytes]:
-        """The complete lines that can be read now."""
+        """The complete lines that can be read now, at least as much as lay in the pipe at the call."""
         data = self._rest[descriptor]
-        while True:
+        for _ in range(READS):
             try:
-                piece = os.read(descriptor, 1 << 16)
+                piece = os.read(descriptor, READ)
             except BlockingIOError:
                 break
             if not piece:
@@ -180,10 +195,12 @@ class TrainerProcess:
         self._exit_code = code if code >= 0 else 128 - code
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.guardian.pid, signal.SIGKILL)
-        for process in marked(self.mark):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-                process.wait(5)
+        give_up_at = time.monotonic() + KILLED_S
+        while (left := marked(self.mark)) and time.monotonic() < give_up_at:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            time.sleep(0.02)
         self._selector.close()
         for descriptor in (self._request, self._events, self._log):
             os.close(descriptor)

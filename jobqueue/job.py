@@ -66,6 +66,19 @@ class Claim:
     batch: str
     failures: int
     lease_s: float
+    submission: str = ""  # random, of the submit that made the job
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """The end of an attempt. `state` queued means: again, `delay_s` from now."""
+
+    state: JobState
+    reason: str = ""
+    message: str = ""
+    outcome: Mapping[str, Any] | None = None
+    delay_s: float = 0.0
+    counts: bool = False  # as one more failure
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jobqueue import base_model, rows
 from jobqueue.errors import DataError, Problem, SpecError
@@ -16,6 +16,7 @@ from jobqueue.spec import DataSpec, EvaluateSpec, ReportSpec, RunSpec, TrainSpec
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
+EVALUATOR = 1  # raised when the same answers would be scored otherwise: base models are then asked anew
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz")
 
@@ -71,6 +72,7 @@ class _Lookups:
     files: dict[str, Path] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
+    checked: set[tuple[Any, ...]] = field(default_factory=set)
 
     def data(self, spec: AnyData) -> AnyData:
         """With the source of a local file replaced by its content's address. Raises DataError."""
@@ -80,9 +82,12 @@ class _Lookups:
             return spec
         if not path.is_file():
             raise DataError(f"there is no data file {path}", f"Correct `source: {spec.source}`, or give a hub id.")
+        reading = (path, spec.format, spec.limit, *sorted(spec.columns.items()))
+        if reading not in self.checked:
+            rows.check_file(spec.model_copy(update={"source": str(path)}))
+            self.checked.add(reading)
         source = next((known for known, file in self.files.items() if file == path), "")
         if not source:
-            rows.check_file(spec.model_copy(update={"source": str(path)}))
             source = blob_source(path)
             self.files[source] = path
         return spec.model_copy(update={"source": source})
@@ -114,15 +119,12 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
         SpecError, DataError: before anything was sent.
     """
     look = _Lookups(sweep, workers_are_here)
-    jobs: list[PlannedJob] = []
+    jobs: dict[str, PlannedJob] = {}
     for number, trial in enumerate(sweep.trials, start=1):
         for job in _trial_jobs(str(number), trial, look):
-            if job.id not in {known.id for known in jobs}:  # trials share a base evaluation
-                jobs.append(job)
-    report = ReportSpec(batch=BATCH)
-    ids = tuple(job.id for job in jobs)
-    jobs.append(PlannedJob("report", JobKind.REPORT, "", report, 0, follows=ids))
-    return Plan(sweep, tuple(jobs), look.files, tuple(look.warnings))
+            jobs.setdefault(job.id, job)  # trials share a base evaluation
+    report = PlannedJob("report", JobKind.REPORT, "", ReportSpec(batch=BATCH), 0, follows=tuple(jobs))
+    return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings))
 
 
 def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
@@ -169,7 +171,7 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
 def _base_id(spec: EvaluateSpec) -> str:
     """The same for all that must give the same scores: by model, precision, questions and how they are asked."""
     asked = spec.evaluation.model_dump(exclude={"compare_with_base", "per_device_eval_batch_size", "load_in_4bit"})
-    key = [base_model.fingerprint(spec.base_model), spec.load_in_4bit, spec.max_seq_length, asked]
+    key = [EVALUATOR, base_model.fingerprint(spec.base_model), spec.load_in_4bit, spec.max_seq_length, asked]
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 

@@ -195,13 +195,13 @@ def mcnemar(gained: int, lost: int) -> float | None:
 
 
 def _compare(one: Score, other: Score, mine: Mapping[int, bool], theirs: Mapping[int, bool]) -> Comparison:
-    points = round(100 * (one.accuracy - other.accuracy), 6)
+    """On the questions that both were asked: one may have left out some that were too long for it."""
     both = mine.keys() & theirs.keys()
     if not both:
-        return Comparison(points)
+        return Comparison(round(100 * (one.accuracy - other.accuracy), 6))
     gained = sum(mine[question] and not theirs[question] for question in both)
     lost = sum(theirs[question] and not mine[question] for question in both)
-    return Comparison(points, gained, lost, mcnemar(gained, lost))
+    return Comparison(round(100 * (gained - lost) / len(both), 6), gained, lost, mcnemar(gained, lost))
 
 
 def _trial(

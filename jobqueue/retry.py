@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from jobqueue.job import FailureReason as R
+from jobqueue.job import JobState, Settlement
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ TABLE = {
     R.INTERNAL: Rule(2, delay_s=5),
     R.CRASHED: Rule(3, delay_s=5),
     R.LOST: Rule(3),
-    R.STORAGE: Rule(5, delay_s=30),
+    R.STORAGE: Rule(5, delay_s=30),  # the worker pauses as well, see gpu_worker/serve.py
     R.PREEMPTED: Rule(1, counts=False),
 }
 
@@ -58,3 +59,15 @@ def decide(reason: R, failures: int, max_failures: int, jitter: float | None = N
         return Decision(again=False)
     spread = 0.5 + (random.random() if jitter is None else jitter)
     return Decision(again=True, delay_s=rule.delay_s * 2**failures * spread)
+
+
+def after_failure(reason: R, message: str, failures: int, max_failures: int) -> Settlement:
+    """How an attempt ends that failed for this reason, `failures` being those that the job had before."""
+    decision = decide(reason, failures, max_failures)
+    return Settlement(
+        state=JobState.QUEUED if decision.again else JobState.FAILED,
+        reason=reason,
+        message=message,
+        delay_s=decision.delay_s,
+        counts=decision.counts,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import secrets
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from jobqueue.memory import GIB
 from jobqueue.plan import BATCH, Plan, PlannedJob, make_plan
 from jobqueue.results import BatchReport, build_report
 from jobqueue.settings import Settings
-from jobqueue.spec import ReportSpec
+from jobqueue.spec import EvaluateSpec, ReportSpec, TrainSpec
 from jobqueue.storage import Storage
 from jobqueue.store import NewJob, Store
 from jobqueue.sweep import Sweep, read_sweep
@@ -71,14 +72,16 @@ class Client:
         for source, path in plan.files.items():
             self.storage.put_blob(path, source)
         name, number = plan.sweep.name, 1
-        while (classes := self._submit_as(name, plan)) is None:
+        # What the storage has of that name is of another server, or of a time that this one has forgotten.
+        while self.storage.exists(f"batches/{name}") or (classes := self._submit_as(name, plan)) is None:
             number += 1
             name = f"{plan.sweep.name}-{number}"
         send_tokens(self._app, classes)
         return self.store.batch(name)
 
     def _submit_as(self, name: str, plan: Plan) -> list[str] | None:
-        jobs = [_new_job(job, name, self.settings.owner) for job in plan.jobs]
+        submission = secrets.token_hex(8)
+        jobs = [_new_job(job, name, self.settings.owner, submission) for job in plan.jobs]
         base_model = plan.sweep.trials[0].run.base_model
         ids = [job.id for job in jobs]
         return self.store.submit(name, self.settings.owner, len(plan.sweep.trials), base_model, jobs, ids)
@@ -130,7 +133,7 @@ class Client:
         if batch is None:
             asked, classes = self.store.cancel([self.job(target).id])
         else:
-            own = [job_id for job_id in batch.jobs if not job_id.startswith("base-")]
+            own = [job_id for job_id in batch.jobs if job_id.startswith(f"{batch.name}.")]
             asked, classes = self.store.cancel(own)
             for job_id in set(batch.jobs) - set(own):
                 more, woken = self.store.release_base(job_id)
@@ -143,7 +146,7 @@ class Client:
         self.store.orderly()
 
 
-def _new_job(job: PlannedJob, batch: str, owner: str) -> NewJob:
+def _new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     def full(job_id: str) -> str:
         return job_id if job_id.startswith("base-") else f"{batch}.{job_id}"
 
@@ -154,14 +157,24 @@ def _new_job(job: PlannedJob, batch: str, owner: str) -> NewJob:
         batch="" if job.shared else batch,
         trial=job.trial,
         owner=owner,
-        spec=job.spec.model_dump_json().replace(BATCH, batch),
+        spec=_named(job.spec, batch).model_dump_json(),
         device=resources.device if resources else "control",
         priority=resources.priority if resources else 0,
         queue=job.queue,
         need=job.need_bytes,
         needs=tuple(map(full, job.needs)),
         follows=tuple(map(full, job.follows)),
+        submission=submission,
     )
+
+
+def _named(spec: TrainSpec | EvaluateSpec | ReportSpec, batch: str) -> TrainSpec | EvaluateSpec | ReportSpec:
+    """With the batch's name where the plan left it open."""
+    if isinstance(spec, ReportSpec):
+        return spec.model_copy(update={"batch": batch})
+    if isinstance(spec, EvaluateSpec) and spec.adapter_job is not None:
+        return spec.model_copy(update={"adapter_job": spec.adapter_job.replace(BATCH, batch)})
+    return spec
 
 
 def _check_capacity(plan: Plan, workers: Sequence[WorkerInfo]) -> None:

@@ -6,8 +6,9 @@ import getpass
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -69,6 +70,12 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _renewed_in_time(self) -> Self:
+        if self.renew_s > self.lease_s / 3:
+            raise ValueError(f"renew_s ({self.renew_s:g}) must be at most a third of lease_s ({self.lease_s:g})")
+        return self
 
     @cached_property
     def storage_url(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Storage:
     def __init__(self, url: str) -> None:
         self.url = url
         with self._errors("open"):
-            fs, root = url_to_fs(url)
+            fs, root = url_to_fs(url, use_listings_cache=False)  # other hosts write there as well
         self._fs: fsspec.AbstractFileSystem = fs
         self._root: str = root.rstrip("/")
 
@@ -76,6 +77,10 @@ class Storage:
     def resolve(self, source: str) -> str:
         """A spec's data source as this machine can read it."""
         return self.address("blobs/" + source.removeprefix(BLOB)) if source.startswith(BLOB) else source
+
+    def exists(self, relative: str) -> bool:
+        with self._errors("read"):
+            return bool(self._fs.exists(f"{self._root}/{relative}"))
 
     def put_blob(self, path: Path, source: str) -> None:
         """Uploads a submitted file, unless it is there already."""
@@ -100,17 +105,23 @@ class Storage:
             self.write_text(f"{folder}/{MANIFEST}", json.dumps(full, indent=1))
         return full
 
-    def published(self, job_id: str, batch: str) -> Published | None:
-        """The newest complete folder of a job."""
+    def published(self, job_id: str, batch: str, submission: str = "") -> Published | None:
+        """The newest complete folder of a job; with a `submission`, only what that one made.
+
+        A server that was emptied gives names and attempt numbers again: its storage may hold another job's work.
+        """
         base = f"{self._root}/{job_folder(job_id, batch)}"
         with self._errors("read"):
             if not self._fs.exists(base):
                 return None
             names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(base, detail=False)]
+            names = [name for name in names if name.partition("-")[0].isdigit()]  # no .nfs0001, no .DS_Store
             for name in sorted(names, key=lambda n: int(n.split("-")[0]), reverse=True):
+                folder = f"{job_folder(job_id, batch)}/{name}"
                 if self._fs.exists(f"{base}/{name}/{MANIFEST}"):
-                    folder = f"{job_folder(job_id, batch)}/{name}"
-                    return Published(folder, json.loads(self.read_text(f"{folder}/{MANIFEST}")))
+                    manifest = json.loads(self.read_text(f"{folder}/{MANIFEST}"))
+                    if not submission or manifest.get("submission") == submission:
+                        return Published(folder, manifest)
         return None
 
     def fetch(self, folder: str, into: Path) -> Path:
@@ -133,13 +144,15 @@ class Storage:
         target = f"{self._root}/{relative}"
         with self._errors("write"):
             self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            self._fs.pipe_file(f"{target}.part", text.encode())
-            self._fs.mv(f"{target}.part", target)
+            part = f"{target}.{uuid.uuid4().hex}.part"
+            self._fs.pipe_file(part, text.encode())
+            self._fs.mv(part, target)
 
     def _put(self, path: Path, target: str) -> None:
         """Uploads one file under another name first, so that a broken upload is never taken for the file."""
-        self._fs.put_file(str(path), f"{target}.part")
-        self._fs.mv(f"{target}.part", target)
+        part = f"{target}.{uuid.uuid4().hex}.part"  # its own, as others may upload the same
+        self._fs.put_file(str(path), part)
+        self._fs.mv(part, target)
 
     @contextmanager
     def _errors(self, verb: str) -> Iterator[None]:

@@ -25,14 +25,16 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
 Fields of a record
   id kind batch trial owner spec(JSON) device(auto gpu cpu control) priority seq queue need(bytes, 0 unknown) waits(jobs and estimates to come)
   state(waiting queued running succeeded failed cancelled) cancel("1" asked for)
-  attempt(the fence) nonce(proof of the claim) settled(nonce of the last attempt that was settled) failures
+  attempt(the fence) nonce(proof of the claim) settled(nonce and state of the last settled attempt) failures
+  submission(of the submit that made it, random) said(entries of its stream that the attempt has appended)
   submitted_at queued_at claimed_at ended_at not_before (T) worker reason message progress(JSON) outcome(JSON)
 ]]
 
 local P = '{loraq}:'
 local HALF_LIFE = 24 * 3600 * 1000 -- of GPU seconds in the fair share
-local LOOK = 8 -- how many jobs of an owner and class a claim looks at
+local PAGE, LOOK = 16, 1024 -- how many jobs of an owner and class a claim reads at once, and looks at in all
 local GPU_ALIVE = 30 * 1000 -- a GPU worker that has been silent for longer does not keep CPU workers away
+local FORGET = 24 * 3600 * 1000 -- of silent workers
 local FINAL = { succeeded = true, failed = true, cancelled = true }
 
 local function key(id) return P .. 'job:' .. id end
@@ -43,13 +45,31 @@ local function time()
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
--- After a jump of the clock or another server process (which may have lost its last second) nothing is taken
--- from anyone, and nothing given, until every live attempt has had a lease's time to renew.
+-- A command that its sender has given up may lie in a stopped server's socket: it must not be carried out afterwards.
+local function too_late(not_after) return time() > tonumber(not_after) end
+
+-- The classes in which something became claimable, each as often as there is work, but no more than tokens may lie there.
+local MAX_TOKENS = 64
+local function nobody() return { count = {}, list = {} } end
+local function wake(woken, queue)
+  local count = (woken.count[queue] or 0) + 1
+  woken.count[queue] = count
+  if count <= MAX_TOKENS then woken.list[#woken.list + 1] = queue end
+end
+local function answer(first, woken)
+  table.insert(woken.list, 1, first)
+  return woken.list
+end
+
+-- After another server process (which may have lost its last second), or a jump of the clock while something runs,
+-- nothing is taken from anyone, and nothing given, until every live attempt has had a lease's time to renew. A clock
+-- that nobody has looked at for a lease, since no worker was there, looks the same as one that jumped.
 local function quiet(now, lease)
   local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   local seen, known, till = unpack(redis.call('HMGET', P .. 'clock', 'seen_at', 'run_id', 'quiet_until'))
   seen, till = tonumber(seen or now), tonumber(till or 0)
-  if (known and known ~= run_id) or now < seen - 1000 or now > seen + lease or till > now + lease then
+  local jumped = (now < seen - 1000 or now > seen + lease) and redis.call('ZCARD', P .. 'running') > 0
+  if (known and known ~= run_id) or jumped or till > now + lease then
     till = now + lease
   end
   redis.call('HSET', P .. 'clock', 'seen_at', now, 'run_id', run_id, 'quiet_until', till)
@@ -81,10 +101,10 @@ local function enqueue(id, now, not_before)
   return place(id)
 end
 
--- One thing less to wait for. `woken` collects the classes in which something became claimable.
+-- One thing less to wait for.
 local function arrived(id, now, woken)
   if redis.call('HINCRBY', key(id), 'waits', -1) <= 0 and field(id, 'state') == 'waiting' then
-    woken[#woken + 1] = enqueue(id, now, 0)
+    wake(woken, enqueue(id, now, 0))
   end
 end
 
@@ -113,9 +133,12 @@ end
 
 local function add(job, now, woken)
   local id, state = job.id, field(job.id, 'state')
-  if state and state ~= 'failed' and state ~= 'cancelled' then return end -- a base evaluation that is there already
+  if state and state ~= 'failed' and state ~= 'cancelled' then -- a base evaluation that is there already
+    redis.call('HSET', key(id), 'cancel', '') -- and is wanted again, if it was not; see `settle`
+    return
+  end
   redis.call('HSET', key(id), 'id', id, 'kind', job.kind, 'batch', job.batch, 'trial', job.trial, 'owner', job.owner,
-    'spec', job.spec, 'device', job.device, 'priority', job.priority, 'queue', job.queue, 'need', job.need, 'state', 'waiting',
+    'spec', job.spec, 'submission', job.submission, 'device', job.device, 'priority', job.priority, 'queue', job.queue, 'need', job.need, 'state', 'waiting',
     'failures', 0, 'submitted_at', now, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '', 'message', '',
     'progress', '', 'outcome', '', 'seq', redis.call('INCR', P .. 'sequence'))
   redis.call('HSETNX', key(id), 'attempt', 0)
@@ -137,34 +160,36 @@ local function add(job, now, woken)
   arrived(id, now, woken)
 end
 
--- submit(name, owner, trials, base_model, jobs JSON, ids JSON) -> {1, classes...} or {0} where the name is taken
+-- submit(not after, name, owner, trials, base_model, jobs JSON, ids JSON)
+--   -> {1, classes...}, {0} where the name is taken, {-1} where it came too late
 local function submit(_, args)
-  local name, owner, trials, base_model, jobs, ids = unpack(args)
-  local batch, now, woken = P .. 'batch:' .. name, time(), {}
+  local not_after, name, owner, trials, base_model, jobs, ids = unpack(args)
+  local batch, now, woken = P .. 'batch:' .. name, time(), nobody()
+  if too_late(not_after) then return { -1 } end
   if redis.call('EXISTS', batch) == 1 then return { 0 } end
   redis.call('HSET', batch, 'owner', owner, 'submitted_at', now, 'trials', trials, 'base_model', base_model, 'jobs', ids)
   redis.call('ZADD', P .. 'batches', now, name)
   for _, job in ipairs(cjson.decode(jobs)) do add(job, now, woken) end
-  return { 1, unpack(woken) }
+  return answer(1, woken)
 end
 
 -- size(id, need, class): the estimate that an unsized job waited for -> classes
 local function size(_, args)
   local id, need, queue = unpack(args)
-  local woken = {}
+  local woken = nobody()
   if redis.call('SREM', P .. 'unsized', id) == 1 then
     redis.call('HSET', key(id), 'need', need, 'queue', queue)
     arrived(id, time(), woken)
   end
-  return woken
+  return woken.list
 end
 
 -- refuse(id, reason, message): a waiting job can never run -> classes
 local function refuse(_, args)
   local id, reason, message = unpack(args)
-  local woken = {}
+  local woken = nobody()
   if field(id, 'state') == 'waiting' then finish(id, time(), 'failed', reason, message, woken) end
-  return woken
+  return woken.list
 end
 
 local function usage(owner, now)
@@ -189,38 +214,51 @@ local function before(a, b)
   return a.seq < b.seq
 end
 
+-- The first job of that owner and class which the worker may and can hold; for a CPU worker none that wants a GPU.
+local function first_fit(queue, owner, device, free)
+  local list = P .. 'queue:' .. queue .. ':' .. owner
+  for start = 0, LOOK - PAGE, PAGE do
+    local ids = redis.call('ZRANGE', list, start, start + PAGE - 1)
+    if start == 0 and #ids == 0 then redis.call('SREM', P .. 'owners:' .. queue, owner) end
+    for _, id in ipairs(ids) do
+      local need, priority, seq, meant = unpack(redis.call('HMGET', key(id), 'need', 'priority', 'seq', 'device'))
+      if tonumber(need) <= free and not (device == 'cpu' and meant == 'gpu') then
+        return { id = id, priority = tonumber(priority), seq = tonumber(seq) }
+      end
+    end
+    if #ids < PAGE then return nil end
+  end
+end
+
 local function best(device, free, queues, now)
   local chosen
   for _, queue in ipairs(served(device, queues, now)) do
     for _, owner in ipairs(redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
-      local used = usage(owner, now)
-      local heads = redis.call('ZRANGE', P .. 'queue:' .. queue .. ':' .. owner, 0, LOOK - 1)
-      if #heads == 0 then redis.call('SREM', P .. 'owners:' .. queue, owner) end
-      for _, id in ipairs(heads) do
-        local need, priority, seq, meant = unpack(redis.call('HMGET', key(id), 'need', 'priority', 'seq', 'device'))
-        local candidate = { id = id, priority = tonumber(priority), usage = used, seq = tonumber(seq) }
-        local fits = tonumber(need) <= free and not (device == 'cpu' and meant == 'gpu')
-        if fits and (not chosen or before(candidate, chosen)) then chosen = candidate end
+      local candidate = first_fit(queue, owner, device, free)
+      if candidate then
+        candidate.usage = usage(owner, now)
+        if not chosen or before(candidate, chosen) then chosen = candidate end
       end
     end
   end
   return chosen and chosen.id
 end
 
--- claim(worker, device gpu|cpu|control, free bytes, lease, nonce, class...) -> {id, attempt, spec, batch, failures} or {}
+-- claim(not after, worker, device gpu|cpu|control, free bytes, lease, nonce, class...)
+--   -> {id, attempt, spec, batch, failures, submission} or {}
 local function claim(_, args)
-  local worker, device, free, lease, nonce = unpack(args, 1, 5)
+  local not_after, worker, device, free, lease, nonce = unpack(args, 1, 6)
   local now = time()
-  if quiet(now, tonumber(lease)) then return {} end
-  local id = best(device, tonumber(free), { unpack(args, 6) }, now)
+  if too_late(not_after) or quiet(now, tonumber(lease)) then return {} end
+  local id = best(device, tonumber(free), { unpack(args, 7) }, now)
   if not id then return {} end
   unplace(id)
   local attempt = redis.call('HINCRBY', key(id), 'attempt', 1)
   redis.call('HSET', key(id), 'state', 'running', 'nonce', nonce, 'worker', worker, 'claimed_at', now, 'ended_at', 0,
-    'cancel', '', 'progress', '', 'reason', '', 'message', '')
+    'cancel', '', 'progress', '', 'reason', '', 'message', '', 'said', 0)
   redis.call('ZADD', P .. 'running', now + lease, id)
   event(id, 'state', 'running on ' .. worker)
-  return { id, attempt, field(id, 'spec'), field(id, 'batch'), number(id, 'failures') }
+  return { id, attempt, field(id, 'spec'), field(id, 'batch'), number(id, 'failures'), field(id, 'submission') }
 end
 
 -- Whether this attempt still owns its job.
@@ -237,15 +275,18 @@ local function renew(_, args)
   return field(id, 'cancel') == '1' and 2 or 1
 end
 
--- append(id, attempt, nonce, keep, kind, body, kind, body, ...) -> 0 not yours, 1 appended
+-- append(id, attempt, nonce, keep, number of the first entry, kind, body, kind, body, ...) -> 0 not yours, 1 appended
+-- The attempt numbers its entries from 0: what is sent again, since no answer came, is not written again.
 local function append(_, args)
-  local id, attempt, nonce, keep = unpack(args, 1, 4)
+  local id, attempt, nonce, keep, first = unpack(args, 1, 5)
   if not owns(id, attempt, nonce) then return 0 end
-  for i = 5, #args, 2 do
+  local said = number(id, 'said')
+  for i = 6 + 2 * math.max(0, said - first), #args, 2 do
     redis.call('XADD', key(id) .. ':events', 'MAXLEN', '~', keep, '*', 'kind', args[i], 'attempt', attempt,
       'body', args[i + 1])
     if args[i] == 'progress' then redis.call('HSET', key(id), 'progress', args[i + 1]) end
   end
+  redis.call('HSET', key(id), 'said', math.max(said, first + (#args - 5) / 2))
   return 1
 end
 
@@ -254,31 +295,34 @@ end
 -- Said twice by the same attempt it is done once and answered alike.
 local function settle(_, args)
   local id, attempt, nonce, state, reason, message, outcome, delay, counts, only = unpack(args)
-  local now, woken = time(), {}
-  if field(id, 'settled') == nonce then return { 1 } end
+  local now, woken, word = time(), nobody(), nonce .. ' ' .. state
+  if field(id, 'settled') == word then return { 1 } end
   if not owns(id, attempt, nonce) then return { 0 } end
   if only == 'expired' and tonumber(redis.call('ZSCORE', P .. 'running', id)) > now then return { 0 } end
-  if field(id, 'cancel') == '1' and state == 'queued' then state, reason, message = 'cancelled', '', 'on request' end
+  local asked = field(id, 'cancel') == '1'
+  if asked and state == 'queued' then state, reason, message = 'cancelled', '', 'on request' end
+  if not asked and state == 'cancelled' then state, message = 'queued', 'wanted again' end -- by a batch that came since
   local owner, claimed, worker = unpack(redis.call('HMGET', key(id), 'owner', 'claimed_at', 'worker'))
   redis.call('ZREM', P .. 'running', id)
   redis.call('HSET', P .. 'usage', owner, (usage(owner, now) + (now - claimed) / 1000) .. ':' .. now)
   redis.call('RPUSH', key(id) .. ':history', cjson.encode({ attempt = tonumber(attempt), worker = worker,
     claimed_at = claimed / 1000, ended_at = now / 1000, state = state, reason = reason, message = message }))
-  redis.call('HSET', key(id), 'settled', nonce, 'ended_at', now, 'outcome', outcome)
+  redis.call('HSET', key(id), 'settled', word, 'ended_at', now, 'outcome', outcome)
   if counts == '1' then redis.call('HINCRBY', key(id), 'failures', 1) end
   if state == 'queued' then
     redis.call('HSET', key(id), 'reason', reason, 'message', message)
     event(id, 'state', 'queued again: ' .. reason .. ': ' .. message)
-    woken[1] = enqueue(id, now, delay == '0' and 0 or now + delay)
+    local queue = enqueue(id, now, delay == '0' and 0 or now + delay)
+    if queue then wake(woken, queue) end
   else
     finish(id, now, state, reason, message, woken)
   end
-  return { 1, unpack(woken) }
+  return answer(1, woken)
 end
 
 -- cancel(id...) -> the ids that it stopped or asked to stop, then the classes that woke behind a "|"
 local function cancel(_, ids)
-  local now, asked, woken = time(), {}, {}
+  local now, asked, woken = time(), {}, nobody()
   for _, id in ipairs(ids) do
     local state = field(id, 'state')
     if state == 'running' then
@@ -291,7 +335,7 @@ local function cancel(_, ids)
     end
   end
   asked[#asked + 1] = '|'
-  for _, queue in ipairs(woken) do asked[#asked + 1] = queue end
+  for _, queue in ipairs(woken.list) do asked[#asked + 1] = queue end
   return asked
 end
 
@@ -325,11 +369,16 @@ local function sweep(_, args)
     end
     queues[#queues + 1] = { queue, count }
   end
-  local unsized = redis.call('SRANDMEMBER', P .. 'unsized', 16)
+  local workers = redis.call('HGETALL', P .. 'workers')
+  for i = 1, #workers, 2 do
+    if now - string.match(workers[i + 1], '^%d+') > FORGET then redis.call('HDEL', P .. 'workers', workers[i]) end
+  end
+  redis.call('ZREMRANGEBYSCORE', P .. 'gpu_workers', '-inf', now - FORGET)
+  local unsized = redis.call('SRANDMEMBER', P .. 'unsized', 200)
   return cjson.encode({ expired = expired, unsized = unsized, queues = queues })
 end
 
--- heartbeat(worker, device, JSON) and leave(worker)
+-- heartbeat(worker, device, JSON) and leave(worker); sweeps forget workers that have been silent for a day
 local function heartbeat(_, args)
   local worker, device, info = unpack(args)
   local now = time()

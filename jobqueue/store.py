@@ -18,7 +18,7 @@ from redis.retry import Retry
 
 from jobqueue.errors import NotFoundError, ServerError, StaleAttemptError
 from jobqueue.events import Event
-from jobqueue.job import Batch, Claim, Job, JobState, WorkerInfo
+from jobqueue.job import Batch, Claim, Job, JobState, Settlement, WorkerInfo
 
 PREFIX = "{loraq}:"
 KEEP_EVENTS = 20_000  # entries of a job's stream; the whole log is a file in storage
@@ -41,6 +41,7 @@ class NewJob:
     need: int  # bytes
     needs: tuple[str, ...]  # jobs that must succeed before
     follows: tuple[str, ...]  # jobs that must have ended before
+    submission: str = ""  # random, the same for all jobs of one submit: tells whose files lie in the storage
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,6 @@ class Sweep:
     expired: list[tuple[str, int, str]]  # job, attempt, nonce
     unsized: list[str]  # jobs whose memory is to be estimated
     queues: dict[str, int]  # class -> jobs that can be claimed
-
-
-@dataclass(frozen=True)
-class Settlement:
-    """The end of an attempt. `state` queued means: again, `delay_s` from now."""
-
-    state: JobState
-    reason: str = ""
-    message: str = ""
-    outcome: Mapping[str, Any] | None = None
-    delay_s: float = 0.0
-    counts: bool = False  # as one more failure
 
 
 @cache
@@ -86,15 +75,22 @@ class Store:
 
     def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
         self.url = url
-        self._redis = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=min(3.0, timeout_s),
-            socket_keepalive=True,
-            health_check_interval=10,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._timeout_s = timeout_s
+        try:
+            self._redis = redis.Redis.from_url(
+                url,
+                decode_responses=True,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=min(3.0, timeout_s),
+                socket_keepalive=True,
+                health_check_interval=10,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError as error:
+            raise ServerError(
+                f"the server's address is not one: {error}",
+                "Write LORAQ_REDIS_URL as redis://HOST:6379/0, or redis://:PASSWORD@HOST:6379/0.",
+            ) from None
 
     def close(self) -> None:
         self._redis.close()
@@ -110,6 +106,7 @@ class Store:
         """
         answer = self._call(
             "submit",
+            self._not_after(),
             name,
             owner,
             trials,
@@ -117,6 +114,10 @@ class Store:
             json.dumps([asdict(job) for job in jobs]),
             json.dumps(ids),
         )
+        if answer[0] == -1:
+            raise ServerError(
+                f"Redis at {_where(self.url)} answered too late; nothing was written", "Submit again in a moment."
+            )
         return answer[1:] if answer[0] == 1 else None
 
     def cancel(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -136,7 +137,11 @@ class Store:
             pipe = self._redis.pipeline(transaction=False)
             for job_id in ids:
                 pipe.hget(f"{PREFIX}job:{job_id}", "state")
-            states = [JobState(state) for state in pipe.execute() if state]
+            by_id = {job_id: JobState(state) for job_id, state in zip(ids, pipe.execute(), strict=True) if state}
+        if by_id.get(f"{name}.report", JobState.WAITING).final:
+            # A base model's evaluation that had failed may be at work again, for another batch: not this one's any more
+            by_id = {job_id: state for job_id, state in by_id.items() if state.final or job_id.startswith(f"{name}.")}
+        states = list(by_id.values())
         return Batch(
             name=name,
             owner=record["owner"],
@@ -210,11 +215,11 @@ class Store:
         self, worker: str, device: str, free_bytes: int, lease_s: float, nonce: str, queues: Sequence[str]
     ) -> Claim | None:
         """The best queued job that fits, or None: nothing for this worker now."""
-        answer = self._call("claim", worker, device, free_bytes, int(lease_s * 1000), nonce, *queues)
+        answer = self._call("claim", self._not_after(), worker, device, free_bytes, int(lease_s * 1000), nonce, *queues)
         if not answer:
             return None
-        job_id, attempt, spec, batch, failures = answer
-        return Claim(job_id, int(attempt), nonce, json.loads(spec), batch, int(failures), lease_s)
+        job_id, attempt, spec, batch, failures, submission = answer
+        return Claim(job_id, int(attempt), nonce, json.loads(spec), batch, int(failures), lease_s, submission)
 
     def renew(self, claim: Claim) -> bool:
         """Extends the lease; True: the user asked to cancel. Raises StaleAttemptError where it is lost."""
@@ -223,10 +228,13 @@ class Store:
             raise self._stale(claim)
         return bool(answer == 2)
 
-    def append(self, claim: Claim, entries: Sequence[tuple[str, str]]) -> None:
-        """(kind, body) entries to the job's stream. Raises StaleAttemptError where the lease is lost."""
+    def append(self, claim: Claim, entries: Sequence[tuple[str, str]], first: int) -> None:
+        """(kind, body) entries to the job's stream, the first of them the attempt's number `first`, from 0.
+
+        May be said again where no answer came. Raises StaleAttemptError where the lease is lost.
+        """
         flat = [part for entry in entries for part in entry]
-        if flat and self._call("append", claim.job_id, claim.attempt, claim.nonce, KEEP_EVENTS, *flat) == 0:
+        if flat and self._call("append", claim.job_id, claim.attempt, claim.nonce, KEEP_EVENTS, first, *flat) == 0:
             raise self._stale(claim)
 
     def settle(self, claim: Claim, end: Settlement, *, only_expired: bool = False) -> list[str]:
@@ -284,9 +292,15 @@ class Store:
 
     # -- how a function is called
 
+    def _not_after(self) -> int:
+        """The server's time, in ms, at which this client will have given up the call that it now makes."""
+        with self._errors():
+            seconds, micros = self._redis.time()
+        return int(seconds * 1000 + micros / 1000 + self._timeout_s * 1000)
+
     def _call(self, name: str, *args: object) -> Any:
         version, source = _library()
-        words = [str(arg) for arg in args]
+        words = [str(arg).encode("utf-8", "backslashreplace") for arg in args]  # text from anywhere may be no Unicode
         with self._errors():
             try:
                 return self._redis.fcall(f"{name}_{version}", 0, *words)
@@ -317,13 +331,13 @@ class Store:
         except redis.OutOfMemoryError as error:
             raise ServerError(
                 f"Redis at {_where(self.url)} is at its memory limit; nothing was written",
-                "Raise maxmemory, or remove old batches.",
+                "Raise its maxmemory; what runs goes on, and is settled.",
             ) from error
         except redis.ResponseError as error:
             if "OOM" in str(error):
                 raise ServerError(
                     f"Redis at {_where(self.url)} is at its memory limit; nothing was written",
-                    "Raise maxmemory, or remove old batches.",
+                    "Raise its maxmemory; what runs goes on, and is settled.",
                 ) from error
             raise ServerError(
                 f"Redis at {_where(self.url)} refuses: {error}",

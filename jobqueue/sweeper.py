@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from jobqueue import base_model
 from jobqueue.broker import MAX_TOKENS, queue_name, send_tokens
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
-from jobqueue.job import Claim, FailureReason, Job, JobState
+from jobqueue.job import Claim, FailureReason, Job
 from jobqueue.memory import estimate, memory_class
-from jobqueue.retry import decide
+from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.spec import EvaluateSpec, JobSpec, ReportSpec, TrainSpec
-from jobqueue.store import Settlement, Store
+from jobqueue.store import Store
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -33,6 +35,7 @@ class Sweeper:
 
     def __init__(self, store: Store, app: Celery, settings: Settings) -> None:
         self._store, self._app, self._settings = store, app, settings
+        self._sizing: threading.Thread | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until `stop`; a server that is away is waited for."""
@@ -41,40 +44,56 @@ class Sweeper:
                 self.round()
             except ServerError as error:
                 log.warning("no sweep: %s", error.what)
+            except Exception:  # the next round is needed all the same
+                log.exception("a sweep broke off")
 
     def round(self) -> None:
         found = self._store.sweep(self._settings.lease_s)
         for job_id, attempt, nonce in found.expired:
-            self._expire(job_id, attempt, nonce)
-        for job_id in found.unsized:
-            self._size(self._store.job(job_id))
+            try:
+                self._expire(job_id, attempt, nonce)
+            except (ValueError, KeyError):  # a record that this release cannot read must not stop the others
+                log.exception("%s: not taken back", job_id)
         for memory_class_, jobs in found.queues.items():
             missing = min(jobs, MAX_TOKENS) - self._store.tokens(queue_name(memory_class_))
             send_tokens(self._app, [memory_class_] * missing)
+        if found.unsized and (self._sizing is None or not self._sizing.is_alive()):
+            # A hub that does not answer takes half a minute to say so, and leases end meanwhile: beside the rounds.
+            self._sizing = threading.Thread(target=self._size_all, args=(found.unsized,), daemon=True)
+            self._sizing.start()
 
     def _expire(self, job_id: str, attempt: int, nonce: str) -> None:
         """The attempt's worker was silent for a lease: its trainer is dead, the job goes on elsewhere or ends."""
         job = self._store.job(job_id)
-        decision = decide(FailureReason.LOST, job.failures, self._settings.max_failures)
         claim = Claim(job_id, attempt, nonce, {}, job.batch, job.failures, self._settings.lease_s)
-        end = Settlement(
-            state=JobState.QUEUED if decision.again else JobState.FAILED,
-            reason=FailureReason.LOST,
-            message=f"worker {job.worker} was not heard of for {self._settings.lease_s:g} s",
-            delay_s=decision.delay_s,
-            counts=decision.counts,
-        )
+        silence = f"worker {job.worker} was not heard of for {self._settings.lease_s:g} s"
+        end = after_failure(FailureReason.LOST, silence, job.failures, self._settings.max_failures)
         try:
             send_tokens(self._app, self._store.settle(claim, end, only_expired=True))
         except StaleAttemptError:
             return  # it renewed after all, or another sweeper was quicker
         log.info("%s: attempt %d was lost on %s", job_id, attempt, job.worker)
 
-    def _size(self, job: Job) -> None:
+    def _size_all(self, ids: list[str]) -> None:
+        read_config = cache(base_model.read_config)
+        for job in self._store.jobs(ids):
+            try:
+                self._size(job, read_config)
+            except ServerError as error:
+                log.warning("no estimate: %s", error.what)
+            except Exception:
+                log.exception("%s: no estimate", job.id)
+
+    def _size(self, job: Job, read_config: Callable[[str], Mapping[str, Any] | None]) -> None:
         """Estimates the memory of a job whose submitter could not."""
-        spec = PARSE.validate_python(job.spec, strict=False)
+        try:
+            spec = PARSE.validate_python(job.spec, strict=False)
+        except ValidationError as error:  # of another release, or written by hand
+            wrong = f"{error.errors()[0]['msg']} ({'.'.join(map(str, error.errors()[0]['loc']))})"
+            send_tokens(self._app, self._store.refuse(job.id, FailureReason.BAD_SPEC, wrong))
+            return
         assert isinstance(spec, (TrainSpec, EvaluateSpec))
-        config = base_model.read_config(spec.base_model)
+        config = read_config(spec.base_model)
         try:
             need = estimate(config, spec) if config else base_model.guess_from_size(spec.base_model)
         except (KeyError, TypeError, LoraqError):

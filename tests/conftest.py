@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import redis
 
 from jobqueue.embedded import Server, start
 from jobqueue.settings import Settings
+from jobqueue.store import Store
+
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers: pytest's importlib mode leaves this folder out
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +55,11 @@ def redis_url(server: str) -> str:
 def settings(redis_url: str, tmp_path: Path) -> Settings:
     """Settings for an empty server and an empty storage, with short times."""
     return Settings(redis_url=redis_url, storage=str(tmp_path / "storage"), data_dir=tmp_path / "data", owner="tester")
+
+
+@pytest.fixture
+def store(redis_url: str) -> Iterator[Store]:
+    """The store of an empty server."""
+    opened = Store(redis_url)
+    yield opened
+    opened.close()

@@ -52,10 +52,16 @@ class Question:
     text: str | None = None
     picks: dict[str, str | None] = field(default_factory=dict)  # metric -> letter
 
+    def right(self, metric: str) -> bool:
+        """By the option's text: rows exist in which two letters have the same."""
+        pick, options = self.picks[metric], self.choice.options
+        return pick is not None and options[pick].strip() == options[self.choice.answer].strip()
+
     def line(self) -> dict[str, Any]:
         scores = {letter: round(score, 6) for letter, score in self.scores.items()}
         return {
             "index": self.index, "answer": self.choice.answer, "picks": self.picks, "scores": scores, "text": self.text,
+            "right": [metric for metric in self.picks if self.right(metric)],
         }  # fmt: skip
 
 
@@ -253,7 +259,7 @@ def _padded(sequences: list[list[int]], width: int, left: bool, pad: int = 0) ->
 
 def _accuracy(questions: list[Question], metric: str) -> dict[str, Any]:
     """How many picks are right, with the 95% Wilson interval."""
-    correct = sum(question.picks[metric] == question.choice.answer for question in questions)
+    correct = sum(question.right(metric) for question in questions)
     interval = binomtest(correct, len(questions)).proportion_ci(INTERVAL, method="wilson")
     return {
         "correct": correct,

@@ -185,7 +185,7 @@ def test_worker_becomes_the_worker_and_drains_at_sigterm(here: Machine) -> None:
     here("down")
 
 
-@pytest.mark.parametrize("options", [["--cpu", "--gpu", "0"], ["--control-only", "--cpu"], ["--slots", "0"]])
+@pytest.mark.parametrize("options", [["--cpu", "--gpu", "0"], ["--control-only", "--cpu"]])
 def test_worker_refuses_options_that_exclude_each_other(here: Machine, options: list[str]) -> None:
     assert here("worker", *options).returncode == 2
 
@@ -204,7 +204,7 @@ def test_no_gpu_is_found_where_none_may_be_used(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_worker_sees_the_settings_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Settings(data_dir=tmp_path, lease_s=7, model_roots=(Path("/models"), Path("/data")), owner="ann")
+    given = Settings(data_dir=tmp_path, lease_s=70, model_roots=(Path("/models"), Path("/data")), owner="ann")
     environment = machine.worker_environment(given, "redis://:secret@host:1/0")
     for name, value in environment.items():
         if name.startswith("LORAQ_"):

@@ -1,0 +1,87 @@
+"""A worker's hold on a job: renewed while the attempt lasts, given up with the attempt's end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from gpu_worker import guardian
+from gpu_worker.trainer_process import TrainerProcess
+from jobqueue.errors import ServerError, StaleAttemptError
+from jobqueue.job import Claim, Settlement
+from jobqueue.settings import Settings
+from jobqueue.store import Store
+
+log = logging.getLogger(__name__)
+KILL_S = 1.0  # what a guardian may need, at most, from its deadline to the last process' end
+
+
+class Lease:
+    """Renews a claim from a thread of its own, tells the guardian each new deadline, hears of a cancel.
+
+    The deadline that the guardian gets is counted from before the renewal was sent, so that it lies before the
+    one that the server keeps: a cut-off trainer is dead before anyone else may claim its job.
+    """
+
+    def __init__(self, store: Store, claim: Claim, settings: Settings, claimed_at: float) -> None:
+        self._store, self._claim, self._settings = store, claim, settings
+        self._margin = min(2 * KILL_S, settings.lease_s / 4)
+        self.deadline = claimed_at + settings.lease_s - self._margin
+        self.cancelled = threading.Event()
+        self.lost = threading.Event()
+        self._trainer: TrainerProcess | None = None
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name=f"lease-{claim.job_id}", daemon=True)
+        self._thread.start()
+
+    def guard(self, trainer: TrainerProcess) -> None:
+        """From now on that trainer lives no longer than the lease."""
+        with self._lock:
+            trainer.set_deadline(self.deadline)
+            self._trainer = trainer
+
+    def release(self) -> None:
+        """The trainer has done its part: it may rest, or work for another, beyond this lease."""
+        with self._lock:
+            self._trainer = None
+
+    def close(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _renew(self) -> None:
+        while not self._done.wait(self._settings.renew_s):
+            asked_at = guardian.now()
+            try:
+                if self._store.renew(self._claim):
+                    self.cancelled.set()
+            except StaleAttemptError:
+                self.lost.set()
+                return
+            except ServerError as error:
+                log.warning("%s: not renewed: %s", self._claim.job_id, error.what)
+                if guardian.now() > self.deadline:
+                    self.lost.set()
+                continue
+            with self._lock:
+                self.deadline = asked_at + self._settings.lease_s - self._margin
+                if self._trainer is not None:
+                    self._trainer.set_deadline(self.deadline)
+
+    def settle(self, end: Settlement, draining: threading.Event) -> list[str]:
+        """Says how the attempt ended until the server has taken it; the classes to wake.
+
+        Raises StaleAttemptError where the job was given to another meanwhile.
+        """
+        while True:
+            try:
+                classes = self._store.settle(self._claim, end)
+                log.info("%s: attempt %d %s %s", self._claim.job_id, self._claim.attempt, end.state, end.message)
+                return classes
+            except ServerError as error:
+                log.warning("%s: not settled yet: %s", self._claim.job_id, error.what)
+                time.sleep(self._settings.renew_s)
+                if draining.is_set() and guardian.now() > self.deadline:
+                    return []  # the worker has to go; the sweeper, and the manifest, will speak for the attempt

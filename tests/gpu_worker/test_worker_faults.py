@@ -1,0 +1,129 @@
+"""A real worker of the CPU whose processes, or whose server, are killed, stopped and started again in mid-job."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import RestartableServer, restartable_server, wait_for
+from worker_process import LEASE_S, START_S, Site, site, succeeded_once
+
+from jobqueue.job import FailureReason, JobState
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RestartableServer]:
+    with restartable_server(tmp_path / "server") as running:
+        yield running
+
+
+@pytest.fixture
+def here(server: RestartableServer, tmp_path: Path) -> Iterator[Site]:
+    with site(server.url, tmp_path / "site") as opened:
+        yield opened
+
+
+def test_a_celery_process_that_is_killed_is_started_again_and_its_job_is_run_once_more(here: Site) -> None:
+    worker = here.start()
+    here.submit("b.1", "deaf/child/sleep:1.5")
+    here.beating("b.1")
+    before = here.left(trainers_only=True)
+    worker.celery().kill()
+
+    _, alive = psutil.wait_procs(before, LEASE_S)
+    assert (len(before), alive) == (3, []), "guardian, trainer and child die before the lease ends"
+    assert here.store.job("b.1").state is JobState.RUNNING
+
+    job = here.ended("b.1")
+    assert succeeded_once(job)
+    assert (job.attempt, job.failures, job.history[0]["reason"]) == (2, 1, FailureReason.LOST)
+    assert len(here.trainers_in_turn("b.1")) == 2
+    assert worker.supervisor.is_running()
+    assert worker.stop() == 0
+    assert here.left() == []
+
+
+def test_when_the_supervisor_is_killed_everything_dies_and_the_next_one_runs_the_job_again(here: Site) -> None:
+    worker = here.start()
+    here.submit("b.1", "sleep:1.5")
+    here.beating("b.1")
+    worker.kill()
+
+    wait_for(lambda: not here.left(), LEASE_S, "nothing of the worker is left")
+    here.start()
+
+    job = here.ended("b.1")
+    assert succeeded_once(job)
+    assert (job.attempt, job.failures) == (2, 1)
+    assert len(here.trainers_in_turn("b.1")) == 2
+
+
+@pytest.mark.parametrize("woken_by", ["token", "poll"])
+def test_sigterm_gives_the_job_back_without_a_failure_and_another_worker_finishes_it(here: Site, woken_by: str) -> None:
+    only = {"LORAQ_POLL_S": 60} if woken_by == "token" else {"LORAQ_SWEEP_S": 60}
+    worker = here.start(**only, LORAQ_GRACE_S=1.5)  # which it takes, being deaf
+    here.submit("b.1", "deaf/sleep:3", device="cpu", queue="cpu")
+    here.beating("b.1")
+    assert worker.stop() == 0
+
+    job = here.store.job("b.1")
+    assert here.left() == []
+    assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
+    assert here.store.workers() == [], "it has said goodbye"
+
+    here.start()
+    job = here.ended("b.1")
+    assert succeeded_once(job)
+    assert (job.attempt, job.failures) == (2, 0)
+    assert len(here.trainers_in_turn("b.1")) == 2
+
+
+def test_a_job_outlives_a_server_that_is_killed_and_started_again(here: Site, server: RestartableServer) -> None:
+    here.start()
+    here.submit("b.1", "sleep:2")
+    here.beating("b.1")
+    server.restart()
+
+    job = here.ended("b.1")
+
+    assert succeeded_once(job)
+    assert (job.attempt, job.failures, len(job.history)) == (1, 0, 1)
+    assert len(here.trainers_in_turn("b.1")) == 1
+    here.submit("b2.1", "sleep:0.1")
+    assert succeeded_once(here.ended("b2.1")), "the worker still takes jobs"
+
+
+def test_a_worker_that_is_cut_off_ends_its_trainer_before_the_lease_and_takes_jobs_again(
+    here: Site, server: RestartableServer
+) -> None:
+    here.start()
+    here.submit("b.1", "deaf/sleep:30")
+    trainer = psutil.Process(here.beating("b.1"))
+    server.tell(signal.SIGSTOP)
+    began = time.monotonic()
+
+    wait_for(lambda: not trainer.is_running(), LEASE_S, "the trainer is dead")
+    assert time.monotonic() - began < LEASE_S
+    server.tell(signal.SIGCONT)
+
+    wait_for(lambda: here.store.job("b.1").attempt == 2, START_S, "the job is run again")
+    here.beating("b.1")
+    here.store.cancel(["b.1"])
+    job = here.ended("b.1")
+    assert (job.state, job.failures) == (JobState.CANCELLED, 1)
+    assert len(here.trainers_in_turn("b.1")) == 2
+
+
+def test_jobs_that_were_cancelled_while_no_worker_was_there_are_not_run(here: Site) -> None:
+    here.submit("b.1", "sleep:0.1")
+    here.submit("c.1", "sleep:0.1")
+    here.store.cancel(["b.1"])
+    here.start()
+
+    assert succeeded_once(here.ended("c.1"))
+    assert here.store.job("b.1").state is JobState.CANCELLED
+    assert here.lines("b.1") == []

@@ -1,0 +1,230 @@
+"""A sweep becomes jobs; no server."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from jobqueue.errors import DataError, SpecError
+from jobqueue.job import JobKind
+from jobqueue.memory import GIB
+from jobqueue.plan import Plan, make_plan
+from jobqueue.spec import EvaluateSpec, TrainSpec
+from jobqueue.storage import file_hash
+from jobqueue.sweep import read_sweep
+
+ROW = {"question": "?", "options": {"A": "a", "B": "b"}, "answer": "a", "answer_idx": "A"}
+CONFIG = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with two data files and a model."""
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW) + "\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def plan(folder: Path, *, workers_are_here: bool = True, **changes: object) -> Plan:
+    fields: dict[str, object] = {
+        "name": "b", "base_model": "./model", "data": {"source": "train.jsonl"},
+        "evaluation": {"source": "test.jsonl"},
+    }  # fmt: skip
+    fields |= changes
+    file = folder / "sweep.yaml"
+    file.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+    return make_plan(read_sweep(file), workers_are_here=workers_are_here)
+
+
+def base_id(made: Plan) -> str:
+    [only] = [job.id for job in made.jobs if job.shared]
+    return only
+
+
+def test_a_sweep_is_a_train_and_an_evaluation_each_one_base_evaluation_and_one_report(folder: Path) -> None:
+    made = plan(folder, sweep={"grid": {"lora.r": [8, 16]}})
+
+    base = base_id(made)
+    assert [(job.id, job.kind.value, job.needs) for job in made.jobs] == [
+        ("1", "train", ()),
+        (base, "evaluate", ()),
+        ("1.eval", "evaluate", ("1",)),
+        ("2", "train", ()),
+        ("2.eval", "evaluate", ("2",)),
+        ("report", "report", ()),
+    ]
+    assert made.jobs[-1].follows == ("1", base, "1.eval", "2", "2.eval")
+    assert [job.trial for job in made.jobs if job.kind is JobKind.TRAIN] == ["r=8", "r=16"]
+    assert {job.spec.lora.r for job in made.jobs if isinstance(job.spec, TrainSpec)} == {8, 16}
+
+
+def test_each_job_comes_after_those_that_it_waits_for(folder: Path) -> None:
+    made = plan(folder, sweep={"grid": {"lora.r": [8, 16], "training.max_seq_length": [64, 128]}})
+    seen: set[str] = set()
+
+    for job in made.jobs:
+        assert set(job.after) <= seen
+        seen.add(job.id)
+
+
+def test_without_evaluation_there_is_none(folder: Path) -> None:
+    assert [job.id for job in plan(folder, evaluation=None).jobs] == ["1", "report"]
+
+
+def test_without_data_only_the_base_model_is_evaluated(folder: Path) -> None:
+    made = plan(folder, data=None)
+
+    assert [job.kind.value for job in made.jobs] == ["evaluate", "report"]
+    assert made.jobs[0].shared
+
+
+def test_without_a_comparison_the_base_model_is_not_evaluated(folder: Path) -> None:
+    made = plan(folder, evaluation={"source": "test.jsonl", "compare_with_base": False})
+
+    assert [job.id for job in made.jobs] == ["1", "1.eval", "report"]
+
+
+# -- which evaluations of a base model are the same
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other"},
+        {"lora": {"r": 64}},
+        {"training": {"learning_rate": 1.0, "seed": 1}},
+        {"data": {"source": "test.jsonl"}},
+        {"resources": {"priority": 5, "memory": "3GiB"}},
+        {"evaluation": {"source": "test.jsonl", "per_device_eval_batch_size": 1}},
+        {"method": "lora", "evaluation": {"source": "test.jsonl", "load_in_4bit": True}},
+    ],
+)
+def test_what_does_not_change_the_scores_does_not_change_the_base_evaluation(
+    folder: Path, changes: dict[str, object]
+) -> None:
+    assert base_id(plan(folder, **changes)) == base_id(plan(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "lora"},
+        {"training": {"max_seq_length": 64}},
+        {"evaluation": {"source": "train.jsonl"}},
+        {"evaluation": {"source": "test.jsonl", "limit": 1}},
+        {"evaluation": {"source": "test.jsonl", "metrics": ["likelihood"]}},
+        {"evaluation": {"source": "test.jsonl", "max_new_tokens": 8}},
+        {"evaluation": {"source": "test.jsonl", "load_in_4bit": False}},
+        {"base_model": "owner/name"},
+    ],
+)
+def test_what_may_change_the_scores_makes_another_base_evaluation(folder: Path, changes: dict[str, object]) -> None:
+    assert base_id(plan(folder, **changes)) != base_id(plan(folder))
+
+
+def test_other_questions_under_the_same_name_make_another_base_evaluation(folder: Path) -> None:
+    before = base_id(plan(folder))
+    (folder / "test.jsonl").write_text(json.dumps({**ROW, "question": "!"}) + "\n")
+
+    assert base_id(plan(folder)) != before
+
+
+def test_another_model_in_the_same_folder_makes_another_base_evaluation(folder: Path) -> None:
+    before = base_id(plan(folder))
+    os.utime(folder / "model" / "config.json", (1, 1))
+
+    assert base_id(plan(folder)) != before
+
+
+# -- data files
+
+
+def test_a_local_file_is_named_by_its_content_and_uploaded_once(folder: Path) -> None:
+    made = plan(folder, evaluation={"source": "./train.jsonl"}, sweep={"grid": {"lora.r": [8, 16, 32]}})
+
+    source = f"loraq://{file_hash(folder / 'train.jsonl')}/train.jsonl"
+    assert {key: path.resolve() for key, path in made.files.items()} == {source: folder / "train.jsonl"}
+    for job in made.jobs:
+        if isinstance(job.spec, TrainSpec):
+            assert job.spec.data.source == source
+        if isinstance(job.spec, EvaluateSpec):
+            assert job.spec.evaluation.source == source
+
+
+@pytest.mark.parametrize("source", ["owner/name", "s3://bucket/rows.jsonl"])
+def test_what_is_not_on_this_machine_is_left_to_the_workers(folder: Path, source: str) -> None:
+    made = plan(folder, data={"source": source}, evaluation=None)
+
+    assert made.files == {}
+    assert isinstance(made.jobs[0].spec, TrainSpec)
+    assert made.jobs[0].spec.data.source == source
+
+
+@pytest.mark.parametrize("key", ["data", "evaluation"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "there is no data file"),
+        ("empty.jsonl", "", "empty"),
+        ("other.jsonl", '{"text": 1}\n', "text"),
+    ],
+)
+def test_a_data_file_that_cannot_be_used_is_refused(
+    folder: Path, key: str, name: str, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (folder / name).write_text(content)
+
+    with pytest.raises(DataError, match=message) as error:
+        plan(folder, **{key: {"source": name}})
+    assert name in error.value.what
+    assert error.value.do
+
+
+def test_a_file_that_is_read_in_two_ways_is_checked_in_both(folder: Path) -> None:
+    with pytest.raises(DataError, match="has no column frage"):
+        plan(folder, evaluation={"source": "train.jsonl", "columns": {"question": "frage"}})
+
+
+# -- models and memory
+
+
+def test_a_model_beside_the_file_is_found_whatever_the_working_directory_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+
+    assert isinstance(spec := plan(folder).jobs[0].spec, TrainSpec)
+    assert spec.base_model == str(folder / "model")
+
+
+def test_a_model_that_is_missing_is_an_error_where_the_workers_see_this_machine_else_a_warning(folder: Path) -> None:
+    with pytest.raises(SpecError, match="there is no model at /no/such"):
+        plan(folder, base_model="/no/such")
+
+    made = plan(folder, base_model="/no/such", workers_are_here=False, sweep={"grid": {"lora.r": [8, 16]}})
+    assert made.warnings == ("/no/such is not on this machine; every worker must have it",)
+
+
+@pytest.mark.parametrize("name", ["./no-such", "no such", "a/b/c"])
+def test_a_model_that_can_be_nowhere_is_an_error(folder: Path, name: str) -> None:
+    with pytest.raises(SpecError, match=name):
+        plan(folder, base_model=name, workers_are_here=False)
+
+
+def test_a_job_knows_its_memory_where_the_config_can_be_read(folder: Path) -> None:
+    known = plan(folder)
+    assert all(job.need_bytes > 0 and job.queue == "gpu8" for job in known.jobs[:-1])
+
+    (folder / "model" / "config.json").write_text("{}")
+    assert [(job.need_bytes, job.queue) for job in plan(folder).jobs] == [(0, "")] * 3 + [(0, "control")]
+    assert plan(folder, resources={"memory": "20GiB"}).jobs[0].need_bytes == 20 * GIB
+    assert plan(folder, resources={"memory": "20GiB"}).jobs[0].queue == "gpu24"
+    assert plan(folder, resources={"device": "cpu"}).jobs[0].queue == "cpu"
