@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show the jobs and submit nothing; needs no server.")
 @click.option("--wait", is_flag=True, help="Follow the batch, then show its results; exit code 10 if a job failed.")
 @click.option("--force", is_flag=True, help="Submit also where no live worker is big enough.")
+@click.option("--again", is_flag=True, help="Make another batch of what was submitted before.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def submit(file: Path, sets: tuple[str, ...], dry_run: bool, wait: bool, force: bool, as_json: bool) -> None:
+def submit(
+    file: Path, sets: tuple[str, ...], dry_run: bool, wait: bool, force: bool, again: bool, as_json: bool
+) -> None:
     """Put the fine-tunes of a sweep file into the queue.
 
-    Every mistake in FILE is reported at once, with its line, before anything is submitted.
+    Every mistake in FILE is reported at once, with its line, before anything is submitted. The same file with the
+    same data, submitted twice, is one batch.
     """
     from cli.render import console, counted, print_json
 
@@ -42,12 +46,15 @@ def submit(file: Path, sets: tuple[str, ...], dry_run: bool, wait: bool, force: 
     if dry_run:
         _show_plan(plan, as_json)
         return
-    batch = client.submit(plan, force=force)
+    known = None if again else client.find(plan)
+    batch = client.submit(plan, force=force, again=again)
+    if known:
+        notes.print(f"{batch.name} is that already; --again makes another batch of it.", style="yellow")
     if wait:
         _wait(client, batch.name, as_json)
     elif as_json:
         print_json(batch)
-    else:
+    elif not known:
         out = console()
         out.print(f"Submitted {batch.name}: {counted(len(batch.jobs), 'job')} for {counted(batch.trials, 'trial')}.")
         out.print(f"  loraq watch {batch.name}    to follow it", style="dim")

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_worker.checkpoints import CheckpointKeeper
 from gpu_worker.confine import check_source
 from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
 from gpu_worker.pool import TrainerPool
-from gpu_worker.protocol import Failed, Progress, Request, Result
+from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
@@ -25,6 +26,44 @@ from jobqueue.storage import Storage, attempt_folder
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
+
+
+class Stop:
+    """How a running trainer is ended: at once for a cancel, after a checkpoint for a drain."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        draining: threading.Event,
+        keeper: CheckpointKeeper,
+        trainer: TrainerProcess,
+        grace_s: float,
+    ) -> None:
+        self._lease, self._draining, self._keeper, self._trainer = lease, draining, keeper, trainer
+        self._grace_s = grace_s
+        self.can_save = False  # it trains: there is something to save
+        self.begun: JobState | None = None  # CANCELLED or QUEUED, once the trainer was told to end
+        self._wait_for: tuple[int, float] | None = None  # more checkpoints than these, or until then
+
+    def look(self) -> None:
+        """To be called again and again: sees what is wished and does what is due."""
+        if self.begun is not None:
+            return
+        if self._lease.cancelled.is_set():
+            self._end(JobState.CANCELLED)
+        elif self._draining.is_set():
+            if self._wait_for is None:
+                patience_s = self._grace_s if self.can_save else 0.0
+                self._wait_for = (self._keeper.kept, time.monotonic() + patience_s)
+                if self.can_save:
+                    self._trainer.ask_checkpoint()
+            kept_before, give_up_at = self._wait_for
+            if self._keeper.kept > kept_before or time.monotonic() >= give_up_at:
+                self._end(JobState.QUEUED)
+
+    def _end(self, state: JobState) -> None:
+        self.begun = state
+        self._trainer.stop()
 
 
 class Attempt:
@@ -46,6 +85,8 @@ class Attempt:
         self._pool, self._draining, self._wake = pool, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at)
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
+        keep = claim.spec.get("training", {}).get("save_total_limit", 2)
+        self._keeper = CheckpointKeeper(storage, claim, keep)
         self.sick = False  # this host, not the job, is to blame for how it ended
 
     def run(self) -> None:
@@ -54,8 +95,12 @@ class Attempt:
             if end is not None:
                 self.sick = end.reason == FailureReason.STORAGE
                 self._wake(self._lease.settle(end, self._draining))
+                if end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
+                    self._keeper.forget()
         except StaleAttemptError as error:
             log.warning("%s; its trainer was ended", error.what)
+        except StorageError as error:
+            log.warning("%s: its checkpoints stay: %s", self._claim.job_id, error.what)
         finally:
             self._lease.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -65,8 +110,7 @@ class Attempt:
         try:
             self._scratch.mkdir(parents=True)
             done = self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
-            if done is not None and done.manifest["spec"] == self._claim.spec:
-                # an earlier attempt had finished, and only its word did not arrive
+            if done is not None:  # an earlier attempt had finished, and only its word did not arrive
                 return Settlement(JobState.SUCCEEDED, outcome=done.manifest["outcome"])
             request = self._request()
             return self._work(request)
@@ -87,13 +131,15 @@ class Attempt:
         for source in (spec["base_model"], spec[section]["source"]):
             check_source(source, self._settings.model_roots)
         spec[section] = {**spec[section], "source": self._storage.resolve(spec[section]["source"])}
-        adapter = None
-        if spec["kind"] == "evaluate" and spec["adapter_job"]:
+        adapter = resume = None
+        if spec["kind"] == "train":
+            resume = self._keeper.newest(self._scratch)
+        elif spec["adapter_job"]:
             trained = self._store.job(spec["adapter_job"]).outcome["folder"]
             adapter = str(self._storage.fetch(f"{trained}/adapter", self._scratch / "adapter"))
         output = self._scratch / "output"
         output.mkdir()
-        return Request(self._claim.job_id, spec, str(output), adapter)
+        return Request(self._claim.job_id, spec, str(output), adapter, resume)
 
     def _work(self, request: Request) -> Settlement | None:
         with Journal(self._store, self._claim, self._scratch / "log.txt") as journal:
@@ -106,6 +152,8 @@ class Attempt:
             except BaseException:
                 trainer.kill()
                 raise
+            finally:
+                self._keeper.close()
             self._lease.release()
             self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
         return self._judge(end, request, journal.last_line)
@@ -115,30 +163,29 @@ class Attempt:
 
         Returns the trainer's own word, or CANCELLED or QUEUED where it was stopped, or RUNNING where it was lost.
         """
-        stopped: JobState | None = None
         end: Result | Failed | None = None
+        stop = Stop(self._lease, self._draining, self._keeper, trainer, self._settings.grace_s)
         while True:
             for message in trainer.messages(seconds=0.5):
                 if isinstance(message, LogLine):
                     journal.line(message.text)
                 elif isinstance(message, Progress):
                     journal.progress(message)
+                    stop.can_save = message.phase == "train"
+                elif isinstance(message, Checkpoint):
+                    self._keeper.take(message)
                 elif isinstance(message, (Result, Failed)):
                     end = message
-                elif isinstance(message, Ended):
-                    return stopped or end or message
+                elif isinstance(message, Ended):  # a result that came while it was told to stop is still a result
+                    return end if isinstance(end, Result) else stop.begun or end or message
             if self._lease.lost.is_set():
                 trainer.kill()
                 return JobState.RUNNING
-            if isinstance(end, Result) and stopped is None:
+            if end is not None and stop.begun is None:
+                if isinstance(end, Failed):
+                    trainer.kill()  # whatever state it is in, nothing goes on from there
                 return end
-            wish = JobState.CANCELLED if self._lease.cancelled.is_set() else JobState.QUEUED
-            if stopped is None and (self._lease.cancelled.is_set() or self._draining.is_set()):
-                stopped = wish
-                trainer.stop()
-            if isinstance(end, Failed) and stopped is None:
-                trainer.kill()  # whatever state it is in, nothing goes on from there
-                return end
+            stop.look()
             journal.flush()
 
     def _judge(self, end: Result | Failed | Ended | JobState, request: Request, last_line: str) -> Settlement | None:
@@ -146,6 +193,8 @@ class Attempt:
             return self._succeed(request, end.outcome)
         if isinstance(end, Failed):
             return self._failure(FailureReason(end.reason), end.message)
+        if isinstance(end, Ended) and self._lease.overran:  # it was the guardian, and not the trainer's fault
+            return self._failure(FailureReason.LOST, "its worker was cut off from the server and ended the trainer")
         if isinstance(end, Ended):
             return self._failure(FailureReason.CRASHED, f"{end}; its last words: {last_line or 'none'}")
         if end is JobState.CANCELLED:

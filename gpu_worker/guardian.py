@@ -6,8 +6,10 @@ Standard library only, so that it starts in milliseconds and holds no memory. St
 worker, one line at a time:
 
     deadline SECONDS    on the clock that counts sleep; `inf` between two jobs
+    checkpoint          SIGUSR1 to the trainer: save what there is
     stop                SIGTERM to the trainer, GRACE_S later SIGKILL to everything
 
+At half of the time to a deadline the trainer is asked for a checkpoint too: the renewal is overdue by then.
 At the end of file (the worker is dead) and at the deadline (the worker could not renew the job's lease) everything is
 killed at once: whoever claims the job next must find no one else at work on it. The guardian is a session leader and a
 subreaper, so that children which left the session are still its own.
@@ -79,8 +81,8 @@ class Lifeline:
     """What the worker last said."""
 
     def __init__(self) -> None:
-        self.deadline = math.inf
-        self.stop = False
+        self.deadline = self.half = math.inf
+        self.checkpoint = self.stop = False
         self.open = True
         self._rest = b""
 
@@ -94,6 +96,8 @@ class Lifeline:
             word, _, value = line.partition(b" ")
             if word == b"deadline":
                 self.deadline = float(value)
+                self.half = (now() + self.deadline) / 2
+            self.checkpoint = self.checkpoint or word == b"checkpoint"
             self.stop = self.stop or word == b"stop"
 
 
@@ -106,6 +110,7 @@ def main() -> int:
 
     def in_child() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # lasts over exec: no trainer that still starts dies of it
         die_with(me)
 
     trainer = subprocess.Popen(command, stdin=int(request_fd), pass_fds=[int(events_fd)], preexec_fn=in_child)
@@ -114,6 +119,9 @@ def main() -> int:
     lifeline, kill_at = Lifeline(), math.inf
     while trainer.poll() is None:
         lifeline.listen(0.05)
+        if lifeline.checkpoint or now() >= lifeline.half:
+            lifeline.checkpoint, lifeline.half = False, math.inf
+            trainer.send_signal(signal.SIGUSR1)
         if lifeline.stop and kill_at == math.inf:
             kill_at = now() + float(grace_s)
             trainer.terminate()

@@ -30,6 +30,7 @@ class Lease:
         self.deadline = claimed_at + settings.lease_s - self._margin
         self.cancelled = threading.Event()
         self.lost = threading.Event()
+        self._overran = False
         self._trainer: TrainerProcess | None = None
         self._lock = threading.Lock()
         self._done = threading.Event()
@@ -46,6 +47,11 @@ class Lease:
         """The trainer has done its part: it may rest, or work for another, beyond this lease."""
         with self._lock:
             self._trainer = None
+
+    @property
+    def overran(self) -> bool:
+        """Whether the deadline that the guardian was told has passed, even if an answer came since."""
+        return self._overran or guardian.now() >= self.deadline
 
     def close(self) -> None:
         self._done.set()
@@ -66,6 +72,7 @@ class Lease:
                     self.lost.set()
                 continue
             with self._lock:
+                self._overran = self.overran
                 self.deadline = asked_at + self._settings.lease_s - self._margin
                 if self._trainer is not None:
                     self._trainer.set_deadline(self.deadline)

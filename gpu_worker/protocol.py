@@ -7,7 +7,7 @@ LORAQ_EVENTS_FD names. Standard output and standard error are the job's log, who
       |                              | imports Unsloth
       |  <----- {"type": "ready"} ---|
       |--- request ----------------> |
-      |  <----- progress, ... -------|
+      |  <-- progress, checkpoint ---|  SIGUSR1 asks for a checkpoint at the next step's end
       |  <----- result or failed ----|  one of them ends the job; the next request may follow where it says goes_on
       |--- end of file ------------> | leaves
 """
@@ -29,6 +29,7 @@ class Request:
     spec: dict[str, Any]  # a TrainSpec or an EvaluateSpec, its sources made readable for this machine
     output: str  # an empty folder for everything that the job leaves behind
     adapter: str | None = None  # the folder of the trained adapter that an evaluation asks
+    resume: str | None = None  # the folder of the checkpoint that training goes on from
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -48,6 +49,15 @@ class Progress:
     tokens_per_s: float | None = None
     reserved_bytes: int | None = None  # GPU memory that the trainer's allocator holds now
     type: Literal["progress"] = "progress"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of this machine from which training could go on; whoever hears of it may take it away."""
+
+    step: int
+    folder: str
+    type: Literal["checkpoint"] = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -76,9 +86,10 @@ class Ready:
     type: Literal["ready"] = "ready"
 
 
-Event = Progress | Result | Failed | Ready
-_KINDS: dict[str, type[Progress] | type[Result] | type[Failed] | type[Ready]] = {
+Event = Progress | Checkpoint | Result | Failed | Ready
+_KINDS: dict[str, type[Progress] | type[Checkpoint] | type[Result] | type[Failed] | type[Ready]] = {
     "progress": Progress,
+    "checkpoint": Checkpoint,
     "result": Result,
     "failed": Failed,
     "ready": Ready,

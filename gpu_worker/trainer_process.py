@@ -102,6 +102,10 @@ class TrainerProcess:
         """Between two jobs: no deadline."""
         self.set_deadline(math.inf)
 
+    def ask_checkpoint(self) -> None:
+        """Of a trainer that trains: at the end of its step."""
+        self._tell("checkpoint")
+
     def stop(self) -> None:
         """SIGTERM to the trainer, SIGKILL to everything after the grace time; does not wait."""
         self._tell("stop")

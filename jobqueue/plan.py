@@ -62,6 +62,12 @@ class Plan:
     files: dict[str, Path]  # source in the storage -> the local file to upload
     warnings: tuple[str, ...]
 
+    @property
+    def key(self) -> str:
+        """The same for everything that asks for the same: by name, configurations, and content of local files."""
+        asked = [self.sweep.name, *((job.id, job.spec.model_dump_json()) for job in self.jobs)]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
 
 @dataclass
 class _Lookups:

@@ -20,7 +20,7 @@ from jobqueue.results import BatchReport, build_report
 from jobqueue.settings import Settings
 from jobqueue.spec import EvaluateSpec, ReportSpec, TrainSpec
 from jobqueue.storage import Storage
-from jobqueue.store import NewJob, Store
+from jobqueue.store import NewJob, Store, Submitted
 from jobqueue.sweep import Sweep, read_sweep
 
 if TYPE_CHECKING:
@@ -55,12 +55,20 @@ class Client:
         """The jobs of a sweep; needs no server. Raises SpecError, DataError."""
         return make_plan(sweep, workers_are_here=self.settings.redis_url is None)
 
-    def submit(self, plan: Plan, *, force: bool = False) -> Batch:
+    def find(self, plan: Plan) -> Batch | None:
+        """The batch of this owner that was made from the same plan."""
+        name = self.store.submitted(self._key(plan))
+        return self.store.batch(name) if name else None
+
+    def submit(self, plan: Plan, *, force: bool = False, again: bool = False) -> Batch:
         """All of it or nothing: checks, uploads the local files, writes every job in one call, wakes the workers.
+
+        The same plan submitted twice (after an answer that was lost, say) is one batch.
 
         Args:
             plan: what `plan` returned.
             force: submit although no living worker could hold the largest job.
+            again: make another batch of a plan that was submitted before.
 
         Raises:
             CapacityError: unless forced.
@@ -71,20 +79,28 @@ class Client:
             _check_capacity(plan, workers)
         for source, path in plan.files.items():
             self.storage.put_blob(path, source)
+        key = "" if again else self._key(plan)
         name, number = plan.sweep.name, 1
-        # What the storage has of that name is of another server, or of a time that this one has forgotten.
-        while self.storage.exists(f"batches/{name}") or (classes := self._submit_as(name, plan)) is None:
+        # What the storage has of that name may be of another server, or of a time that this one has forgotten; of the
+        # same plan it may just as well be the batch itself.
+        while (not key or self.store.submitted(key) is None) and self.storage.exists(f"batches/{name}"):
             number += 1
             name = f"{plan.sweep.name}-{number}"
-        send_tokens(self._app, classes)
-        return self.store.batch(name)
+        while (made := self._submit_as(name, plan, key)) is None:
+            number += 1
+            name = f"{plan.sweep.name}-{number}"
+        send_tokens(self._app, made.classes)
+        return self.store.batch(made.batch)
 
-    def _submit_as(self, name: str, plan: Plan) -> list[str] | None:
+    def _key(self, plan: Plan) -> str:
+        return f"{self.settings.owner}:{plan.key}"
+
+    def _submit_as(self, name: str, plan: Plan, key: str) -> Submitted | None:
         submission = secrets.token_hex(8)
         jobs = [_new_job(job, name, self.settings.owner, submission) for job in plan.jobs]
         base_model = plan.sweep.trials[0].run.base_model
         ids = [job.id for job in jobs]
-        return self.store.submit(name, self.settings.owner, len(plan.sweep.trials), base_model, jobs, ids)
+        return self.store.submit(name, self.settings.owner, len(plan.sweep.trials), base_model, jobs, ids, key)
 
     # -- looking
 
@@ -134,12 +150,13 @@ class Client:
             asked, classes = self.store.cancel([self.job(target).id])
         else:
             own = [job_id for job_id in batch.jobs if job_id.startswith(f"{batch.name}.")]
-            asked, classes = self.store.cancel(own)
+            # The last first: what waits for another is stopped on request, not for want of what it waits for.
+            asked, classes = self.store.cancel(own[::-1])
             for job_id in set(batch.jobs) - set(own):
                 more, woken = self.store.release_base(job_id)
                 asked, classes = asked + more, classes + woken
         send_tokens(self._app, classes)
-        return self.store.jobs(asked)
+        return self.store.jobs(sorted(asked, key=list(batch.jobs).index) if batch else asked)
 
     def forget_server(self) -> None:
         """The server is about to be stopped in good order: trust its next start at once."""

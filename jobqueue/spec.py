@@ -86,6 +86,12 @@ class TrainingSpec(Part):
     packing: bool = False
     dataset_num_proc: PositiveInt | None = None
     report_to: str | list[str] = "none"
+    save_steps: PositiveInt | None = None
+    """A checkpoint every so many steps, from which a lost or drained job goes on; None: by time alone."""
+    save_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """A checkpoint at least so often."""
+    save_total_limit: PositiveInt = 2
+    """How many checkpoints of a running job are kept; a succeeded job keeps none."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

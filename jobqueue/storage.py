@@ -110,19 +110,48 @@ class Storage:
 
         A server that was emptied gives names and attempt numbers again: its storage may hold another job's work.
         """
-        base = f"{self._root}/{job_folder(job_id, batch)}"
         with self._errors("read"):
-            if not self._fs.exists(base):
-                return None
-            names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(base, detail=False)]
-            names = [name for name in names if name.partition("-")[0].isdigit()]  # no .nfs0001, no .DS_Store
-            for name in sorted(names, key=lambda n: int(n.split("-")[0]), reverse=True):
-                folder = f"{job_folder(job_id, batch)}/{name}"
-                if self._fs.exists(f"{base}/{name}/{MANIFEST}"):
-                    manifest = json.loads(self.read_text(f"{folder}/{MANIFEST}"))
-                    if not submission or manifest.get("submission") == submission:
-                        return Published(folder, manifest)
+            for attempt in self._attempts(job_id, batch):
+                found = self._complete(attempt, submission)
+                if found is not None:
+                    return found
         return None
+
+    def checkpoints(self, job_id: str, batch: str, submission: str) -> list[Published]:
+        """The complete checkpoints of all attempts of a job, the one with most steps first."""
+        with self._errors("read"):
+            folders = [f"{attempt}/checkpoints" for attempt in self._attempts(job_id, batch)]
+            names = [f"{folder}/{name}" for folder in folders for name in self._names(folder)]
+            found = [self._complete(name, submission) for name in names]
+        return sorted((p for p in found if p is not None), key=lambda p: int(p.manifest["step"]), reverse=True)
+
+    def remove(self, folder: str) -> None:
+        """A folder and all in it, the manifest first: from then on it does not count."""
+        with self._errors("write"):
+            path = f"{self._root}/{folder}"
+            if self._fs.exists(f"{path}/{MANIFEST}"):
+                self._fs.rm_file(f"{path}/{MANIFEST}")
+            if self._fs.exists(path):
+                self._fs.rm(path, recursive=True)
+
+    def _attempts(self, job_id: str, batch: str) -> list[str]:
+        """The folders of a job's attempts, the newest first."""
+        base = job_folder(job_id, batch)
+        # no .nfs0001, no .DS_Store
+        names = [name for name in self._names(base) if name.partition("-")[0].isdigit()]
+        return [f"{base}/{name}" for name in sorted(names, key=lambda n: int(n.split("-")[0]), reverse=True)]
+
+    def _names(self, folder: str) -> list[str]:
+        path = f"{self._root}/{folder}"
+        if not self._fs.exists(path):
+            return []
+        return [entry.rstrip("/").rpartition("/")[2] for entry in self._fs.ls(path, detail=False)]
+
+    def _complete(self, folder: str, submission: str) -> Published | None:
+        if not self._fs.exists(f"{self._root}/{folder}/{MANIFEST}"):
+            return None
+        manifest = json.loads(self.read_text(f"{folder}/{MANIFEST}"))
+        return Published(folder, manifest) if not submission or manifest.get("submission") == submission else None
 
     def fetch(self, folder: str, into: Path) -> Path:
         """A folder of the storage as one of this machine: itself where it is one, else a copy below `into`."""

@@ -9,6 +9,7 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:job:<id>:history    list    ended attempts, JSON, oldest first
   {loraq}:job:<id>:events     stream  progress and log lines of all attempts, trimmed
   {loraq}:batch:<name>        hash    owner, submitted_at T, trials, base_model, jobs (JSON list of ids)
+  {loraq}:submits             hash    key of a submit -> the batch that it made
   {loraq}:batches             zset    names by submission T
   {loraq}:queue:<q>:<owner>   zset    queued jobs of an owner in a memory class; see `place`
   {loraq}:owners:<q>          set     owners that have a job in that class
@@ -160,13 +161,16 @@ local function add(job, now, woken)
   arrived(id, now, woken)
 end
 
--- submit(not after, name, owner, trials, base_model, jobs JSON, ids JSON)
---   -> {1, classes...}, {0} where the name is taken, {-1} where it came too late
+-- submit(not after, key, name, owner, trials, base_model, jobs JSON, ids JSON)
+--   -> {1, classes...}, {0} where the name is taken, {2, batch} where the key is known, {-1} where it came too late
 local function submit(_, args)
-  local not_after, name, owner, trials, base_model, jobs, ids = unpack(args)
+  local not_after, submit_key, name, owner, trials, base_model, jobs, ids = unpack(args)
   local batch, now, woken = P .. 'batch:' .. name, time(), nobody()
   if too_late(not_after) then return { -1 } end
+  local known = redis.call('HGET', P .. 'submits', submit_key)
+  if known then return { 2, known } end
   if redis.call('EXISTS', batch) == 1 then return { 0 } end
+  redis.call('HSET', P .. 'submits', submit_key, name)
   redis.call('HSET', batch, 'owner', owner, 'submitted_at', now, 'trials', trials, 'base_model', base_model, 'jobs', ids)
   redis.call('ZADD', P .. 'batches', now, name)
   for _, job in ipairs(cjson.decode(jobs)) do add(job, now, woken) end

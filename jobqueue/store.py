@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -42,6 +43,15 @@ class NewJob:
     needs: tuple[str, ...]  # jobs that must succeed before
     follows: tuple[str, ...]  # jobs that must have ended before
     submission: str = ""  # random, the same for all jobs of one submit: tells whose files lie in the storage
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What a submit has led to."""
+
+    batch: str
+    classes: tuple[str, ...]  # to wake
+    new: bool  # False: the same had been submitted before
 
 
 @dataclass(frozen=True)
@@ -98,15 +108,24 @@ class Store:
     # -- a client's calls
 
     def submit(
-        self, name: str, owner: str, trials: int, base_model: str, jobs: Sequence[NewJob], ids: Sequence[str]
-    ) -> list[str] | None:
+        self,
+        name: str,
+        owner: str,
+        trials: int,
+        base_model: str,
+        jobs: Sequence[NewJob],
+        ids: Sequence[str],
+        key: str = "",
+    ) -> Submitted | None:
         """All jobs of a batch at once, in an order where each comes after those it waits for.
 
-        Returns the classes to wake, or None where the name is taken (and nothing was written).
+        Sent again with the same `key` it writes nothing and answers with the batch that there is. Without one it is
+        always another batch. None where the name is taken (and nothing was written).
         """
         answer = self._call(
             "submit",
             self._not_after(),
+            key or secrets.token_hex(16),
             name,
             owner,
             trials,
@@ -118,7 +137,14 @@ class Store:
             raise ServerError(
                 f"Redis at {_where(self.url)} answered too late; nothing was written", "Submit again in a moment."
             )
-        return answer[1:] if answer[0] == 1 else None
+        if answer[0] == 0:
+            return None
+        return Submitted(name, tuple(answer[1:]), True) if answer[0] == 1 else Submitted(answer[1], (), False)
+
+    def submitted(self, key: str) -> str | None:
+        """The batch that a submit with this key has made."""
+        with self._errors():
+            return cast("str | None", self._redis.hget(f"{PREFIX}submits", key))
 
     def cancel(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
         """(jobs that were stopped or asked to stop, classes to wake); ended jobs are left alone."""

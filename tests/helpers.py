@@ -52,9 +52,10 @@ def new_job(job_id: str, **changes: Any) -> NewJob:
 
 
 def submit(store: Store, *jobs: NewJob) -> list[str] | None:
-    """A batch of these jobs, named as the first of them says; the classes to wake."""
+    """A batch of these jobs, named as the first of them says; the classes to wake, None where the name is taken."""
     name = jobs[0].id.partition(".")[0]
-    return store.submit(name, jobs[0].owner, 1, "a/model", jobs, [job.id for job in jobs])
+    made = store.submit(name, jobs[0].owner, 1, "a/model", jobs, [job.id for job in jobs])
+    return None if made is None else list(made.classes)
 
 
 def claim(store: Store, worker: str = "host/gpu0", device: str = "gpu", **changes: Any) -> Claim | None:

@@ -1,8 +1,10 @@
 """A trainer without torch: speaks the protocol, does what the job's model name says. For tests of the queue.
 
-`base_model` is a path of words, e.g. `/stub/sleep:2/kill`: `sleep:2` seconds (in steps of 0.05, each reported), `fail:REASON`,
-`exit:CODE`, `kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `child` (starts a child in a session of its own).
-Every 0.05 s it writes a line into the folder LORAQ_BEATS, if that is set: job id, process id, time.
+`base_model` is a path of words, e.g. `/stub/sleep:2/kill`: `sleep:2` seconds (in steps of 0.05, each reported; where
+the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
+when SIGUSR1 asks), `fail:REASON`, `exit:CODE`, `kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `child` (starts a
+child in a session of its own). Every 0.05 s it writes a line into the folder LORAQ_BEATS, if that is set: process id,
+time.
 """
 
 import json
@@ -13,6 +15,12 @@ import sys
 import time
 
 events = os.fdopen(int(os.environ["LORAQ_EVENTS_FD"]), "w", buffering=1)
+asked = False
+
+
+def ask(*_: object) -> None:
+    global asked
+    asked = True
 
 
 def say(**fields: object) -> None:
@@ -26,17 +34,37 @@ def beat(job: str) -> None:
             file.write(f"{os.getpid()} {time.time():.3f}\n")
 
 
+def checkpoint(request: dict, step: int) -> None:
+    folder = f"{request['output']}/trainer/checkpoint-{step}"
+    os.makedirs(folder)
+    with open(f"{folder}/step.txt", "w") as file:
+        file.write(str(step))
+    say(type="checkpoint", step=step, folder=folder)
+
+
+def sleep(request: dict, seconds: float, saves: bool) -> None:
+    global asked
+    done, steps = 0, max(1, round(seconds / 0.05))
+    if request["resume"]:
+        with open(f"{request['resume']}/step.txt") as file:
+            done = int(file.read())
+        print(f"stub: going on from step {done}")
+    for step in range(done + 1, steps + 1):
+        time.sleep(0.05)
+        beat(request["job_id"])
+        say(type="progress", phase="train", step=step, steps=steps, loss=1 / step)
+        if asked or (saves and step % 10 == 0):
+            asked = False
+            checkpoint(request, step)
+
+
 def work(request: dict) -> None:
-    job = request["job_id"]
+    job, words = request["job_id"], request["spec"]["base_model"].split("/")
     print(f"stub: {job}")
-    for word in request["spec"]["base_model"].split("/"):
+    for word in words:
         verb, _, value = word.partition(":")
         if verb == "sleep":
-            steps = max(1, round(float(value) / 0.05))
-            for step in range(steps):
-                time.sleep(0.05)
-                beat(job)
-                say(type="progress", phase="train", step=step + 1, steps=steps, loss=1 / (step + 1))
+            sleep(request, float(value), "save" in words)
         elif verb == "fail":
             return say(type="failed", reason=value, message="as asked")
         elif verb == "exit":
@@ -51,9 +79,11 @@ def work(request: dict) -> None:
     os.makedirs(f"{request['output']}/adapter")
     with open(f"{request['output']}/adapter/adapter_model.txt", "w") as file:
         file.write(job)
-    say(type="result", outcome={"pid": os.getpid(), "adapter": request["adapter"]})
+    outcome = {"pid": os.getpid(), "adapter": request["adapter"], "resumed": request["resume"]}
+    return say(type="result", outcome=outcome)
 
 
+signal.signal(signal.SIGUSR1, ask)
 say(type="ready")
 for line in sys.stdin:
     work(json.loads(line))

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gpu_worker.protocol import EVENTS_FD, Event, Failed, Progress, Ready, Request, Result, encode
+from gpu_worker.protocol import EVENTS_FD, Checkpoint, Event, Failed, Progress, Ready, Request, Result, encode
 from gpu_worker.trainer.failures import bad_spec, failed, one_line
 from jobqueue.errors import LoraqError
 from jobqueue.job import FailureReason
@@ -36,12 +36,15 @@ Emit = Callable[[Event], None]
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks for a checkpoint; there is nothing to save yet
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True)
     requests, emit = _channels()
     _environment()
     # Unsloth first, and not before the environment is set.
+    from gpu_worker.trainer import checkpoint, usage
     from gpu_worker.trainer import model as models
-    from gpu_worker.trainer import usage
+
+    checkpoint.listen()
 
     start = usage.allocated()
     emit(Ready(usage.versions()))
@@ -113,7 +116,7 @@ def _run(request: Request, emit: Emit) -> Result | Failed:
 
 def _outcome(request: Request, emit: Emit) -> dict[str, Any]:
     spec = _spec(request)
-    report: Callable[[Progress], None] = emit
+    report: Callable[[Progress | Checkpoint], None] = emit
     if isinstance(spec, TrainSpec):
         from gpu_worker.trainer.train import train
 

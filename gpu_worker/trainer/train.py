@@ -20,8 +20,9 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from gpu_worker.protocol import Progress, Request
+from gpu_worker.protocol import Checkpoint, Progress, Request
 from gpu_worker.trainer import usage
+from gpu_worker.trainer.checkpoint import Checkpoints, counts_of
 from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.data import IGNORED, tokenise
 from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
@@ -30,7 +31,7 @@ from jobqueue.job import FailureReason
 from jobqueue.spec import TrainSpec
 
 log = logging.getLogger("loraq.trainer")
-Report = Callable[[Progress], None]
+Report = Callable[[Progress | Checkpoint], None]
 SILENCE_S = 2.0  # a running job says something at least this often (a step permitting)
 
 
@@ -72,6 +73,8 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     config = _config(spec, request, torch.cuda.is_available())
     collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     watch = Watch(report, collator)
+    checkpoints = Checkpoints(training, watch.counts, report)
+    checkpoints.remember_dtypes(model)
     try:
         trainer = SFTTrainer(
             model=model,
@@ -81,7 +84,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
                 {"input_ids": [row.input_ids for row in tokens], "labels": [row.labels for row in tokens]}
             ),
             data_collator=collator,
-            callbacks=[watch],
+            callbacks=[watch, checkpoints],
         )
     except (ValueError, NotImplementedError) as error:
         raise bad_spec(one_line(f"the trainer refuses these settings: {error}")) from error
@@ -89,8 +92,10 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     reserved_at_start = usage.reserved()
     clock.lap("setup_s")
 
-    # Checkpoints would be kept from here: trainer.train(resume_from_checkpoint=...), and a callback that saves.
-    result = trainer.train()
+    if request.resume:
+        watch.go_on(counts_of(request.resume))
+        log.info("going on from %s", request.resume)
+    result = trainer.train(resume_from_checkpoint=request.resume)
     clock.lap("train_s")
     if not math.isfinite(result.training_loss):
         raise JobFailure(FailureReason.NAN_LOSS, _nan_message(trainer.state.global_step))
@@ -102,9 +107,10 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
         Path(config.output_dir or "").rmdir()
     clock.lap("save_s")
 
+    resumed_from = int(Path(request.resume).name.rpartition("-")[2]) if request.resume else None
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [[entry["step"], entry["loss"], entry["learning_rate"]] for entry in history]
-    train_s = clock.laps["train_s"]
+    train_s = clock.laps["train_s"] + watch.seconds_before
     return {
         "memory": memory,
         "time": clock.report() | {"train_minutes": round(train_s / 60, 2)},
@@ -116,10 +122,11 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
             "trained_tokens": watch.trained_tokens,
             "tokens_per_s": round(watch.tokens / train_s, 1),
             "final_loss": losses[-1][1] if losses else result.training_loss,
-            "mean_loss": result.training_loss,
+            "mean_loss": _mean(losses) if losses else result.training_loss,
             "parameters": sum(size for _, size in parameters),
             "trained_parameters": trained_parameters,
             "seed": training.seed,
+            "resumed_from_step": resumed_from,
         },
         "losses": losses,
         "data": file.summary.report() | asdict(data),
@@ -219,6 +226,23 @@ class Watch(TrainerCallback):
         self.rows = self.tokens = self.trained_tokens = 0
         self.said_at = time.monotonic()
         self.said_tokens = 0
+        self.began_at, self.seconds_before = self.said_at, 0.0
+
+    def counts(self) -> dict[str, float]:
+        """For a checkpoint: of this attempt and those that it went on from."""
+        seconds = self.seconds_before + time.monotonic() - self.began_at
+        return {
+            "rows": self.rows, "tokens": self.tokens, "trained_tokens": self.trained_tokens, "seconds": seconds
+        }  # fmt: skip
+
+    def go_on(self, counts: dict[str, float]) -> None:
+        """From what a checkpoint says."""
+        self.rows, self.tokens = int(counts["rows"]), int(counts["tokens"])
+        self.trained_tokens, self.seconds_before = int(counts["trained_tokens"]), counts["seconds"]
+        self.said_tokens = self.tokens
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began_at = self.said_at = time.monotonic()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.collator.batches:
@@ -267,6 +291,13 @@ def _size(parameter: Any) -> int:
     """Numbers in a parameter; a 4-bit one holds two per byte and knows its true shape."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else int(parameter.numel())
+
+
+def _mean(losses: list[list[float]]) -> float:
+    """Over all steps, also those of attempts before: each logged loss is the mean since the one before it."""
+    steps = [0, *(step for step, _, _ in losses)]
+    sums = [loss * (step - before) for (step, loss, _), before in zip(losses, steps, strict=False)]
+    return sum(sums) / steps[-1]
 
 
 def _nan_message(step: int) -> str:

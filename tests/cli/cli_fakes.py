@@ -135,7 +135,10 @@ class FakeClient:
     def plan(self, sweep: Sweep) -> Plan:
         return make_plan(sweep, workers_are_here=False)
 
-    def submit(self, plan: Plan, *, force: bool = False) -> Batch:
+    def find(self, plan: Plan) -> Batch | None:
+        return self.batch(plan.sweep.name) if plan.key in [before.key for before in self.submitted] else None
+
+    def submit(self, plan: Plan, *, force: bool = False, again: bool = False) -> Batch:
         self.submitted.append(plan)
         self.forced = force
         if not self.known:

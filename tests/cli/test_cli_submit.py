@@ -65,6 +65,19 @@ def test_warnings_go_to_stderr(command: Command, client: FakeClient, tmp_path: P
     assert result.stderr.startswith("warning: /no/such/model")
 
 
+def test_what_was_submitted_before_is_said_and_not_submitted_again(
+    command: Command, client: FakeClient, sweep_file: str
+) -> None:
+    command("submit", sweep_file)
+    second = command("submit", sweep_file)
+    third = command("submit", sweep_file, "--again")
+
+    assert second.exit_code == 0
+    assert "medqa is that already; --again makes another batch of it." in second.stderr
+    assert "Submitted" not in second.stdout
+    assert "already" not in third.stderr
+
+
 def test_mistakes_are_all_reported_with_their_lines(command: Command, client: FakeClient, tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(
         SWEEP.replace("lora.r", "lora.rank").replace("source: org/questions}", "sorce: x}")

@@ -116,7 +116,7 @@ class Site:
         for process in self.left():
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(self.left(), 5)
+        wait_for(lambda: not self.left(), 5, "everything that was started here has ended")
         self.store.close()
 
 
@@ -156,6 +156,15 @@ def train_job(job_id: str, words: str, **changes: object) -> NewJob:
         resources=ResourcesSpec(),
     )
     return new_job(job_id, **{"spec": spec.model_dump_json(), **changes})
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    """Whether none of them lives; a zombie that nobody has collected yet does not."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                return False
+    return True
 
 
 @contextlib.contextmanager

@@ -31,11 +31,11 @@ def client(settings: Settings) -> Client:
     return Client(settings)
 
 
-def send(client: Client, folder: Path, *, force: bool = False, **changes: object) -> Batch:
+def send(client: Client, folder: Path, *, force: bool = False, again: bool = True, **changes: object) -> Batch:
     (folder / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
     file = folder / "sweep.yaml"
     file.write_text(json.dumps({**SWEEP, **changes}))
-    return client.submit(client.plan(client.read(file)), force=force)
+    return client.submit(client.plan(client.read(file)), force=force, again=again)
 
 
 def nothing_was_written(client: Client) -> bool:
@@ -60,6 +60,23 @@ def test_a_name_that_is_taken_gets_a_number(client: Client, tmp_path: Path) -> N
     assert names == ["b", "b-2", "b-3"]
     assert client.job("b-3.1.eval").spec["adapter_job"] == "b-3.1"
     assert [batch.name for batch in client.batches()] == ["b-3", "b-2", "b"]
+
+
+def test_the_same_plan_sent_twice_is_one_batch_and_another_owner_or_other_data_is_not(
+    client: Client, tmp_path: Path
+) -> None:
+    first = send(client, tmp_path, again=False)
+    before = snapshot(client.store.url)
+    assert send(client, tmp_path, again=False) == first
+    assert snapshot(client.store.url) == before
+    assert client.find(client.plan(client.read(tmp_path / "sweep.yaml"))) == first
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**ROW, "question": "another?"}) + "\n")
+    plan = client.plan(client.read(tmp_path / "sweep.yaml"))
+    assert client.find(plan) is None
+    assert client.submit(plan).name == "b-2"
+    colleague = Client(client.settings.model_copy(update={"owner": "colleague"}))
+    assert colleague.submit(plan).name == "b-3"
 
 
 def test_a_name_under_which_the_storage_has_results_of_another_server_is_taken(client: Client, tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_the_newest_complete_attempt_counts_by_number(storage: Storage, made: Pa
     assert found.manifest["n"] == 10
 
 
+def test_what_another_submission_has_published_does_not_count_for_this_one(storage: Storage, made: Path) -> None:
+    storage.publish(made, attempt_folder(claim(1)), {"submission": "this"})
+    storage.publish(made, attempt_folder(claim(7)), {"submission": "that"})
+
+    found = storage.published("b.1", "b", "this")
+    assert found is not None
+    assert found.folder == "batches/b/b.1/1-ab"
+    assert storage.published("b.1", "b", "a third") is None
+
+
 def test_other_things_in_a_jobs_folder_do_no_harm(storage: Storage, made: Path) -> None:
     storage.publish(made, attempt_folder(claim()), {"n": 1})
     for stray in (".nfs00000001", ".DS_Store", "notes-by-hand"):

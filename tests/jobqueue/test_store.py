@@ -233,3 +233,15 @@ def test_a_cpu_worker_takes_what_was_meant_for_gpus_only_while_no_gpu_worker_liv
     store.leave("host/gpu0")
     assert must_claim(store, "host/cpu", "cpu", queues=["cpu"]).job_id == "b.1"
     assert claim(store, "host/cpu", "cpu", queues=["cpu"]) is None, "b.2 asked for a GPU"
+
+
+def test_the_largest_batch_is_submitted_whole_and_wakes_no_more_slots_than_tokens_may_lie_there(store: Store) -> None:
+    jobs = [new_job(f"big.{number}") for number in range(10_000)]
+    report = new_job("big.report", follows=tuple(job.id for job in jobs), queue="control")
+
+    woken = submit(store, *jobs, report)
+
+    assert woken == ["gpu8"] * 64
+    assert store.job("big.report").waits == 10_000
+    assert store.batch("big").states == {JobState.QUEUED: 10_000, JobState.WAITING: 1}
+    assert must_claim(store).job_id == "big.0"

@@ -178,7 +178,7 @@ def test_without_a_server_every_call_says_so_within_seconds() -> None:
 
 
 def test_a_stopped_server_is_given_up_within_seconds(restartable: RestartableServer) -> None:
-    store = Store(restartable.url, timeout_s=0.3)
+    store = Store(restartable.url, timeout_s=0.2)
     submit(store, new_job("b.1"))
     running = must_claim(store)
     restartable.tell(signal.SIGSTOP)
@@ -192,6 +192,19 @@ def test_a_stopped_server_is_given_up_within_seconds(restartable: RestartableSer
     restartable.tell(signal.SIGCONT)
     store.settle(running, SUCCEEDED)  # whether or not the one before has arrived
     assert states(store, "b.1") == ["succeeded"]
+
+
+def test_a_call_that_reaches_the_server_after_its_client_gave_it_up_does_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(store, new_job("b.1"))
+    before = snapshot(store.url)
+    monkeypatch.setattr(store, "_not_after", lambda: int(time.time() * 1000) - 1)
+
+    with pytest.raises(ServerError, match="too late; nothing was written"):
+        submit(store, new_job("c.1"))
+    assert claim(store) is None
+    assert snapshot(store.url) == before
 
 
 def test_the_store_goes_on_with_a_server_that_was_killed_and_came_back(restartable: RestartableServer) -> None:

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from gpu_worker.protocol import EVENTS_FD, Event, Failed, Progress, Request, Result, decode
+from gpu_worker.protocol import EVENTS_FD, Checkpoint, Event, Failed, Progress, Request, Result, decode
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "cli" / "demo"
@@ -55,29 +55,46 @@ class Child:
         except queue.Empty:
             raise AssertionError(f"no event within {DEADLINE_S} s; the log:\n{self.log.read_text()[-3000:]}") from None
 
-    def send(self, spec: dict[str, Any], adapter: Path | None = None, output: Path | None = None) -> Path:
+    def send(
+        self,
+        spec: dict[str, Any],
+        adapter: Path | None = None,
+        output: Path | None = None,
+        resume: Path | None = None,
+    ) -> Path:
         """Hand it a job; returns the job's output folder."""
         self.jobs += 1
         if output is None:
             output = self.folder / f"job{self.jobs}"
             output.mkdir()
-        request = Request(f"job{self.jobs}", spec, str(output), str(adapter) if adapter else None)
+        request = Request(
+            f"job{self.jobs}", spec, str(output), str(adapter) if adapter else None, str(resume) if resume else None
+        )
         assert self.process.stdin is not None
         self.process.stdin.write(request.line())
         self.process.stdin.flush()
         return output
 
-    def run(self, spec: dict[str, Any], adapter: Path | None = None, output: Path | None = None) -> Done:
+    def run(
+        self,
+        spec: dict[str, Any],
+        adapter: Path | None = None,
+        output: Path | None = None,
+        resume: Path | None = None,
+    ) -> Done:
         """Hand it a job and wait for its end."""
-        folder = self.send(spec, adapter, output)
+        folder = self.send(spec, adapter, output, resume)
         progress: list[Progress] = []
+        checkpoints: list[Path] = []
         while True:
             event = self.next_event()
             assert event is not None, f"the trainer ended; its log:\n{self.log.read_text()[-3000:]}"
             if isinstance(event, Progress):
                 progress.append(event)
+            elif isinstance(event, Checkpoint):
+                checkpoints.append(Path(event.folder))
             elif isinstance(event, (Result, Failed)):
-                return Done(event, progress, folder)
+                return Done(event, progress, folder, checkpoints)
 
     def close(self) -> None:
         self.process.kill()
@@ -87,10 +104,11 @@ class Child:
 class Done:
     """How a job ended."""
 
-    def __init__(self, end: Result | Failed, progress: list[Progress], folder: Path) -> None:
+    def __init__(self, end: Result | Failed, progress: list[Progress], folder: Path, checkpoints: list[Path]) -> None:
         self.end = end
         self.progress = progress
         self.folder = folder
+        self.checkpoints = checkpoints
 
     @property
     def outcome(self) -> dict[str, Any]:
