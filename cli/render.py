@@ -25,6 +25,7 @@ NONE = "-"
 
 STATE_STYLES: Mapping[JobState, str] = {
     JobState.WAITING: "dim",
+    JobState.HELD: "magenta",
     JobState.QUEUED: "cyan",
     JobState.RUNNING: "bold blue",
     JobState.SUCCEEDED: "green",

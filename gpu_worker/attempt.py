@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
 from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
+from gpu_worker.stop import Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
@@ -28,42 +30,10 @@ from jobqueue.store import Store
 log = logging.getLogger(__name__)
 
 
-class Stop:
-    """How a running trainer is ended: at once for a cancel, after a checkpoint for a drain."""
+class Lost(Enum):
+    """The lease was lost: the job is another's, or nobody's, to end."""
 
-    def __init__(
-        self,
-        lease: Lease,
-        draining: threading.Event,
-        keeper: CheckpointKeeper,
-        trainer: TrainerProcess,
-        grace_s: float,
-    ) -> None:
-        self._lease, self._draining, self._keeper, self._trainer = lease, draining, keeper, trainer
-        self._grace_s = grace_s
-        self.can_save = False  # it trains: there is something to save
-        self.begun: JobState | None = None  # CANCELLED or QUEUED, once the trainer was told to end
-        self._wait_for: tuple[int, float] | None = None  # more checkpoints than these, or until then
-
-    def look(self) -> None:
-        """To be called again and again: sees what is wished and does what is due."""
-        if self.begun is not None:
-            return
-        if self._lease.cancelled.is_set():
-            self._end(JobState.CANCELLED)
-        elif self._draining.is_set():
-            if self._wait_for is None:
-                patience_s = self._grace_s if self.can_save else 0.0
-                self._wait_for = (self._keeper.kept, time.monotonic() + patience_s)
-                if self.can_save:
-                    self._trainer.ask_checkpoint()
-            kept_before, give_up_at = self._wait_for
-            if self._keeper.kept > kept_before or time.monotonic() >= give_up_at:
-                self._end(JobState.QUEUED)
-
-    def _end(self, state: JobState) -> None:
-        self.begun = state
-        self._trainer.stop()
+    LOST = "lost"
 
 
 class Attempt:
@@ -77,12 +47,13 @@ class Attempt:
         storage: Storage,
         settings: Settings,
         pool: TrainerPool,
-        draining: threading.Event,
+        leaving: threading.Event,
+        draining: Callable[[], bool],
         wake: Callable[[list[str]], None],
     ) -> None:
         self._claim = claim
         self._store, self._storage, self._settings = store, storage, settings
-        self._pool, self._draining, self._wake = pool, draining, wake
+        self._pool, self._leaving, self._draining, self._wake = pool, leaving, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at)
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
@@ -94,7 +65,7 @@ class Attempt:
             end = self._end()
             if end is not None:
                 self.sick = end.reason == FailureReason.STORAGE
-                self._wake(self._lease.settle(end, self._draining))
+                self._wake(self._lease.settle(end, self._leaving))
                 if end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
                     self._keeper.forget()
         except StaleAttemptError as error:
@@ -158,15 +129,14 @@ class Attempt:
             self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
         return self._judge(end, request, journal.last_line)
 
-    def _follow(self, trainer: TrainerProcess, journal: Journal) -> Result | Failed | Ended | JobState:
-        """Until the job's end: passes on what the trainer says, and ends it on cancel, drain or loss.
-
-        Returns the trainer's own word, or CANCELLED or QUEUED where it was stopped, or RUNNING where it was lost.
-        """
+    def _follow(self, trainer: TrainerProcess, journal: Journal) -> Result | Failed | Ended | Stopped | Lost:
+        """Until the job's end: passes on what the trainer says, and ends it where that is due."""
         end: Result | Failed | None = None
-        stop = Stop(self._lease, self._draining, self._keeper, trainer, self._settings.grace_s)
+        timeout_minutes = self._claim.spec["resources"].get("timeout_minutes")
+        stop = Stop(self._lease, self._draining, self._keeper, trainer, self._settings, timeout_minutes)
         while True:
             for message in trainer.messages(seconds=0.5):
+                stop.heard_at = time.monotonic()
                 if isinstance(message, LogLine):
                     journal.line(message.text)
                 elif isinstance(message, Progress):
@@ -180,7 +150,7 @@ class Attempt:
                     return end if isinstance(end, Result) else stop.begun or end or message
             if self._lease.lost.is_set():
                 trainer.kill()
-                return JobState.RUNNING
+                return Lost.LOST
             if end is not None and stop.begun is None:
                 if isinstance(end, Failed):
                     trainer.kill()  # whatever state it is in, nothing goes on from there
@@ -188,19 +158,22 @@ class Attempt:
             stop.look()
             journal.flush()
 
-    def _judge(self, end: Result | Failed | Ended | JobState, request: Request, last_line: str) -> Settlement | None:
-        if isinstance(end, Result):
-            return self._succeed(request, end.outcome)
-        if isinstance(end, Failed):
-            return self._failure(FailureReason(end.reason), end.message)
-        if isinstance(end, Ended) and self._lease.overran:  # it was the guardian, and not the trainer's fault
-            return self._failure(FailureReason.LOST, "its worker was cut off from the server and ended the trainer")
-        if isinstance(end, Ended):
-            return self._failure(FailureReason.CRASHED, f"{end}; its last words: {last_line or 'none'}")
-        if end is JobState.CANCELLED:
-            return Settlement(JobState.CANCELLED, message="on request")
-        if end is JobState.QUEUED:
-            return self._failure(FailureReason.PREEMPTED, "the worker was told to stop")
+    def _judge(
+        self, end: Result | Failed | Ended | Stopped | Lost, request: Request, last_line: str
+    ) -> Settlement | None:
+        match end:
+            case Result():
+                return self._succeed(request, end.outcome)
+            case Failed():
+                return self._failure(FailureReason(end.reason), end.message)
+            case Ended() if self._lease.overran:  # it was the guardian, and not the trainer's fault
+                return self._failure(FailureReason.LOST, "its worker was cut off from the server and ended the trainer")
+            case Ended():
+                return self._failure(FailureReason.CRASHED, f"{end}; its last words: {last_line or 'none'}")
+            case Stopped(reason=None):
+                return Settlement(JobState.CANCELLED, message=end.message)
+            case Stopped(reason=reason) if reason is not None:
+                return self._failure(reason, end.message)
         return None
 
     def _succeed(self, request: Request, outcome: dict[str, Any]) -> Settlement:

@@ -47,7 +47,8 @@ class Worker:
     def __init__(self, device: Device, settings: Settings, url: str, slots: int = 1) -> None:
         self.device, self.settings, self.slots = device, settings, slots
         self.id = f"{socket.gethostname()}/{device.label}"
-        self.draining = threading.Event()
+        self.leaving = threading.Event()  # this process is to end
+        self.drained = threading.Event()  # somebody wants this worker to take nothing; it stays
         self.store = Store(url)
         self.app = make_app(url)
         self.storage = Storage(settings.storage_url)
@@ -69,12 +70,21 @@ class Worker:
             return classes_for(self._usable)
         return [self.device.kind]
 
+    def _draining(self) -> bool:
+        return self.leaving.is_set() or self.drained.is_set()
+
+    def _note(self) -> str:
+        """Why it takes no job, where that is so."""
+        if self.drained.is_set():
+            return "drained"
+        return "its storage or a disk failed; it pauses" if time.monotonic() < self._well_at else ""
+
     def work(self, *, wait: bool) -> None:
         """Claims until it is refused. With `wait`, a slot that is busy is waited for, else left alone."""
         if not self._slots.acquire(blocking=wait):
             return
         try:
-            while not self.draining.is_set() and time.monotonic() >= self._well_at and self._work_once():
+            while not self._draining() and time.monotonic() >= self._well_at and self._work_once():
                 pass
         finally:
             self._slots.release()
@@ -114,8 +124,17 @@ class Worker:
             self._report(claim, claimed_at)
             return
         wake = partial(send_tokens, self.app)
-        args = (claim, claimed_at, self.store, self.storage, self.settings, self.pool, self.draining, wake)
-        attempt = Attempt(*args)
+        attempt = Attempt(
+            claim,
+            claimed_at,
+            self.store,
+            self.storage,
+            self.settings,
+            self.pool,
+            self.leaving,
+            self._draining,
+            wake,
+        )
         attempt.run()
         self._pause(attempt.sick)
 
@@ -138,7 +157,7 @@ class Worker:
                 if isinstance(error, LoraqError):
                     reason, message = FailureReason.STORAGE, error.what
                 end = after_failure(reason, message, claim.failures, self.settings.max_failures)
-            lease.settle(end, self.draining)
+            lease.settle(end, self.leaving)
         except StaleAttemptError as error:
             log.warning("%s", error.what)
         finally:
@@ -148,7 +167,7 @@ class Worker:
 
     def ask(self) -> None:
         """A wake-up may be eaten by the wrong worker: an idle slot asks by itself."""
-        while not self.draining.wait(self.settings.poll_s):
+        while not self.leaving.wait(self.settings.poll_s):
             self.pool.expire()
             if len(self._running) < self.slots:
                 threading.Thread(target=self.work, kwargs={"wait": False}, daemon=True).start()
@@ -163,13 +182,18 @@ class Worker:
                 "usable_bytes": self._usable,
                 "slots": self.slots,
                 "running": sorted(self._running),
+                "note": self._note(),
                 "every_s": HEARTBEAT_S,
             }
             try:
-                self.store.heartbeat(self.id, self.device.kind, info)
+                if self.store.heartbeat(self.id, self.device.kind, info):
+                    self.drained.set()
+                    self.pool.close()  # a resting trainer holds GPU memory
+                else:
+                    self.drained.clear()
             except ServerError as error:
                 log.warning("no heartbeat: %s", error.what)
-            if self.draining.wait(HEARTBEAT_S):
+            if self.leaving.wait(HEARTBEAT_S):
                 return
 
     def leave(self) -> None:
@@ -192,12 +216,12 @@ class Worker:
 
         @worker_shutting_down.connect(weak=False)
         def drain(**_: object) -> None:
-            self.draining.set()
+            self.leaving.set()
 
         side: list[Callable[[], None]] = [self.beat, self.ask]
         if self.device.kind == "control":
             sweeper = Sweeper(self.store, self.app, self.settings)
-            side.append(partial(sweeper.run, self.draining))
+            side.append(partial(sweeper.run, self.leaving))
         for task in side:
             threading.Thread(target=task, daemon=True).start()
         options = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
@@ -219,7 +243,7 @@ class Worker:
                 ]
             )
         finally:
-            self.draining.set()
+            self.leaving.set()
             for _ in range(self.slots):  # Celery waits for jobs that a token began; `ask` begins others
                 self._slots.acquire()
             self.leave()

@@ -13,6 +13,7 @@ from jobqueue.memory import memory_class
 
 class JobState(StrEnum):
     WAITING = "waiting"  # for other jobs, or for its memory estimate
+    HELD = "held"  # would be queued, but somebody wants it to wait
     QUEUED = "queued"  # may be claimed (not before its `not_before`)
     RUNNING = "running"  # claimed by a slot that holds its lease
     SUCCEEDED = "succeeded"
@@ -26,12 +27,15 @@ class JobState(StrEnum):
 
 # The only moves that the store makes. store.lua asks for the state before each of them.
 MOVES: Mapping[JobState, frozenset[JobState]] = {
-    JobState.WAITING: frozenset({JobState.QUEUED, JobState.CANCELLED, JobState.FAILED}),
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
-    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELLED: frozenset(),
+    JobState.WAITING: frozenset({JobState.QUEUED, JobState.HELD, JobState.CANCELLED, JobState.FAILED}),
+    JobState.HELD: frozenset({JobState.QUEUED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.HELD, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset(
+        {JobState.QUEUED, JobState.HELD, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+    ),
+    JobState.SUCCEEDED: frozenset({JobState.WAITING}),  # these three by `retry` alone
+    JobState.FAILED: frozenset({JobState.WAITING}),
+    JobState.CANCELLED: frozenset({JobState.WAITING}),
 }
 
 
@@ -106,6 +110,8 @@ class Job:
     message: str  # why it failed, one line
     cancel_requested: bool
     waits: int  # jobs that it still waits for
+    held: bool = False  # not to be claimed until it is released
+    needs: tuple[str, ...] = ()  # jobs that had to succeed before it
     progress: dict[str, Any] = field(default_factory=dict)  # the last progress event
     outcome: dict[str, Any] = field(default_factory=dict)  # what a succeeded job reports
     history: list[dict[str, Any]] = field(default_factory=list)  # ended attempts, oldest first
@@ -156,6 +162,8 @@ class Job:
             message=record.get("message", ""),
             cancel_requested=record.get("cancel") == "1",
             waits=int(number("waits")),
+            held=record.get("hold") == "1",
+            needs=tuple(parsed("needs", [])),
             progress=parsed("progress", {}),
             outcome=parsed("outcome", {}),
             history=parsed("history", []),
@@ -181,7 +189,14 @@ class Batch:
     @property
     def state(self) -> JobState:
         """One word for the whole: the state of its least finished job, or the worst end."""
-        order = (JobState.RUNNING, JobState.QUEUED, JobState.WAITING, JobState.FAILED, JobState.CANCELLED)
+        order = (
+            JobState.RUNNING,
+            JobState.QUEUED,
+            JobState.HELD,
+            JobState.WAITING,
+            JobState.FAILED,
+            JobState.CANCELLED,
+        )
         return next((state for state in order if self.states.get(state)), JobState.SUCCEEDED)
 
 
@@ -198,4 +213,5 @@ class WorkerInfo:
     running: tuple[str, ...]  # job ids
     seen_at: float  # seconds since the epoch
     alive: bool  # seen within the last three heartbeats
+    note: str = ""  # why it takes no job, where that is so
     versions: Mapping[str, str] = field(default_factory=dict)

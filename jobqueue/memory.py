@@ -16,6 +16,11 @@ NF4_BYTES = 0.5 + 0.127 / 8  # per weight: 4 bits, and the scales of double quan
 LOSS_CHUNK = GIB  # the cross entropy is computed in chunks of about this many bytes
 
 
+def all_classes() -> list[str]:
+    """Every class that a job can wait in."""
+    return [*(f"gpu{size}" for size in CLASSES), "gpu-large", "cpu", "control"]
+
+
 def memory_class(need_bytes: int) -> str:
     """The smallest class whose cards hold `need_bytes`."""
     for size in CLASSES:

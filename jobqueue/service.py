@@ -13,8 +13,8 @@ from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
 from jobqueue.errors import CapacityError, NotFoundError
 from jobqueue.events import Event
-from jobqueue.job import Batch, Job, JobKind, WorkerInfo
-from jobqueue.memory import GIB
+from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
+from jobqueue.memory import GIB, all_classes
 from jobqueue.plan import BATCH, Plan, PlannedJob, make_plan
 from jobqueue.results import BatchReport, build_report
 from jobqueue.settings import Settings
@@ -25,6 +25,9 @@ from jobqueue.sweep import Sweep, read_sweep
 
 if TYPE_CHECKING:
     from celery import Celery
+
+
+RETRIED = (JobState.FAILED, JobState.CANCELLED)
 
 
 class Client:
@@ -157,6 +160,67 @@ class Client:
                 asked, classes = asked + more, classes + woken
         send_tokens(self._app, classes)
         return self.store.jobs(sorted(asked, key=list(batch.jobs).index) if batch else asked)
+
+    def hold(self, target: str) -> list[Job]:
+        """Keeps a job, a batch's jobs, or a whole memory class from being claimed until it is released.
+
+        Running jobs go on. Returns the jobs that this changed; none for a class.
+        """
+        if target in all_classes():
+            self.store.mark("held_classes", target, True)
+            return []
+        return self.store.jobs(self.store.hold([job.id for job in self._own(target)]))
+
+    def release(self, target: str) -> list[Job]:
+        """Ends a hold; as `hold`."""
+        if target in all_classes():
+            self.store.mark("held_classes", target, False)
+            send_tokens(self._app, [target])
+            return []
+        released, classes = self.store.release([job.id for job in self._own(target)])
+        send_tokens(self._app, classes)
+        return self.store.jobs(released)
+
+    def retry(self, target: str) -> list[Job]:
+        """Runs again what failed or was cancelled: of a batch, or one job with what it needs and what waited for it.
+
+        Training goes on from the newest checkpoint. The batch's report is made anew. Returns the jobs that begin.
+        """
+        jobs = self._own(target)
+        siblings = self.jobs(jobs[0].batch) if jobs[0].batch else jobs
+        wanted = {job.id for job in (siblings if len(jobs) > 1 else jobs) if job.state in RETRIED}
+        for job in siblings:  # each after those that it waits for
+            if job.reason is FailureReason.DEPENDENCY and wanted & set(job.needs):
+                wanted.add(job.id)
+        for job in reversed(siblings):
+            if job.id in wanted:
+                wanted |= {other.id for other in siblings if other.id in job.needs and other.state in RETRIED}
+        if wanted:
+            wanted |= {job.id for job in siblings if job.kind is JobKind.REPORT}
+        begun, classes = self.store.retry([job.id for job in siblings if job.id in wanted])
+        send_tokens(self._app, classes)
+        return self.store.jobs(begun)
+
+    def _own(self, target: str) -> list[Job]:
+        """A batch's own jobs, or the one job of that id."""
+        try:
+            batch = self.store.batch(target)
+        except NotFoundError:
+            return [self.job(target)]
+        return self.store.jobs([job_id for job_id in batch.jobs if job_id.startswith(f"{batch.name}.")])
+
+    def drain(self, target: str, *, undo: bool = False) -> list[WorkerInfo]:
+        """A worker, or all of a host, takes no more jobs; running ones are saved and go back into the queue.
+
+        Returns the workers that are meant. Raises NotFoundError where none has that name.
+        """
+        meant = [worker for worker in self.workers() if target in (worker.id, worker.host)]
+        if not meant and not (undo and target in self.store.marked("drained")):
+            raise NotFoundError(
+                f"there is no worker or host {target!r}", "See `loraq workers` for those that there are."
+            )
+        self.store.mark("drained", target, not undo)
+        return meant
 
     def forget_server(self) -> None:
         """The server is about to be stopped in good order: trust its next start at once."""

@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     """How often an idle slot asks for work without being woken."""
     grace_s: float = Field(default=10.0, ge=0)
     """From SIGTERM to SIGKILL of a trainer."""
+    stall_s: float = Field(default=1800.0, gt=0)
+    """A trainer that has said nothing for so long hangs: it is ended, and the job tried again."""
     max_failures: int = Field(default=3, ge=1)
     """A job that has failed this often is not tried again."""
     model_roots: tuple[Path, ...] = (Path("/"),)

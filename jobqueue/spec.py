@@ -143,6 +143,8 @@ class ResourcesSpec(Part):
     """Peak on the GPU, such as 12GiB; None: estimated."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Higher goes first."""
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = None
+    """An attempt that takes longer has failed; None: it may take as long as it does."""
     device: Device = "auto"
     """auto: a GPU, or a CPU worker where no GPU worker is alive."""
 

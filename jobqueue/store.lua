@@ -16,6 +16,8 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:queues              set     classes that have ever held a job
   {loraq}:delayed             zset    queued jobs that may not be claimed before T
   {loraq}:running             zset    running jobs by the T at which their lease ends
+  {loraq}:held_classes        set     memory classes of which nothing is claimed
+  {loraq}:drained             set     workers, and hosts, that claim nothing
   {loraq}:unsized             set     jobs whose memory a control worker must estimate
   {loraq}:usage               hash    owner -> "<GPU seconds, decayed>:<T of that figure>"
   {loraq}:workers             hash    worker -> JSON as it described itself, with seen_at T
@@ -25,7 +27,8 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
 
 Fields of a record
   id kind batch trial owner spec(JSON) device(auto gpu cpu control) priority seq queue need(bytes, 0 unknown) waits(jobs and estimates to come)
-  state(waiting queued running succeeded failed cancelled) cancel("1" asked for)
+  needs follows(JSON: jobs that must have succeeded, or ended, before)
+  state(waiting held queued running succeeded failed cancelled) cancel("1" asked for) hold("1" not to be claimed)
   attempt(the fence) nonce(proof of the claim) settled(nonce and state of the last settled attempt) failures
   submission(of the submit that made it, random) said(entries of its stream that the attempt has appended)
   submitted_at queued_at claimed_at ended_at not_before (T) worker reason message progress(JSON) outcome(JSON)
@@ -53,6 +56,7 @@ local function too_late(not_after) return time() > tonumber(not_after) end
 local MAX_TOKENS = 64
 local function nobody() return { count = {}, list = {} } end
 local function wake(woken, queue)
+  if not queue then return end
   local count = (woken.count[queue] or 0) + 1
   woken.count[queue] = count
   if count <= MAX_TOKENS then woken.list[#woken.list + 1] = queue end
@@ -92,8 +96,12 @@ local function unplace(id)
   redis.call('ZREM', P .. 'delayed', id)
 end
 
--- Queued, now or from `not_before` on. Returns the class to wake, or nil.
+-- Queued, now or from `not_before` on, or held. Returns the class to wake, or nil.
 local function enqueue(id, now, not_before)
+  if field(id, 'hold') == '1' then
+    redis.call('HSET', key(id), 'state', 'held', 'not_before', not_before)
+    return nil
+  end
   redis.call('HSET', key(id), 'state', 'queued', 'queued_at', now, 'not_before', not_before)
   if not_before > now then
     redis.call('ZADD', P .. 'delayed', not_before, id)
@@ -132,6 +140,25 @@ local function finish(id, now, state, reason, message, woken)
   redis.call('DEL', key(id) .. ':then', key(id) .. ':finally')
 end
 
+-- Waiting for what it needs and follows, as far as that has not ended; queued where there is nothing to wait for.
+local function begin(id, needs, follows, now, woken)
+  local waits = 1 -- for the end of this function
+  if field(id, 'queue') == '' then
+    redis.call('SADD', P .. 'unsized', id)
+    waits = waits + 1
+  end
+  for kind, others in pairs({ ['then'] = needs, finally = follows }) do
+    for _, other in ipairs(others) do
+      if not FINAL[field(other, 'state')] then
+        redis.call('SADD', key(other) .. ':' .. kind, id)
+        waits = waits + 1
+      end
+    end
+  end
+  redis.call('HSET', key(id), 'state', 'waiting', 'waits', waits)
+  arrived(id, now, woken)
+end
+
 local function add(job, now, woken)
   local id, state = job.id, field(job.id, 'state')
   if state and state ~= 'failed' and state ~= 'cancelled' then -- a base evaluation that is there already
@@ -139,26 +166,12 @@ local function add(job, now, woken)
     return
   end
   redis.call('HSET', key(id), 'id', id, 'kind', job.kind, 'batch', job.batch, 'trial', job.trial, 'owner', job.owner,
-    'spec', job.spec, 'submission', job.submission, 'device', job.device, 'priority', job.priority, 'queue', job.queue, 'need', job.need, 'state', 'waiting',
+    'spec', job.spec, 'submission', job.submission, 'device', job.device, 'priority', job.priority, 'queue', job.queue, 'need', job.need, 'hold', '',
+    'needs', cjson.encode(job.needs), 'follows', cjson.encode(job.follows), 'state', 'waiting',
     'failures', 0, 'submitted_at', now, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '', 'message', '',
     'progress', '', 'outcome', '', 'seq', redis.call('INCR', P .. 'sequence'))
   redis.call('HSETNX', key(id), 'attempt', 0)
-  local waits = 1 -- for the end of this function
-  if job.queue == '' then
-    redis.call('SADD', P .. 'unsized', id)
-    waits = waits + 1
-  end
-  for kind, others in pairs({ ['then'] = job.needs, finally = job.follows }) do
-    for _, other in ipairs(others) do
-      local before = field(other, 'state')
-      if not FINAL[before] then
-        redis.call('SADD', key(other) .. ':' .. kind, id)
-        waits = waits + 1
-      end
-    end
-  end
-  redis.call('HSET', key(id), 'waits', waits)
-  arrived(id, now, woken)
+  begin(id, job.needs, job.follows, now, woken)
 end
 
 -- submit(not after, key, name, owner, trials, base_model, jobs JSON, ids JSON)
@@ -237,7 +250,8 @@ end
 local function best(device, free, queues, now)
   local chosen
   for _, queue in ipairs(served(device, queues, now)) do
-    for _, owner in ipairs(redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
+    local held = redis.call('SISMEMBER', P .. 'held_classes', queue) == 1
+    for _, owner in ipairs(held and {} or redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
       local candidate = first_fit(queue, owner, device, free)
       if candidate then
         candidate.usage = usage(owner, now)
@@ -253,6 +267,8 @@ end
 local function claim(_, args)
   local not_after, worker, device, free, lease, nonce = unpack(args, 1, 6)
   local now = time()
+  local host = string.match(worker, '^[^/]*')
+  if redis.call('SISMEMBER', P .. 'drained', worker) + redis.call('SISMEMBER', P .. 'drained', host) > 0 then return {} end
   if too_late(not_after) or quiet(now, tonumber(lease)) then return {} end
   local id = best(device, tonumber(free), { unpack(args, 7) }, now)
   if not id then return {} end
@@ -316,8 +332,7 @@ local function settle(_, args)
   if state == 'queued' then
     redis.call('HSET', key(id), 'reason', reason, 'message', message)
     event(id, 'state', 'queued again: ' .. reason .. ': ' .. message)
-    local queue = enqueue(id, now, delay == '0' and 0 or now + delay)
-    if queue then wake(woken, queue) end
+    wake(woken, enqueue(id, now, delay == '0' and 0 or now + delay))
   else
     finish(id, now, state, reason, message, woken)
   end
@@ -332,7 +347,7 @@ local function cancel(_, ids)
     if state == 'running' then
       redis.call('HSET', key(id), 'cancel', '1')
       asked[#asked + 1] = id
-    elseif state == 'queued' or state == 'waiting' then
+    elseif state == 'queued' or state == 'waiting' or state == 'held' then
       if state == 'queued' then unplace(id) end
       finish(id, now, 'cancelled', '', 'on request', woken)
       asked[#asked + 1] = id
@@ -341,6 +356,66 @@ local function cancel(_, ids)
   asked[#asked + 1] = '|'
   for _, queue in ipairs(woken.list) do asked[#asked + 1] = queue end
   return asked
+end
+
+-- hold(id...) and release(id...) -> the ids that it changed, then the classes that woke behind a "|"
+-- A running job goes on; it is held should it come back into the queue.
+local function hold(_, ids)
+  local changed = {}
+  for _, id in ipairs(ids) do
+    local state = field(id, 'state')
+    if state and not FINAL[state] and field(id, 'hold') ~= '1' then
+      redis.call('HSET', key(id), 'hold', '1')
+      if state == 'queued' then
+        unplace(id)
+        redis.call('HSET', key(id), 'state', 'held')
+      end
+      changed[#changed + 1] = id
+    end
+  end
+  changed[#changed + 1] = '|'
+  return changed
+end
+
+local function release(_, ids)
+  local now, changed, woken = time(), {}, nobody()
+  for _, id in ipairs(ids) do
+    if field(id, 'hold') == '1' then
+      redis.call('HSET', key(id), 'hold', '')
+      if field(id, 'state') == 'held' then wake(woken, enqueue(id, now, number(id, 'not_before'))) end
+      changed[#changed + 1] = id
+    end
+  end
+  changed[#changed + 1] = '|'
+  for _, queue in ipairs(woken.list) do changed[#changed + 1] = queue end
+  return changed
+end
+
+-- retry(id...) -> as release: ended jobs begin again, each after those that it waits for; checkpoints are theirs still
+local function retry(_, ids)
+  local now, changed, woken = time(), {}, nobody()
+  for _, id in ipairs(ids) do
+    local state = field(id, 'state')
+    local early = state == 'queued' and field(id, 'kind') == 'report' -- it would not see what is to be run again
+    if early then unplace(id) end
+    if FINAL[state] or early then
+      redis.call('HSET', key(id), 'failures', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'hold', '', 'reason', '',
+        'message', '', 'progress', '', 'outcome', '', 'state', 'waiting')
+      event(id, 'state', 'to be run again, on request')
+      changed[#changed + 1] = id
+    end
+  end
+  for _, id in ipairs(changed) do
+    begin(id, cjson.decode(field(id, 'needs')), cjson.decode(field(id, 'follows')), now, woken)
+  end
+  changed[#changed + 1] = '|'
+  for _, queue in ipairs(woken.list) do changed[#changed + 1] = queue end
+  return changed
+end
+
+-- mark(set, "add" or "remove", member): a class is held, or a worker or host drained, or no longer
+local function mark(_, args)
+  return redis.call(args[2] == 'add' and 'SADD' or 'SREM', P .. args[1], args[3])
 end
 
 -- release_base(id): a batch no longer needs this evaluation of a base model; the last one to say so cancels it
@@ -382,13 +457,14 @@ local function sweep(_, args)
   return cjson.encode({ expired = expired, unsized = unsized, queues = queues })
 end
 
--- heartbeat(worker, device, JSON) and leave(worker); sweeps forget workers that have been silent for a day
+-- heartbeat(worker, device, JSON) -> above 0 where the worker is to drain; leave(worker); sweeps forget workers that have been silent for a day
 local function heartbeat(_, args)
   local worker, device, info = unpack(args)
   local now = time()
   redis.call('HSET', P .. 'workers', worker, now .. ' ' .. info)
   if device == 'gpu' then redis.call('ZADD', P .. 'gpu_workers', now, worker) end
-  return now
+  return redis.call('SISMEMBER', P .. 'drained', worker)
+    + redis.call('SISMEMBER', P .. 'drained', string.match(worker, '^[^/]*'))
 end
 
 local function leave(_, args)
@@ -414,6 +490,10 @@ register('renew', renew, SETTLES)
 register('settle', settle, SETTLES)
 register('cancel', cancel, SETTLES)
 register('release_base', release_base, SETTLES)
+register('hold', hold, SETTLES)
+register('release', release, SETTLES)
+register('retry', retry, GROWS)
+register('mark', mark, SETTLES)
 register('sweep', sweep, SETTLES)
 register('heartbeat', heartbeat, SETTLES)
 register('leave', leave, SETTLES)

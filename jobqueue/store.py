@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 import redis
@@ -154,6 +154,26 @@ class Store:
         """As `cancel`, for the evaluation of a base model, unless another batch still waits for it."""
         return self._split(self._call("release_base", job_id))
 
+    def hold(self, ids: Sequence[str]) -> list[str]:
+        """Jobs that are not to be claimed until they are released; those that this changed."""
+        return self._split(self._call("hold", *ids))[0]
+
+    def release(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
+        """(jobs that this changed, classes to wake)"""
+        return self._split(self._call("release", *ids))
+
+    def retry(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
+        """(ended jobs that begin again, classes to wake); give them in an order where each comes after its needs."""
+        return self._split(self._call("retry", *ids))
+
+    def mark(self, what: Literal["held_classes", "drained"], member: str, on: bool) -> bool:
+        """Holds a memory class, or drains a worker or a host, or ends that. False: it was so already."""
+        return bool(self._call("mark", what, "add" if on else "remove", member))
+
+    def marked(self, what: Literal["held_classes", "drained"]) -> set[str]:
+        with self._errors():
+            return cast("set[str]", self._redis.smembers(f"{PREFIX}{what}"))
+
     def batch(self, name: str) -> Batch:
         with self._errors():
             record = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}batch:{name}"))
@@ -282,9 +302,9 @@ class Store:
             raise self._stale(claim)
         return cast("list[str]", answer[1:])
 
-    def heartbeat(self, worker: str, device: str, info: Mapping[str, Any]) -> None:
-        """`info` is a WorkerInfo's fields, and `every_s`: how often it comes."""
-        self._call("heartbeat", worker, device, json.dumps(info))
+    def heartbeat(self, worker: str, device: str, info: Mapping[str, Any]) -> bool:
+        """`info` is a WorkerInfo's fields, and `every_s`: how often it comes. True: the worker is to drain."""
+        return bool(self._call("heartbeat", worker, device, json.dumps(info)))
 
     def leave(self, worker: str) -> None:
         self._call("leave", worker)

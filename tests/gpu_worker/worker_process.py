@@ -71,9 +71,9 @@ class Site:
             )
         return Worker(psutil.Process(process.pid), process, log)
 
-    def submit(self, job_id: str, words: str, **changes: object) -> None:
+    def submit(self, job_id: str, words: str, timeout_minutes: float | None = None, **changes: object) -> None:
         """One train job whose trainer does what `words` say."""
-        submit(self.store, train_job(job_id, words, **changes))
+        submit(self.store, train_job(job_id, words, timeout_minutes, **changes))
 
     def ended(self, job_id: str, seconds: float = START_S) -> Job:
         """The job at its end; what it waits for before a new attempt is cut short."""
@@ -146,14 +146,14 @@ class Worker:
         self._process.wait(5)
 
 
-def train_job(job_id: str, words: str, **changes: object) -> NewJob:
+def train_job(job_id: str, words: str, timeout_minutes: float | None = None, **changes: object) -> NewJob:
     spec = TrainSpec(
         base_model=f"/stub/{words}",
         method="lora",
         data=DataSpec(source="nobody/reads-it"),
         lora=LoraSpec(),
         training=TrainingSpec(),
-        resources=ResourcesSpec(),
+        resources=ResourcesSpec(timeout_minutes=timeout_minutes),
     )
     return new_job(job_id, **{"spec": spec.model_dump_json(), **changes})
 

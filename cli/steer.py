@@ -1,0 +1,126 @@
+"""`loraq hold, release, retry, drain, undrain, workers`: who runs what, when, and once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.main import connect
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from jobqueue.job import Job, WorkerInfo
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def _each(targets: Sequence[str], act: Callable[[str], list[Job]], done: str, nothing: str, as_json: bool) -> None:
+    """Does the same to each target and says what it changed."""
+    from cli.render import console, counted, print_json
+
+    changed: list[Job] = []
+    for target in targets:
+        jobs = act(target)
+        changed += jobs
+        if not as_json:
+            said = f"{counted(len(jobs), 'job')} {done}" if jobs else nothing
+            console().print(f"{target}: {said}.")
+    if as_json:
+        print_json(changed)
+
+
+@click.command()
+@click.argument("targets", metavar="BATCH|JOB|CLASS...", nargs=-1, required=True)
+@as_json_option
+def hold(targets: tuple[str, ...], as_json: bool) -> None:
+    """Keep jobs, batches or a memory class from being started.
+
+    Until they are released. What runs goes on. CLASS is one of gpu8, gpu16, gpu24, gpu48, gpu80, gpu141, cpu.
+    """
+    _each(targets, connect().hold, "held", "held; of that class nothing starts, or nothing was left to hold", as_json)
+
+
+@click.command()
+@click.argument("targets", metavar="BATCH|JOB|CLASS...", nargs=-1, required=True)
+@as_json_option
+def release(targets: tuple[str, ...], as_json: bool) -> None:
+    """End a hold."""
+    _each(targets, connect().release, "released", "released, if it was held", as_json)
+
+
+@click.command()
+@click.argument("targets", metavar="BATCH|JOB...", nargs=-1, required=True)
+@as_json_option
+def retry(targets: tuple[str, ...], as_json: bool) -> None:
+    """Run again what failed or was cancelled: of a batch, or one job with what waited for it.
+
+    Training goes on from the newest checkpoint, where there is one. The results are made anew.
+    """
+    _each(targets, connect().retry, "to be run again", "nothing has failed or was cancelled", as_json)
+
+
+@click.command()
+@click.argument("targets", metavar="WORKER|HOST...", nargs=-1, required=True)
+@as_json_option
+def drain(targets: tuple[str, ...], as_json: bool) -> None:
+    """Empty a worker, or all workers of a host.
+
+    Running jobs are saved and go on elsewhere, which costs them no failure. The workers stay, and take nothing until
+    `loraq undrain`.
+    """
+    _mark(targets, False, as_json)
+
+
+@click.command()
+@click.argument("targets", metavar="WORKER|HOST...", nargs=-1, required=True)
+@as_json_option
+def undrain(targets: tuple[str, ...], as_json: bool) -> None:
+    """Let drained workers take jobs again."""
+    _mark(targets, True, as_json)
+
+
+def _mark(targets: Sequence[str], undo: bool, as_json: bool) -> None:
+    from cli.render import console, counted, print_json
+
+    client = connect()
+    meant: list[WorkerInfo] = []
+    for target in targets:
+        found = client.drain(target, undo=undo)
+        meant += found
+        if not as_json:
+            word = "may take jobs again" if undo else "told to drain, within seconds"
+            console().print(f"{target}: {counted(len(found), 'worker')} {word}.")
+    if as_json:
+        print_json(meant)
+
+
+@click.command()
+@as_json_option
+def workers(as_json: bool) -> None:
+    """List the workers, what they run, and why one takes nothing."""
+    from cli.render import Column, age, console, memory, print_json, table
+
+    found = connect().workers()
+    if as_json:
+        print_json(found)
+        return
+    if not found:
+        console().print("There is no worker; `loraq worker` on a GPU host, or `loraq up`, starts one.")
+        return
+    columns = [
+        Column("worker"),
+        Column("device", rank=2),
+        Column("memory", right=True, rank=3),
+        Column("state"),
+        Column("running", wrap=True),
+        Column("seen", right=True, rank=1),
+    ]
+    rows: list[list[RenderableType]] = []
+    for worker in found:
+        state = worker.note or ("at work" if worker.running else "idle") if worker.alive else "silent"
+        usable = memory(worker.usable_bytes) if worker.usable_bytes else ""
+        rows.append([worker.id, worker.device, usable, state, " ".join(worker.running), age(worker.seen_at)])
+    console().print(table(console(), columns, rows))

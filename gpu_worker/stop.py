@@ -1,0 +1,68 @@
+"""When a worker ends a running trainer, and how."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gpu_worker.checkpoints import CheckpointKeeper
+from gpu_worker.lease import Lease
+from gpu_worker.trainer_process import TrainerProcess
+from jobqueue.job import FailureReason
+from jobqueue.settings import Settings
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The worker ended the trainer."""
+
+    reason: FailureReason | None  # None: the user cancelled
+    message: str
+
+
+class Stop:
+    """Ends a running trainer: at once for a cancel or a limit of time, after a checkpoint for a drain."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        draining: Callable[[], bool],
+        keeper: CheckpointKeeper,
+        trainer: TrainerProcess,
+        settings: Settings,
+        timeout_minutes: float | None,
+    ) -> None:
+        self._lease, self._draining, self._keeper, self._trainer = lease, draining, keeper, trainer
+        self._grace_s, self._stall_s = settings.grace_s, settings.stall_s
+        self._began_at = self.heard_at = time.monotonic()
+        self._timeout_s = timeout_minutes * 60 if timeout_minutes else math.inf
+        self.can_save = False  # it trains: there is something to save
+        self.begun: Stopped | None = None
+        self._wait_for: tuple[int, float] | None = None  # more checkpoints than these, or until then
+
+    def look(self) -> None:
+        """To be called again and again: sees what is due and does it."""
+        now = time.monotonic()
+        if self.begun is not None:
+            return
+        if self._lease.cancelled.is_set():
+            self._end(Stopped(None, "on request"))
+        elif now - self._began_at > self._timeout_s:
+            limit = f"resources.timeout_minutes ({self._timeout_s / 60:g})"
+            self._end(Stopped(FailureReason.TIMED_OUT, f"the attempt took longer than {limit}"))
+        elif now - self.heard_at > self._stall_s:
+            self._end(Stopped(FailureReason.CRASHED, f"the trainer gave no sign of life for {self._stall_s:g} s"))
+        elif self._draining():
+            if self._wait_for is None:
+                self._wait_for = (self._keeper.kept, now + (self._grace_s if self.can_save else 0.0))
+                if self.can_save:
+                    self._trainer.ask_checkpoint()
+            kept_before, give_up_at = self._wait_for
+            if self._keeper.kept > kept_before or now >= give_up_at:
+                self._end(Stopped(FailureReason.PREEMPTED, "the worker was told to stop"))
+
+    def _end(self, why: Stopped) -> None:
+        self.begun = why
+        self._trainer.stop()

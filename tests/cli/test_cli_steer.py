@@ -1,0 +1,106 @@
+"""`loraq hold, release, retry, workers, drain, undrain`, against a live server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from click.testing import CliRunner, Result
+from helpers import claim, must_claim, new_job, states, submit
+
+from cli.main import loraq
+from jobqueue.job import JobState, Settlement
+from jobqueue.memory import GIB
+from jobqueue.settings import Settings
+from jobqueue.store import Store
+
+Run = Callable[..., Result]
+INFO = {"host": "box", "device": "NVIDIA H100", "uuid": "", "usable_bytes": 78 * GIB, "slots": 1, "every_s": 5}
+
+
+@pytest.fixture
+def store(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Store:
+    assert settings.redis_url is not None
+    monkeypatch.setenv("LORAQ_REDIS_URL", settings.redis_url)
+    monkeypatch.setenv("COLUMNS", "140")
+    return Store(settings.redis_url)
+
+
+@pytest.fixture
+def run(store: Store) -> Run:
+    def call(*words: str) -> Result:
+        return CliRunner().invoke(loraq, list(words), prog_name="loraq")
+
+    return call
+
+
+def test_a_held_batch_is_not_claimed_until_it_is_released(store: Store, run: Run) -> None:
+    submit(store, new_job("b.1"), new_job("b.2"))
+    held = run("hold", "b")
+
+    assert held.stdout == "b: 2 jobs held.\n"
+    assert states(store, "b.1", "b.2") == ["held", "held"]
+    assert claim(store) is None
+    assert "held" in run("ls", "b").stdout
+
+    assert run("release", "b", "--json").exit_code == 0
+    assert must_claim(store).job_id == "b.1"
+
+
+def test_a_held_class_is_not_claimed_from(store: Store, run: Run) -> None:
+    submit(store, new_job("b.1"))
+    assert run("hold", "gpu8").exit_code == 0
+    assert claim(store) is None
+
+    assert run("release", "gpu8").exit_code == 0
+    assert claim(store) is not None
+
+
+def test_retry_begins_what_failed_again(store: Store, run: Run) -> None:
+    submit(store, new_job("b.1"), new_job("b.2", needs=("b.1",)), new_job("b.report", kind="report", follows=("b.2",)))
+    store.settle(must_claim(store), Settlement(JobState.FAILED, "crashed", "it broke", counts=True))
+    assert states(store, "b.1", "b.2") == ["failed", "cancelled"]
+
+    assert run("retry", "b").stdout == "b: 3 jobs to be run again.\n"
+
+    assert states(store, "b.1", "b.2", "b.report") == ["queued", "waiting", "waiting"]
+    assert store.job("b.1").failures == 0
+    assert must_claim(store).attempt == 2
+    assert run("retry", "b.2").stdout == "b.2: nothing has failed or was cancelled.\n"
+
+
+def test_workers_are_listed_with_what_they_run_and_why_one_takes_nothing(store: Store, run: Run) -> None:
+    assert "There is no worker" in run("workers").stdout
+    store.heartbeat("box/gpu0", "gpu", {**INFO, "running": ["b.1"], "note": ""})
+    store.heartbeat("box/gpu1", "gpu", {**INFO, "running": [], "note": "drained"})
+
+    header, first, second = run("workers").stdout.splitlines()
+
+    assert header.split() == ["worker", "device", "memory", "state", "running", "seen"]
+    assert ("box/gpu0" in first, "at work" in first, "b.1" in first) == (True, True, True)
+    assert ("box/gpu1" in second, "drained" in second) == (True, True)
+    assert [worker["id"] for worker in json.loads(run("workers", "--json").stdout)] == ["box/gpu0", "box/gpu1"]
+
+
+@pytest.mark.parametrize("target", ["box/gpu0", "box"])
+def test_a_drained_worker_or_host_is_told_so_and_gets_nothing(store: Store, run: Run, target: str) -> None:
+    submit(store, new_job("b.1"))
+    info = {**INFO, "running": []}
+    assert store.heartbeat("box/gpu0", "gpu", info) is False
+    assert run("drain", target).stdout == f"{target}: 1 worker told to drain, within seconds.\n"
+
+    assert store.heartbeat("box/gpu0", "gpu", info) is True
+    assert claim(store, worker="box/gpu0") is None
+
+    assert run("undrain", target).exit_code == 0
+    assert store.heartbeat("box/gpu0", "gpu", info) is False
+    assert claim(store, worker="box/gpu0") is not None
+
+
+@pytest.mark.parametrize("words", [["hold", "nothing"], ["retry", "nothing"], ["drain", "nobody"], ["release", "no.1"]])
+def test_a_name_that_there_is_not_ends_with_exit_code_6_and_what_to_do(run: Run, words: list[str]) -> None:
+    result = run(*words)
+
+    assert result.exit_code == 6
+    assert len(result.stderr.splitlines()) == 2
