@@ -35,6 +35,7 @@ COMMANDS = {
     "retry": ("cli.steer", "Run again what failed or was cancelled."),
     "hold": ("cli.steer", "Keep jobs, batches or a memory class from being started."),
     "release": ("cli.steer", "End a hold."),
+    "rm": ("cli.steer", "Forget batches that have ended."),
     "workers": ("cli.steer", "List the workers, what they run, and why one takes nothing."),
     "drain": ("cli.steer", "Empty a worker, or all workers of a host."),
     "undrain": ("cli.steer", "Let drained workers take jobs again."),

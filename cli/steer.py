@@ -1,4 +1,4 @@
-"""`loraq hold, release, retry, drain, undrain, workers`: who runs what, when, and once more."""
+"""`loraq hold, release, retry, rm, drain, undrain, workers`: who runs what, when, and once more."""
 
 from __future__ import annotations
 
@@ -60,6 +60,22 @@ def retry(targets: tuple[str, ...], as_json: bool) -> None:
     Training goes on from the newest checkpoint, where there is one. The results are made anew.
     """
     _each(targets, connect().retry, "to be run again", "nothing has failed or was cancelled", as_json)
+
+
+@click.command()
+@click.argument("names", metavar="BATCH...", nargs=-1, required=True)
+@click.option("--files", is_flag=True, help="Also what it has in the storage: adapters, logs, scores.")
+def rm(names: tuple[str, ...], files: bool) -> None:
+    """Forget batches that have ended.
+
+    Their records leave the server; adapters, logs and scores stay in the storage unless --files is given.
+    """
+    from cli.render import console
+
+    client = connect()
+    for name in names:
+        client.remove(name, files=files)
+        console().print(f"{name}: removed{', with its files' if files else ''}.")
 
 
 @click.command()

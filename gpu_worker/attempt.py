@@ -22,7 +22,7 @@ from gpu_worker.stop import Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
-from jobqueue.retry import after_failure
+from jobqueue.retry import after_failure, with_less_memory
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage, attempt_folder
 from jobqueue.store import Store
@@ -85,6 +85,8 @@ class Attempt:
                 return Settlement(JobState.SUCCEEDED, outcome=done.manifest["outcome"])
             request = self._request()
             return self._work(request)
+        except StaleAttemptError:
+            raise
         except StorageError as error:
             return self._failure(FailureReason.STORAGE, error.what)
         except LoraqError as error:
@@ -97,7 +99,8 @@ class Attempt:
 
     def _request(self) -> Request:
         """The job as this machine can do it: sources readable, the adapter in a folder."""
-        spec = dict(self._claim.spec)
+        spec = self._smaller(0)
+        assert spec is not None  # else the attempt before would have ended the job
         section = "data" if spec["kind"] == "train" else "evaluation"
         for source in (spec["base_model"], spec[section]["source"]):
             check_source(source, self._settings.model_roots)
@@ -106,11 +109,17 @@ class Attempt:
         if spec["kind"] == "train":
             resume = self._keeper.newest(self._scratch)
         elif spec["adapter_job"]:
-            trained = self._store.job(spec["adapter_job"]).outcome["folder"]
+            trained = self._lease.insist(lambda: self._store.job(spec["adapter_job"])).outcome["folder"]
             adapter = str(self._storage.fetch(f"{trained}/adapter", self._scratch / "adapter"))
         output = self._scratch / "output"
         output.mkdir()
         return Request(self._claim.job_id, spec, str(output), adapter, resume)
+
+    def _smaller(self, more: int) -> dict[str, Any] | None:
+        """The spec after the attempts, and so many more, that ran out of memory; None where nothing smaller is left."""
+        history = self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
+        before = sum(end["reason"] == FailureReason.OUT_OF_MEMORY for end in history)
+        return with_less_memory(self._claim.spec, before + more)
 
     def _work(self, request: Request) -> Settlement | None:
         with Journal(self._store, self._claim, self._scratch / "log.txt") as journal:
@@ -164,6 +173,9 @@ class Attempt:
         match end:
             case Result():
                 return self._succeed(request, end.outcome)
+            case Failed(reason=FailureReason.OUT_OF_MEMORY) if self._smaller(1) is None:
+                message = f"{end.message} (nothing smaller is left: the micro-batch is one row)"
+                return Settlement(JobState.FAILED, FailureReason.OUT_OF_MEMORY, message, counts=True)
             case Failed():
                 return self._failure(FailureReason(end.reason), end.message)
             case Ended() if self._lease.overran:  # it was the guardian, and not the trainer's fault

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from gpu_worker import guardian
 from gpu_worker.trainer_process import TrainerProcess
@@ -14,6 +16,7 @@ from jobqueue.settings import Settings
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 KILL_S = 1.0  # what a guardian may need, at most, from its deadline to the last process' end
 
 
@@ -76,6 +79,19 @@ class Lease:
                 self.deadline = asked_at + self._settings.lease_s - self._margin
                 if self._trainer is not None:
                     self._trainer.set_deadline(self.deadline)
+
+    def insist(self, ask: Callable[[], Answer]) -> Answer:
+        """What the server answers, which may be away for a moment.
+
+        Raises StaleAttemptError where the lease ends before.
+        """
+        while True:
+            try:
+                return ask()
+            except ServerError as error:
+                log.warning("%s: no answer yet: %s", self._claim.job_id, error.what)
+                if self.lost.wait(self._settings.renew_s):
+                    raise StaleAttemptError(f"{self._claim.job_id}: its lease ended without an answer") from error
 
     def settle(self, end: Settlement, draining: threading.Event) -> list[str]:
         """Says how the attempt ended until the server has taken it; the classes to wake.

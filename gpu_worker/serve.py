@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import secrets
@@ -36,7 +37,7 @@ from jobqueue.store import Store
 from jobqueue.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
-HEARTBEAT_S = 5.0
+LISTEN_AGAIN_S = 2.0  # after Celery has ended by itself
 FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0  # of a host that cannot write
 SUPERVISOR = "LORAQ_SUPERVISOR"  # the process id of `gpu_worker.main`
 
@@ -150,7 +151,10 @@ class Worker:
         lease = Lease(self.store, claim, self.settings, claimed_at)
         try:
             try:
-                end = Settlement(JobState.SUCCEEDED, outcome=make_report(claim, self.store, self.storage))
+                made = lease.insist(partial(make_report, claim, self.store, self.storage))
+                end = Settlement(JobState.SUCCEEDED, outcome=made)
+            except StaleAttemptError:
+                raise
             except Exception as error:
                 log.exception("%s: no report", claim.job_id)
                 reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
@@ -183,7 +187,7 @@ class Worker:
                 "slots": self.slots,
                 "running": sorted(self._running),
                 "note": self._note(),
-                "every_s": HEARTBEAT_S,
+                "every_s": self.settings.heartbeat_s,
             }
             try:
                 if self.store.heartbeat(self.id, self.device.kind, info):
@@ -193,7 +197,7 @@ class Worker:
                     self.drained.clear()
             except ServerError as error:
                 log.warning("no heartbeat: %s", error.what)
-            if self.leaving.wait(HEARTBEAT_S):
+            if self.leaving.wait(self.settings.heartbeat_s):
                 return
 
     def leave(self) -> None:
@@ -224,29 +228,34 @@ class Worker:
             side.append(partial(sweeper.run, self.leaving))
         for task in side:
             threading.Thread(target=task, daemon=True).start()
-        options = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-        queues = ",".join(map(queue_name, self.classes))
         try:
-            self.app.worker_main(
-                [
-                    "--quiet",
-                    "worker",
-                    "-P",
-                    "threads",
-                    "-c",
-                    str(self.slots),
-                    "-Q",
-                    queues,
-                    "-n",
-                    f"{self.device.label}@%h",
-                    *options,
-                ]
-            )
+            while not self.leaving.is_set():
+                self._listen()
+                if not self.leaving.is_set():
+                    log.error("Celery has ended by itself; it is started again, jobs go on")
+                    self.leaving.wait(LISTEN_AGAIN_S)
         finally:
             self.leaving.set()
             for _ in range(self.slots):  # Celery waits for jobs that a token began; `ask` begins others
                 self._slots.acquire()
             self.leave()
+
+    def _listen(self) -> None:
+        """Runs Celery until it is told to end, or meets an error that it takes for its end: it cannot connect while
+        Redis is at its memory limit."""
+        options = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        listen = [
+            "--quiet",
+            "worker",
+            "-P",
+            "threads",
+            "-c",
+            str(self.slots),
+            "-Q",
+            ",".join(map(queue_name, self.classes)),
+        ]
+        with contextlib.suppress(SystemExit):
+            self.app.worker_main([*listen, "-n", f"{self.device.label}@%h", *options])
 
 
 def main() -> None:

@@ -9,6 +9,7 @@
       CapacityError           8   no worker can ever hold the job
       MachineError            9   this machine lacks what the command needs
       BatchFailedError       10   a batch that was waited for did not succeed
+      BusyError              11   it has not ended yet
       StaleAttemptError       -   a write by an attempt that has lost its job (workers only)
 
 The number is the exit code of the command (2 is Click's for a wrong command line). A message is two lines:
@@ -102,6 +103,12 @@ class BatchFailedError(LoraqError):
     """A batch that was waited for did not succeed."""
 
     exit_code = 10
+
+
+class BusyError(LoraqError):
+    """It has not ended yet."""
+
+    exit_code = 11
 
 
 class StaleAttemptError(LoraqError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
-from jobqueue.errors import CapacityError, NotFoundError
+from jobqueue.errors import BusyError, CapacityError, NotFoundError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import GIB, all_classes
@@ -208,6 +208,16 @@ class Client:
         except NotFoundError:
             return [self.job(target)]
         return self.store.jobs([job_id for job_id in batch.jobs if job_id.startswith(f"{batch.name}.")])
+
+    def remove(self, name: str, *, files: bool = False) -> None:
+        """Forgets an ended batch; with `files`, its adapters, logs and scores in the storage too.
+
+        Raises NotFoundError, and BusyError where a job has not ended.
+        """
+        if not self.store.remove(name):
+            raise BusyError(f"{name} has not ended", f"Wait for it, or stop it first: loraq cancel {name}")
+        if files:
+            self.storage.remove(f"batches/{name}")
 
     def drain(self, target: str, *, undo: bool = False) -> list[WorkerInfo]:
         """A worker, or all of a host, takes no more jobs; running ones are saved and go back into the queue.

@@ -56,6 +56,8 @@ class Settings(BaseSettings):
     """How often the control worker sweeps."""
     poll_s: float = Field(default=2.0, gt=0)
     """How often an idle slot asks for work without being woken."""
+    heartbeat_s: float = Field(default=5.0, gt=0)
+    """How often a worker says that it lives, and hears whether it is to drain."""
     grace_s: float = Field(default=10.0, ge=0)
     """From SIGTERM to SIGKILL of a trainer."""
     stall_s: float = Field(default=1800.0, gt=0)

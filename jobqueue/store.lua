@@ -8,7 +8,7 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:job:<id>:finally    set     jobs that wait for its end
   {loraq}:job:<id>:history    list    ended attempts, JSON, oldest first
   {loraq}:job:<id>:events     stream  progress and log lines of all attempts, trimmed
-  {loraq}:batch:<name>        hash    owner, submitted_at T, trials, base_model, jobs (JSON list of ids)
+  {loraq}:batch:<name>        hash    key (of its submit), owner, submitted_at T, trials, base_model, jobs (JSON list of ids)
   {loraq}:submits             hash    key of a submit -> the batch that it made
   {loraq}:batches             zset    names by submission T
   {loraq}:queue:<q>:<owner>   zset    queued jobs of an owner in a memory class; see `place`
@@ -112,7 +112,9 @@ end
 
 -- One thing less to wait for.
 local function arrived(id, now, woken)
-  if redis.call('HINCRBY', key(id), 'waits', -1) <= 0 and field(id, 'state') == 'waiting' then
+  local state = field(id, 'state')
+  if not state then return end -- it was removed meanwhile
+  if redis.call('HINCRBY', key(id), 'waits', -1) <= 0 and state == 'waiting' then
     wake(woken, enqueue(id, now, 0))
   end
 end
@@ -184,7 +186,7 @@ local function submit(_, args)
   if known then return { 2, known } end
   if redis.call('EXISTS', batch) == 1 then return { 0 } end
   redis.call('HSET', P .. 'submits', submit_key, name)
-  redis.call('HSET', batch, 'owner', owner, 'submitted_at', now, 'trials', trials, 'base_model', base_model, 'jobs', ids)
+  redis.call('HSET', batch, 'key', submit_key, 'owner', owner, 'submitted_at', now, 'trials', trials, 'base_model', base_model, 'jobs', ids)
   redis.call('ZADD', P .. 'batches', now, name)
   for _, job in ipairs(cjson.decode(jobs)) do add(job, now, woken) end
   return answer(1, woken)
@@ -396,10 +398,11 @@ local function retry(_, ids)
   local now, changed, woken = time(), {}, nobody()
   for _, id in ipairs(ids) do
     local state = field(id, 'state')
-    local early = state == 'queued' and field(id, 'kind') == 'report' -- it would not see what is to be run again
+    local early = state ~= 'running' and field(id, 'kind') == 'report' -- it would not see what is to be run again
     if early then unplace(id) end
+    if FINAL[state] then redis.call('HSET', key(id), 'hold', '') end
     if FINAL[state] or early then
-      redis.call('HSET', key(id), 'failures', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'hold', '', 'reason', '',
+      redis.call('HSET', key(id), 'failures', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',
         'message', '', 'progress', '', 'outcome', '', 'state', 'waiting')
       event(id, 'state', 'to be run again, on request')
       changed[#changed + 1] = id
@@ -411,6 +414,28 @@ local function retry(_, ids)
   changed[#changed + 1] = '|'
   for _, queue in ipairs(woken.list) do changed[#changed + 1] = queue end
   return changed
+end
+
+-- remove(name): forgets an ended batch and its own jobs -> 1, 0 where there is none, -1 where a job has not ended
+local function remove(_, args)
+  local name = args[1]
+  local batch = P .. 'batch:' .. name
+  local ids, submit_key = unpack(redis.call('HMGET', batch, 'jobs', 'key'))
+  if not ids then return 0 end
+  local own = {}
+  for _, id in ipairs(cjson.decode(ids)) do
+    if string.sub(id, 1, #name + 1) == name .. '.' then own[#own + 1] = id end
+  end
+  for _, id in ipairs(own) do
+    if not FINAL[field(id, 'state')] then return -1 end
+  end
+  for _, id in ipairs(own) do
+    redis.call('DEL', key(id), key(id) .. ':then', key(id) .. ':finally', key(id) .. ':history', key(id) .. ':events')
+  end
+  redis.call('DEL', batch)
+  redis.call('ZREM', P .. 'batches', name)
+  redis.call('HDEL', P .. 'submits', submit_key)
+  return 1
 end
 
 -- mark(set, "add" or "remove", member): a class is held, or a worker or host drained, or no longer
@@ -494,6 +519,7 @@ register('hold', hold, SETTLES)
 register('release', release, SETTLES)
 register('retry', retry, GROWS)
 register('mark', mark, SETTLES)
+register('remove', remove, SETTLES)
 register('sweep', sweep, SETTLES)
 register('heartbeat', heartbeat, SETTLES)
 register('leave', leave, SETTLES)

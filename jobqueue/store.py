@@ -166,6 +166,13 @@ class Store:
         """(ended jobs that begin again, classes to wake); give them in an order where each comes after its needs."""
         return self._split(self._call("retry", *ids))
 
+    def remove(self, name: str) -> bool:
+        """Forgets an ended batch and its own jobs. False: one of them has not ended. Raises NotFoundError."""
+        answer = self._call("remove", name)
+        if answer == 0:
+            raise self._no_batch(name)
+        return bool(answer == 1)
+
     def mark(self, what: Literal["held_classes", "drained"], member: str, on: bool) -> bool:
         """Holds a memory class, or drains a worker or a host, or ends that. False: it was so already."""
         return bool(self._call("mark", what, "add" if on else "remove", member))
@@ -178,7 +185,7 @@ class Store:
         with self._errors():
             record = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}batch:{name}"))
             if not record:
-                raise NotFoundError(f"there is no batch {name!r}", "See `loraq ls` for the batches that there are.")
+                raise self._no_batch(name)
             ids = json.loads(record["jobs"])
             pipe = self._redis.pipeline(transaction=False)
             for job_id in ids:
@@ -377,7 +384,7 @@ class Store:
         except redis.OutOfMemoryError as error:
             raise ServerError(
                 f"Redis at {_where(self.url)} is at its memory limit; nothing was written",
-                "Raise its maxmemory; what runs goes on, and is settled.",
+                "Remove ended batches with `loraq rm`, or raise maxmemory; what runs goes on, and is settled.",
             ) from error
         except redis.ResponseError as error:
             if "OOM" in str(error):
@@ -394,6 +401,10 @@ class Store:
     def _split(answer: list[str]) -> tuple[list[str], list[str]]:
         bar = answer.index("|")
         return answer[:bar], answer[bar + 1 :]
+
+    @staticmethod
+    def _no_batch(name: str) -> NotFoundError:
+        return NotFoundError(f"there is no batch {name!r}", "See `loraq ls` for the batches that there are.")
 
     @staticmethod
     def _stale(claim: Claim) -> StaleAttemptError:

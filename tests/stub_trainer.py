@@ -2,9 +2,10 @@
 
 `base_model` is a path of words, e.g. `/stub/sleep:2/kill`: `sleep:2` seconds (in steps of 0.05, each reported; where
 the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
-when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file),
-`fail:REASON`, `exit:CODE`, `kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `child` (starts a child in a session of
-its own). Every 0.05 s it writes a line into the folder LORAQ_BEATS, if that is set: process id, time.
+when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file), `oom:2`
+(out of memory with micro-batches above 2), `fail:REASON`, `exit:CODE`, `kill` (itself, SIGKILL), `deaf` (ignores
+SIGTERM), `child` (starts a child in a session of its own). Every 0.05 s it writes a line into LORAQ_BEATS, if
+that is set: process id, time.
 """
 
 import json
@@ -67,6 +68,8 @@ def work(request: dict) -> None:
             sleep(request, float(value), "save" in words)
         elif verb == "fail":
             return say(type="failed", reason=value, message="as asked")
+        elif verb == "oom" and request["spec"]["training"]["per_device_train_batch_size"] > int(value):
+            return say(type="failed", reason="out_of_memory", message="as asked")
         elif verb == "exit":
             sys.exit(int(value))
         elif verb == "kill":
@@ -84,6 +87,8 @@ def work(request: dict) -> None:
     with open(f"{request['output']}/adapter/adapter_model.txt", "w") as file:
         file.write(job)
     outcome = {"pid": os.getpid(), "adapter": request["adapter"], "resumed": request["resume"]}
+    if training := request["spec"].get("training"):
+        outcome["split"] = [training["per_device_train_batch_size"], training["gradient_accumulation_steps"]]
     return say(type="result", outcome=outcome)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from helpers import claim, must_claim, new_job, states, submit
+from helpers import claim, must_claim, new_job, snapshot, states, submit
 
 from cli.main import loraq
 from jobqueue.job import JobState, Settlement
@@ -23,6 +24,7 @@ INFO = {"host": "box", "device": "NVIDIA H100", "uuid": "", "usable_bytes": 78 *
 def store(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Store:
     assert settings.redis_url is not None
     monkeypatch.setenv("LORAQ_REDIS_URL", settings.redis_url)
+    monkeypatch.setenv("LORAQ_STORAGE", settings.storage_url)
     monkeypatch.setenv("COLUMNS", "140")
     return Store(settings.redis_url)
 
@@ -68,6 +70,30 @@ def test_retry_begins_what_failed_again(store: Store, run: Run) -> None:
     assert store.job("b.1").failures == 0
     assert must_claim(store).attempt == 2
     assert run("retry", "b.2").stdout == "b.2: nothing has failed or was cancelled.\n"
+
+
+def test_an_ended_batch_is_removed_and_one_that_has_not_ended_is_not(
+    store: Store, run: Run, settings: Settings
+) -> None:
+    submit(store, new_job("b.1"))
+    submit(store, new_job("c.1"))
+    busy = run("rm", "b")
+    assert (busy.exit_code, busy.stderr.splitlines()[0]) == (11, "b has not ended")
+
+    store.settle(must_claim(store), Settlement(JobState.SUCCEEDED))
+    folder = Path(settings.storage_url) / "batches" / "b"
+    (folder / "b.1").mkdir(parents=True)
+    assert run("rm", "b").stdout == "b: removed.\n"
+
+    assert folder.exists()
+    assert run("show", "b").exit_code == 6
+    assert not [key for key in snapshot(store.url) if ":b" in key.removeprefix("{loraq}:batch").removeprefix("{loraq}")]
+    assert states(store, "c.1") == ["queued"]
+
+    store.settle(must_claim(store), Settlement(JobState.SUCCEEDED))
+    (Path(settings.storage_url) / "batches" / "c").mkdir()
+    assert run("rm", "c", "--files").exit_code == 0
+    assert not (Path(settings.storage_url) / "batches" / "c").exists()
 
 
 def test_workers_are_listed_with_what_they_run_and_why_one_takes_nothing(store: Store, run: Run) -> None:

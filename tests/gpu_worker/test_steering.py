@@ -150,3 +150,22 @@ def test_a_trainer_that_gives_no_sign_of_life_is_ended_and_the_job_tried_again(h
     assert "no sign of life for 4 s" in job.history[0]["message"]
     client.cancel("mute.1")
     assert here.ended("mute.1").state is JobState.CANCELLED
+
+
+def test_a_job_that_runs_out_of_memory_goes_on_with_smaller_micro_batches_at_no_cost(here: Site) -> None:
+    here.submit("oom.1", "oom:1/sleep:0.1")  # 2 x 4 by default
+
+    job = here.ended("oom.1")
+
+    assert succeeded_once(job)
+    assert job.outcome["split"] == [1, 8]
+    assert (job.attempt, job.failures) == (2, 0)
+
+
+def test_a_job_for_which_no_micro_batch_is_small_enough_fails_and_says_so(here: Site) -> None:
+    here.submit("oom2.1", "oom:0")
+
+    job = here.ended("oom2.1")
+
+    assert (job.state, job.reason, job.attempt) == (JobState.FAILED, FailureReason.OUT_OF_MEMORY, 2)
+    assert "nothing smaller is left" in job.message

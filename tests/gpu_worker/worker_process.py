@@ -53,6 +53,7 @@ class Site:
             "LORAQ_POLL_S": 0.2,
             "LORAQ_SWEEP_S": 0.2,
             "LORAQ_GRACE_S": 0.5,
+            "LORAQ_HEARTBEAT_S": 0.5,
             "PYTHONPATH": ROOT,
             **changes,
         }
