@@ -83,6 +83,10 @@ def main() -> None:
     os.environ["LORAQ_REDIS_URL"] = server.url
     with (options.out / "worker.log").open("w") as log:
         worker = subprocess.Popen([*LORAQ, "worker", *(["--cpu"] if options.cpu else [])], stdout=log, stderr=log)
+    plain = folder / "plain.json"
+    script = Path(__file__).with_name("plain_scores.py")
+    # While the first trainer imports Unsloth: nothing is timed here.
+    yardstick = subprocess.Popen([sys.executable, script, options.model, folder / "test.jsonl", plain])
     try:
         started = time.time()
         for file in ("sweep.yaml", "bases.yaml"):
@@ -100,10 +104,8 @@ def main() -> None:
     finally:
         worker.terminate()
         worker.wait()
-    plain = folder / "plain.json"
-    script = Path(__file__).with_name("plain_scores.py")
-    test = folder / "test.jsonl"
-    subprocess.run([sys.executable, script, options.model, test, plain], check=True)
+    if yardstick.wait() != 0:
+        sys.exit("plain_scores.py failed, see above")
     result = collect(jobs, report, bases, json.loads(plain.read_text()), folder / "data" / "storage", minutes)
     (options.out / "medqa_sweep.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result["figures"], indent=1))
