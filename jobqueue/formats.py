@@ -132,6 +132,15 @@ def _multiple_choice(row: Row) -> Example:
     return Example(choice.conversation(), choice)
 
 
+LETTERED = ("opa", "opb", "opc", "opd", "ope")
+
+
+def _lettered(row: Row) -> Example:
+    """question, opa to opd (or ope), cop: the place of the right one from 0, as MedMCQA has it."""
+    given = {letter: row.get(column) for letter, column in zip(LETTERS, LETTERED, strict=False)}
+    return _multiple_choice({"question": row.get("question"), "options": given, "answer_idx": row.get("cop")})
+
+
 def _content(value: object) -> str:
     """A turn's text; a list of parts, as some chat files have it, is joined."""
     if isinstance(value, list):
@@ -159,6 +168,39 @@ def _messages(row: Row) -> Example:
     return Example(conversation)
 
 
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # the others have the name they need
+
+
+def _sharegpt(row: Row) -> Example:
+    """conversations: a list of {from, value}, from being human, gpt or system."""
+    turns = _parsed(row.get("conversations"))
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise SkipRow("conversations is not a list of turns")
+    messages = [
+        {"role": SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+        for turn in turns
+    ]
+    return _messages({"messages": messages})
+
+
+def _prompt_completion(row: Row) -> Example:
+    """prompt and completion: each a text, or a list of {role, content}."""
+    prompt, completion = _parsed(row.get("prompt")), _parsed(row.get("completion"))
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    reply = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+    return _messages({"messages": [*turns, *reply]})
+
+
+def _instruction(row: Row) -> Example:
+    """instruction, output and, where it is not empty, input: what the instruction is about (Alpaca)."""
+    asked = _text(row.get("instruction"), "instruction")
+    about = row.get("input")
+    if about is not None and str(about).strip():
+        asked = f"{asked}\n\n{_text(about, 'input')}"
+    reply = {"role": "assistant", "content": _text(row.get("output"), "output")}
+    return Example([{"role": "user", "content": asked}, reply])
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """One way to lay out a row."""
@@ -176,7 +218,11 @@ class RowFormat:
 # In the order in which they are looked for.
 FORMATS: dict[str, RowFormat] = {
     "multiple_choice": RowFormat((("question",), ("options",), ("answer", "answer_idx")), _multiple_choice),
+    "lettered": RowFormat((("question",), ("opa",), ("opb",), ("cop",)), _lettered),
     "messages": RowFormat((("messages",),), _messages),
+    "sharegpt": RowFormat((("conversations",),), _sharegpt),
+    "prompt_completion": RowFormat((("prompt",), ("completion",)), _prompt_completion),
+    "instruction": RowFormat((("instruction",), ("output",)), _instruction),
 }
 
 

@@ -25,7 +25,13 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=
 Device = Literal["auto", "gpu", "cpu"]
 Metric = Literal["likelihood", "generated"]
 Method = Literal["qlora", "lora", "full"]
-Format = Literal["auto", "multiple_choice", "messages"]
+Format = Literal[
+    "auto", "multiple_choice", "lettered", "messages", "sharegpt", "prompt_completion", "instruction"
+]  # fmt: skip
+Column = Literal[
+    "question", "options", "answer", "answer_idx", "opa", "opb", "opc", "opd", "ope", "cop",
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output",
+]  # fmt: skip
 Values = Annotated[list[Any], Field(min_length=1)]
 Entries = list[dict[str, Any]]
 
@@ -46,7 +52,7 @@ class DataSpec(Part):
     split: str = "train"
     """Of a hub data set; a file has no splits."""
     format: Format = "auto"
-    columns: dict[Literal["question", "options", "answer", "answer_idx", "messages"], str] = {}
+    columns: dict[Column, str] = {}
     """What the file calls a column, where it is not the name on the left."""
     limit: PositiveInt | None = None
     """Take the first so many rows."""
