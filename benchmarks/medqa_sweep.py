@@ -70,7 +70,11 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="loraq-medqa-"))
-    os.environ |= {"LORAQ_DATA_DIR": str(folder / "data"), "LORAQ_CONFIG": str(folder / "none")}
+    os.environ |= {
+        "LORAQ_DATA_DIR": str(folder / "data"),
+        "LORAQ_STORAGE": str(folder / "data" / "storage"),
+        "LORAQ_CONFIG": str(folder / "none"),
+    }
     unpack([Path(name) for name in options.train.split(",")], folder / "train.jsonl")
     unpack([options.test], folder / "test.jsonl")
     values = {"model": options.model.absolute(), "steps": options.steps, "limit": options.limit}

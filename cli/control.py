@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.main import connect
+from cli.steer import each
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -108,23 +109,16 @@ def cancel(targets: tuple[str, ...], as_json: bool) -> None:
     Jobs that wait are cancelled at once; running ones are told to stop, and end within seconds.
     """
     from cli.render import console, counted, print_json
-    from jobqueue.errors import NotFoundError
 
     client = connect()
     out = console()
     stopped: list[Job] = []
-    unknown: list[NotFoundError] = []
-    for target in targets:
-        try:
-            asked = client.cancel(target)
-        except NotFoundError as error:  # the others are cancelled all the same
-            unknown.append(error)
-            continue
-        stopped += asked
-        if not as_json:
-            what = f"{counted(len(asked), 'job')} stopped or told to stop" if asked else "nothing left to stop"
-            out.print(f"{target}: {what}.")
-    if as_json:
-        print_json(stopped)
-    if unknown:
-        raise unknown[0]
+    try:
+        for target, asked in each(targets, client.cancel):
+            stopped += asked
+            if not as_json:
+                what = f"{counted(len(asked), 'job')} stopped or told to stop" if asked else "nothing left to stop"
+                out.print(f"{target}: {what}.")
+    finally:
+        if as_json:
+            print_json(stopped)

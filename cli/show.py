@@ -92,6 +92,7 @@ def _print_batch(out: Console, batch: Batch, jobs: Sequence[Job]) -> None:
 
 def _print_job(out: Console, job: Job, waits_for: str) -> None:
     from cli.render import age, duration, facts, memory, moment, progress, state
+    from jobqueue.job import JobKind
 
     took = f", after {duration(job.seconds)}" if job.seconds else ""
     pairs = {
@@ -120,6 +121,9 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
         _print_attempts(out, job.history)
     if job.outcome:
         _print_outcome(out, job.outcome)
+    if folder := job.outcome.get("folder"):
+        _title(out, "Files")
+        facts(out, {"in the storage": folder, "adapter": f"{folder}/adapter" if job.kind is JobKind.TRAIN else ""})
     _title(out, "Spec")
     _print_yaml(out, job.spec)
 
@@ -157,7 +161,8 @@ def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
     total = used.get("total_bytes")
 
     def share(count: float | None) -> str:
-        of_total = f" ({percent(count / total)} of the GPU)" if count and total else ""
+        whole = "the GPU" if used.get("kind") == "gpu" else "the memory"
+        of_total = f" ({percent(count / total)} of {whole})" if count and total else ""
         return f"{memory(count)}{of_total}" if count else ""
 
     if used:
@@ -174,7 +179,7 @@ def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
         facts(out, {names.get(key, key.removesuffix("_s")): _seconds(value) for key, value in spans.items()})
     if training:
         _title(out, "Training")
-        facts(out, {key.replace("_", " "): _plain(value) for key, value in training.items()})
+        facts(out, {key.replace("_", " "): _plain(value) for key, value in training.items() if value is not None})
     scores = {key: part for key, part in outcome.items() if isinstance(part, dict) and "accuracy" in part}
     if scores:
         _title(out, f"Scores on {number(outcome.get('questions'))} questions")

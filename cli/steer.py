@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -17,19 +17,40 @@ if TYPE_CHECKING:
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def _each(targets: Sequence[str], act: Callable[[str], list[Job]], done: str, nothing: str, as_json: bool) -> None:
-    """Does the same to each target and says what it changed."""
+Target = TypeVar("Target")
+
+
+def each(targets: Sequence[str], act: Callable[[str], Target]) -> Iterator[tuple[str, Target]]:
+    """Does the same to each target; what there is not is said at the end, when the others are done."""
+    from jobqueue.errors import NotFoundError
+
+    unknown: list[NotFoundError] = []
+    for target in targets:
+        try:
+            yield target, act(target)
+        except NotFoundError as error:
+            unknown.append(error)
+    if unknown:
+        raise unknown[0]
+
+
+def _jobs(targets: Sequence[str], act: Callable[[str], list[Job]], done: str, nothing: str, as_json: bool) -> None:
+    """Does the same to each target and says which jobs it changed."""
     from cli.render import console, counted, print_json
+    from jobqueue.memory import all_classes
 
     changed: list[Job] = []
-    for target in targets:
-        jobs = act(target)
-        changed += jobs
-        if not as_json:
+    try:
+        for target, jobs in each(targets, act):
+            changed += jobs
             said = f"{counted(len(jobs), 'job')} {done}" if jobs else nothing
-            console().print(f"{target}: {said}.")
-    if as_json:
-        print_json(changed)
+            if target in all_classes():
+                said = f"the class is {done}"
+            if not as_json:
+                console().print(f"{target}: {said}.")
+    finally:
+        if as_json:
+            print_json(changed)
 
 
 @click.command()
@@ -40,7 +61,7 @@ def hold(targets: tuple[str, ...], as_json: bool) -> None:
 
     Until they are released. What runs goes on. CLASS is one of gpu8, gpu16, gpu24, gpu48, gpu80, gpu141, cpu.
     """
-    _each(targets, connect().hold, "held", "held; of that class nothing starts, or nothing was left to hold", as_json)
+    _jobs(targets, connect().hold, "held", "nothing is left to hold", as_json)
 
 
 @click.command()
@@ -48,7 +69,7 @@ def hold(targets: tuple[str, ...], as_json: bool) -> None:
 @as_json_option
 def release(targets: tuple[str, ...], as_json: bool) -> None:
     """End a hold."""
-    _each(targets, connect().release, "released", "released, if it was held", as_json)
+    _jobs(targets, connect().release, "released", "nothing was held", as_json)
 
 
 @click.command()
@@ -59,7 +80,7 @@ def retry(targets: tuple[str, ...], as_json: bool) -> None:
 
     Training goes on from the newest checkpoint, where there is one. The results are made anew.
     """
-    _each(targets, connect().retry, "to be run again", "nothing has failed or was cancelled", as_json)
+    _jobs(targets, connect().retry, "to be run again", "nothing has failed or was cancelled", as_json)
 
 
 @click.command()
@@ -73,8 +94,7 @@ def rm(names: tuple[str, ...], files: bool) -> None:
     from cli.render import console
 
     client = connect()
-    for name in names:
-        client.remove(name, files=files)
+    for name, _ in each(names, lambda name: client.remove(name, files=files)):
         console().print(f"{name}: removed{', with its files' if files else ''}.")
 
 
@@ -103,8 +123,7 @@ def _mark(targets: Sequence[str], undo: bool, as_json: bool) -> None:
 
     client = connect()
     meant: list[WorkerInfo] = []
-    for target in targets:
-        found = client.drain(target, undo=undo)
+    for target, found in each(targets, lambda target: client.drain(target, undo=undo)):
         meant += found
         if not as_json:
             word = "may take jobs again" if undo else "told to drain, within seconds"
@@ -119,7 +138,8 @@ def workers(as_json: bool) -> None:
     """List the workers, what they run, and why one takes nothing."""
     from cli.render import Column, age, console, memory, print_json, table
 
-    found = connect().workers()
+    client = connect()
+    found, held = client.workers(), client.store.marked("held_classes")
     if as_json:
         print_json(found)
         return
@@ -140,3 +160,7 @@ def workers(as_json: bool) -> None:
         usable = memory(worker.usable_bytes) if worker.usable_bytes else ""
         rows.append([worker.id, worker.device, usable, state, " ".join(worker.running), age(worker.seen_at)])
     console().print(table(console(), columns, rows))
+    if held:
+        console().print(
+            f"Held, so that nothing of it starts: {', '.join(sorted(held))} (`loraq release`).", style="yellow"
+        )

@@ -37,6 +37,7 @@ def submit(
     same data, submitted twice, is one batch.
     """
     from cli.render import console, counted, print_json
+    from jobqueue.service import RETRIED
 
     client = connect()
     plan = client.plan(client.read(file, sets))
@@ -49,7 +50,9 @@ def submit(
     known = None if again else client.find(plan)
     batch = client.submit(plan, force=force, again=again)
     if known:
-        notes.print(f"{batch.name} is that already; --again makes another batch of it.", style="yellow")
+        retry = f"`loraq retry {batch.name}` runs again what did not succeed, " if batch.state in RETRIED else ""
+        advice = f"{retry}--again makes another batch."
+        notes.print(f"{batch.name} is that already ({batch.state}); {advice}", style="yellow", soft_wrap=True)
     if wait:
         _wait(client, batch.name, as_json)
     elif as_json:

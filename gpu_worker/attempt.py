@@ -117,8 +117,7 @@ class Attempt:
 
     def _smaller(self, more: int) -> dict[str, Any] | None:
         """The spec after the attempts, and so many more, that ran out of memory; None where nothing smaller is left."""
-        history = self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
-        before = sum(end["reason"] == FailureReason.OUT_OF_MEMORY for end in history)
+        before = self._lease.insist(lambda: self._store.job(self._claim.job_id)).ooms
         return with_less_memory(self._claim.spec, before + more)
 
     def _work(self, request: Request) -> Settlement | None:
@@ -136,7 +135,17 @@ class Attempt:
                 self._keeper.close()
             self._lease.release()
             self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
+        if not isinstance(end, (Result, Lost)):
+            self._keep_log()
         return self._judge(end, request, journal.last_line)
+
+    def _keep_log(self) -> None:
+        """Of an attempt that leaves nothing else behind."""
+        try:
+            text = (self._scratch / "log.txt").read_text(encoding="utf-8")
+            self._storage.write_text(f"{attempt_folder(self._claim)}/log.txt", text)
+        except StorageError as error:
+            log.warning("%s: its log is not kept: %s", self._claim.job_id, error.what)
 
     def _follow(self, trainer: TrainerProcess, journal: Journal) -> Result | Failed | Ended | Stopped | Lost:
         """Until the job's end: passes on what the trainer says, and ends it where that is due."""

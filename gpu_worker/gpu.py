@@ -23,7 +23,6 @@ class Device:
     name: str  # as people know it
     uuid: str = ""
     index: int = 0
-    total_bytes: int = 0
 
     @property
     def label(self) -> str:
@@ -67,7 +66,6 @@ def gpus() -> list[Device]:
                     name=_text(nvml.nvmlDeviceGetName(handle)),
                     uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
                     index=index,
-                    total_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
                 )
             )
     if not found:

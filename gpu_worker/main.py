@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gpu_worker.gpu import Device, choose
+from gpu_worker.trainer_process import end_leftovers, worker_cache
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError
 from jobqueue.settings import Settings
@@ -33,6 +35,7 @@ class Served:
     device: Device
     command: list[str]
     environment: dict[str, str]
+    cache: Path
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float = 0.0
@@ -44,7 +47,9 @@ class Served:
             log.warning("worker %s ended with %s", self.device.label, self.process.returncode)
             self.delay_s = FIRST_DELAY_S if now - self.started_at > CALM_S else min(self.delay_s * 2, LAST_DELAY_S)
             self.process, self.start_at = None, now + self.delay_s
+            end_leftovers(self.cache)
         if self.process is None and now >= self.start_at:
+            end_leftovers(self.cache)  # of a supervisor before this one
             # a session of its own: Ctrl-C in a terminal reaches this process only, which then drains the others once
             self.process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
             self.started_at = now
@@ -60,7 +65,7 @@ def devices(options: argparse.Namespace) -> list[Device]:
     return found
 
 
-def served(device: Device, url: str) -> Served:
+def served(device: Device, url: str, data_dir: Path) -> Served:
     command = [sys.executable, "-P", "-m", "gpu_worker.serve", "--kind", device.kind, "--name", device.name]
     command += ["--uuid", device.uuid, "--index", str(device.index)]
     # Pinned here, before the process exists: nothing in it can touch CUDA any earlier. By UUID, as indices change
@@ -68,13 +73,13 @@ def served(device: Device, url: str) -> Served:
     # hold a password, and arguments are for everyone to read.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device.uuid, "LORAQ_REDIS_URL": url}
     environment["LORAQ_SUPERVISOR"] = str(os.getpid())
-    return Served(device, command, environment)
+    return Served(device, command, environment, worker_cache(data_dir, device))
 
 
 def run(options: argparse.Namespace) -> None:
     settings = Settings()
     url = connect_url(settings)
-    workers = [served(device, url) for device in devices(options)]
+    workers = [served(device, url, settings.data_dir) for device in devices(options)]
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))

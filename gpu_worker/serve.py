@@ -24,7 +24,7 @@ from gpu_worker.gpu import Device, free_bytes
 from gpu_worker.lease import Lease
 from gpu_worker.pool import TrainerPool
 from gpu_worker.report import make_report
-from gpu_worker.trainer_process import trainer_environment
+from gpu_worker.trainer_process import trainer_environment, worker_cache
 from jobqueue.broker import WAKE, make_app, queue_name, send_tokens
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
@@ -53,7 +53,7 @@ class Worker:
         self.store = Store(url)
         self.app = make_app(url)
         self.storage = Storage(settings.storage_url)
-        cache = settings.data_dir / "cache" / device.label
+        cache = worker_cache(settings.data_dir, device)
         cache.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(cache / "scratch", ignore_errors=True)  # of attempts that ended with kill -9
         self.pool = TrainerPool(
@@ -264,14 +264,13 @@ def main() -> None:
     parser.add_argument("--name", default="")
     parser.add_argument("--uuid", default="")
     parser.add_argument("--index", type=int, default=0)
-    parser.add_argument("--total-bytes", type=int, default=0)
     chosen = parser.parse_args()
     guardian.die_with(int(os.environ[SUPERVISOR]))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {chosen.kind}{chosen.index} %(levelname)s %(message)s")
     logging.getLogger("celery").setLevel(logging.WARNING)
     # Celery warns of root for the sake of pickle, which this app does not accept; containers often run as root.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    device = Device(chosen.kind, chosen.name or chosen.kind, chosen.uuid, chosen.index, chosen.total_bytes)
+    device = Device(chosen.kind, chosen.name or chosen.kind, chosen.uuid, chosen.index)
     settings = Settings()
     Worker(device, settings, connect_url(settings)).serve()
 

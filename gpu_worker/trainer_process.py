@@ -18,9 +18,11 @@ from pathlib import Path
 import psutil
 
 from gpu_worker import guardian
+from gpu_worker.gpu import Device
 from gpu_worker.protocol import EVENTS_FD, Event, Request, decode
 
 MARK = "LORAQ_TRAINER"  # in the environment of everything that a trainer starts
+CACHE = "LORAQ_CACHE_DIR"
 MAX_LINE = 8_000  # characters of a log line; the rest of it is cut
 KILLED_S = 5.0  # how long a process may live after its SIGKILL, in the kernel's hands
 READ, READS = 1 << 16, 16  # bytes at once (what a pipe holds), and how often before whoever waits is answered
@@ -50,9 +52,14 @@ class Ended:
 Message = Event | LogLine | Ended
 
 
+def worker_cache(data_dir: Path, device: Device) -> Path:
+    """Where a worker keeps what it can make again."""
+    return data_dir / "cache" / device.label
+
+
 def trainer_environment(device: str, cache: Path) -> dict[str, str]:
     """What a trainer is told by its environment; `cache` is this worker's own, so that no two trainers race in it."""
-    return {**os.environ, "LORAQ_DEVICE": device, "LORAQ_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "LORAQ_DEVICE": device, CACHE: str(cache), "PYTHONUNBUFFERED": "1"}
 
 
 class TrainerProcess:
@@ -222,3 +229,28 @@ def marked(mark: str) -> list[psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
                 found.append(process)
     return found
+
+
+def end_leftovers(cache: Path) -> None:
+    """Ends what an earlier life of the worker with that cache has left behind.
+
+    A guardian ends everything below it, and a worker what a dead guardian has left; where both were killed at once, a
+    child of the trainer in a session of its own is nobody's.
+    """
+    by_mark: dict[str, list[psutil.Process]] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            environment = process.environ()
+            if MARK in environment and environment.get(CACHE) == str(cache):
+                by_mark.setdefault(environment[MARK], []).append(process)
+    for left in by_mark.values():
+        if not any(_is_guardian(process) for process in left):
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+
+def _is_guardian(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE and guardian.__file__ in process.cmdline()
+    return False

@@ -9,7 +9,7 @@
       CapacityError           8   no worker can ever hold the job
       MachineError            9   this machine lacks what the command needs
       BatchFailedError       10   a batch that was waited for did not succeed
-      BusyError              11   it has not ended yet
+      BusyError              11   a batch that was to be removed has not ended
       StaleAttemptError       -   a write by an attempt that has lost its job (workers only)
 
 The number is the exit code of the command (2 is Click's for a wrong command line). A message is two lines:
@@ -106,7 +106,7 @@ class BatchFailedError(LoraqError):
 
 
 class BusyError(LoraqError):
-    """It has not ended yet."""
+    """A batch that was to be removed has not ended."""
 
     exit_code = 11
 

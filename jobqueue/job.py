@@ -110,6 +110,7 @@ class Job:
     message: str  # why it failed, one line
     cancel_requested: bool
     waits: int  # jobs that it still waits for
+    ooms: int = 0  # attempts that ran out of memory, since it was submitted or retried
     held: bool = False  # not to be claimed until it is released
     needs: tuple[str, ...] = ()  # jobs that had to succeed before it
     progress: dict[str, Any] = field(default_factory=dict)  # the last progress event
@@ -162,6 +163,7 @@ class Job:
             message=record.get("message", ""),
             cancel_requested=record.get("cancel") == "1",
             waits=int(number("waits")),
+            ooms=int(number("ooms")),
             held=record.get("hold") == "1",
             needs=tuple(parsed("needs", [])),
             progress=parsed("progress", {}),

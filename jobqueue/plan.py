@@ -6,19 +6,19 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from jobqueue import base_model, rows
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
-from jobqueue.spec import DataSpec, EvaluateSpec, ReportSpec, RunSpec, TrainSpec
+from jobqueue.spec import DataSpec, EvaluateSpec, EvaluationSpec, QuestionFormat, ReportSpec, RunSpec, TrainSpec
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
 EVALUATOR = 1  # raised when the same answers would be scored otherwise: base models are then asked anew
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz")
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt")
 
 AnyData = TypeVar("AnyData", bound=DataSpec)
 
@@ -88,10 +88,19 @@ class _Lookups:
             return spec
         if not path.is_file():
             raise DataError(f"there is no data file {path}", f"Correct `source: {spec.source}`, or give a hub id.")
-        reading = (path, spec.format, spec.limit, *sorted(spec.columns.items()))
+        reading = (path, type(spec), spec.format, spec.limit, *sorted(spec.columns.items()))
         if reading not in self.checked:
-            rows.check_file(spec.model_copy(update={"source": str(path)}))
+            summary = rows.check_file(spec.model_copy(update={"source": str(path)}))
             self.checked.add(reading)
+            if isinstance(spec, EvaluationSpec) and summary.format not in get_args(QuestionFormat):
+                raise DataError(
+                    f"{path} has the format {summary.format}, and an evaluation asks multiple-choice questions",
+                    "Give rows with a question, its options and the answer, or leave evaluation out.",
+                )
+            for reason, skipped in summary.skipped.items():
+                lines = ", ".join(map(str, skipped.lines))
+                unusable = f"{skipped.count} of {summary.rows} rows cannot be used"
+                self.warnings.append(f"{path.name}: {unusable}: {reason} (line {lines})")
         source = next((known for known, file in self.files.items() if file == path), "")
         if not source:
             source = blob_source(path)

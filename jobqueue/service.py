@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, CapacityError, NotFoundError
+from jobqueue.errors import BusyError, CapacityError, NotFoundError, StorageError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import GIB, all_classes
@@ -80,6 +80,11 @@ class Client:
         workers = self.workers()
         if not force:
             _check_capacity(plan, workers)
+        if plan.files and self.settings.redis_url and not self.settings.storage:
+            raise StorageError(
+                "this machine does not know the shared storage that the data should go to",
+                "Set LORAQ_STORAGE to what the workers have, or name data that they can read: a hub id or a URL.",
+            )
         for source, path in plan.files.items():
             self.storage.put_blob(path, source)
         key = "" if again else self._key(plan)
@@ -169,7 +174,7 @@ class Client:
         if target in all_classes():
             self.store.mark("held_classes", target, True)
             return []
-        return self.store.jobs(self.store.hold([job.id for job in self._own(target)]))
+        return self.store.jobs(self.store.hold([job.id for job in self._own(target)[1]]))
 
     def release(self, target: str) -> list[Job]:
         """Ends a hold; as `hold`."""
@@ -177,7 +182,7 @@ class Client:
             self.store.mark("held_classes", target, False)
             send_tokens(self._app, [target])
             return []
-        released, classes = self.store.release([job.id for job in self._own(target)])
+        released, classes = self.store.release([job.id for job in self._own(target)[1]])
         send_tokens(self._app, classes)
         return self.store.jobs(released)
 
@@ -186,9 +191,9 @@ class Client:
 
         Training goes on from the newest checkpoint. The batch's report is made anew. Returns the jobs that begin.
         """
-        jobs = self._own(target)
+        batch, jobs = self._own(target)
         siblings = self.jobs(jobs[0].batch) if jobs[0].batch else jobs
-        wanted = {job.id for job in (siblings if len(jobs) > 1 else jobs) if job.state in RETRIED}
+        wanted = {job.id for job in (siblings if batch else jobs) if job.state in RETRIED}
         for job in siblings:  # each after those that it waits for
             if job.reason is FailureReason.DEPENDENCY and wanted & set(job.needs):
                 wanted.add(job.id)
@@ -201,13 +206,13 @@ class Client:
         send_tokens(self._app, classes)
         return self.store.jobs(begun)
 
-    def _own(self, target: str) -> list[Job]:
-        """A batch's own jobs, or the one job of that id."""
+    def _own(self, target: str) -> tuple[Batch | None, list[Job]]:
+        """A batch and its own jobs, or the one job of that id."""
         try:
             batch = self.store.batch(target)
         except NotFoundError:
-            return [self.job(target)]
-        return self.store.jobs([job_id for job_id in batch.jobs if job_id.startswith(f"{batch.name}.")])
+            return None, [self.job(target)]
+        return batch, self.store.jobs([job_id for job_id in batch.jobs if job_id.startswith(f"{batch.name}.")])
 
     def remove(self, name: str, *, files: bool = False) -> None:
         """Forgets an ended batch; with `files`, its adapters, logs and scores in the storage too.
@@ -230,6 +235,8 @@ class Client:
                 f"there is no worker or host {target!r}", "See `loraq workers` for those that there are."
             )
         self.store.mark("drained", target, not undo)
+        for worker in meant if undo else ():  # a host's word goes for its workers
+            self.store.mark("drained", worker.id, False)
         return meant
 
     def forget_server(self) -> None:

@@ -75,6 +75,12 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
+    @field_validator("storage")
+    @classmethod
+    def _absolute_folder(cls, value: str | None) -> str | None:
+        """A folder must mean the same in every working directory."""
+        return value if value is None or "://" in value else str(Path(value).expanduser().absolute())
+
     @model_validator(mode="after")
     def _renewed_in_time(self) -> Self:
         if self.renew_s > self.lease_s / 3:

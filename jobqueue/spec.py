@@ -28,6 +28,16 @@ Method = Literal["qlora", "lora", "full"]
 Format = Literal[
     "auto", "multiple_choice", "lettered", "messages", "sharegpt", "prompt_completion", "instruction"
 ]  # fmt: skip
+QuestionFormat = Literal["multiple_choice", "lettered"]
+Optimizer = Literal[
+    "adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused",
+    "adafactor", "sgd", "lion_8bit", "lion_32bit", "paged_lion_8bit", "ademamix_8bit", "rmsprop", "adagrad",
+]  # fmt: skip
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
+    "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+]  # fmt: skip
+Tracker = Literal["none", "all", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "swanlab"]
 Column = Literal[
     "question", "options", "answer", "answer_idx", "opa", "opb", "opc", "opd", "ope", "cop",
     "messages", "conversations", "prompt", "completion", "instruction", "input", "output",
@@ -84,14 +94,14 @@ class TrainingSpec(Part):
     """Where neither is set, 200 steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     logging_steps: PositiveInt = 10
-    optim: str = "adamw_8bit"
+    optim: Optimizer = "adamw_8bit"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    lr_scheduler_type: str = "linear"
+    lr_scheduler_type: Scheduler = "linear"
     seed: NonNegativeInt = 3407
     max_seq_length: Annotated[int, Field(ge=16)] = 2048
     packing: bool = False
     dataset_num_proc: PositiveInt | None = None
-    report_to: str | list[str] = "none"
+    report_to: Tracker | list[Tracker] = "none"
     save_steps: PositiveInt | None = None
     """A checkpoint every so many steps, from which a lost or drained job goes on; None: by time alone."""
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
@@ -100,7 +110,9 @@ class TrainingSpec(Part):
     """How many checkpoints of a running job are kept; a succeeded job keeps none."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _possible(self) -> Self:
+        if self.packing:
+            raise ValueError("packing: rows in one sequence would see each other; it comes with a later version")
         if self.max_steps == 0:
             raise ValueError("max_steps: 0 trains nothing; leave it out, or write -1 for whole epochs")
         if self.max_steps > 0 and self.num_train_epochs is not None:
@@ -122,6 +134,7 @@ class TrainingSpec(Part):
 class EvaluationSpec(DataSpec):
     """Questions that the base model and each adapter are asked."""
 
+    format: Literal["auto"] | QuestionFormat = "auto"
     split: str = "test"
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("likelihood", "generated")
     compare_with_base: bool = True

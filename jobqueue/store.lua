@@ -30,6 +30,7 @@ Fields of a record
   needs follows(JSON: jobs that must have succeeded, or ended, before)
   state(waiting held queued running succeeded failed cancelled) cancel("1" asked for) hold("1" not to be claimed)
   attempt(the fence) nonce(proof of the claim) settled(nonce and state of the last settled attempt) failures
+  ooms(attempts since the submit or retry that ran out of memory)
   submission(of the submit that made it, random) said(entries of its stream that the attempt has appended)
   submitted_at queued_at claimed_at ended_at not_before (T) worker reason message progress(JSON) outcome(JSON)
 ]]
@@ -170,7 +171,7 @@ local function add(job, now, woken)
   redis.call('HSET', key(id), 'id', id, 'kind', job.kind, 'batch', job.batch, 'trial', job.trial, 'owner', job.owner,
     'spec', job.spec, 'submission', job.submission, 'device', job.device, 'priority', job.priority, 'queue', job.queue, 'need', job.need, 'hold', '',
     'needs', cjson.encode(job.needs), 'follows', cjson.encode(job.follows), 'state', 'waiting',
-    'failures', 0, 'submitted_at', now, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '', 'message', '',
+    'failures', 0, 'ooms', 0, 'submitted_at', now, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '', 'message', '',
     'progress', '', 'outcome', '', 'seq', redis.call('INCR', P .. 'sequence'))
   redis.call('HSETNX', key(id), 'attempt', 0)
   begin(id, job.needs, job.follows, now, woken)
@@ -331,6 +332,7 @@ local function settle(_, args)
     claimed_at = claimed / 1000, ended_at = now / 1000, state = state, reason = reason, message = message }))
   redis.call('HSET', key(id), 'settled', word, 'ended_at', now, 'outcome', outcome)
   if counts == '1' then redis.call('HINCRBY', key(id), 'failures', 1) end
+  if reason == 'out_of_memory' then redis.call('HINCRBY', key(id), 'ooms', 1) end
   if state == 'queued' then
     redis.call('HSET', key(id), 'reason', reason, 'message', message)
     event(id, 'state', 'queued again: ' .. reason .. ': ' .. message)
@@ -402,7 +404,7 @@ local function retry(_, ids)
     if early then unplace(id) end
     if FINAL[state] then redis.call('HSET', key(id), 'hold', '') end
     if FINAL[state] or early then
-      redis.call('HSET', key(id), 'failures', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',
+      redis.call('HSET', key(id), 'failures', 0, 'ooms', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',
         'message', '', 'progress', '', 'outcome', '', 'state', 'waiting')
       event(id, 'state', 'to be run again, on request')
       changed[#changed + 1] = id

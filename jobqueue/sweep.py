@@ -238,6 +238,12 @@ def _trials(document: _Document) -> list[Trial]:
     plain = json.loads(json.dumps(document.root, default=str))
     sweep = SweepSpec.model_validate(plain.pop("sweep", None) or {})
     entries = sweep.list or [{}]
+    for key, values in sweep.grid.items():
+        if len({json.dumps(value) for value in values}) < len(values):
+            document.report("has a value twice", ("sweep", "grid", key))
+        for index, entry in enumerate(entries):
+            if key in entry:
+                document.report("is varied by the grid too", ("sweep", "list", index, key))
     count = len(entries)
     for values in sweep.grid.values():
         count *= len(values)

@@ -23,6 +23,8 @@ def verdict(
         return f"No trial was scored{so_far}; the base model was."
     best = scored[0]
     said = f"Best{so_far}: " if len(trials) > 1 else ""
+    if versus_runner_up and versus_runner_up.shown is False:
+        said = f"No trial is shown to be best{so_far}; the highest score: "
     said += f"{best.label or best.job} with {100 * best.scores[metric].accuracy:.1f}% ({metric})"
     if best.versus_base:
         said += f", {_against(best.versus_base, 'the base model')}"

@@ -1,6 +1,6 @@
-"""Write docs/sweep-file.md from the pydantic models and docs/commands.md from the Click commands.
+"""Write docs/sweep-file.md and docs/settings.md from the pydantic models, docs/commands.md from the Click commands.
 
-python ops/generate_docs.py            writes both
+python ops/generate_docs.py            writes them
 python ops/generate_docs.py --check    exit code 1 where one of them is not what it would write
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import itertools
 import json
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
 from jobqueue import spec
+from jobqueue.settings import Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTE = "<!-- Written by ops/generate_docs.py: change the code, then run `make docs`. -->"
@@ -65,8 +67,8 @@ MEANINGS: Mapping[str, str] = {
     "training.lr_scheduler_type": "How the learning rate falls, by transformers' name.",
     "training.seed": "Seed of the order of the rows.",
     "training.max_seq_length": "Tokens of a row; what is longer is cut.",
-    "training.packing": "Several short rows in one sequence.",
-    "training.dataset_num_proc": "Processes that prepare the rows.",
+    "training.packing": "Several short rows in one sequence; comes with a later version.",
+    "training.dataset_num_proc": "Accepted for the sake of notebooks: rows are prepared by threads, however many.",
     "training.report_to": "Experiment trackers, by transformers' names.",
     "evaluation.split": "Of a hub data set; a file has no splits.",
     "evaluation.metrics": "likelihood: the option with the highest log-probability; generated: the written answer.",
@@ -77,7 +79,7 @@ MEANINGS: Mapping[str, str] = {
 
 
 def main() -> int:
-    pages = {"sweep-file.md": sweep_file_page(), "commands.md": commands_page()}
+    pages = {"sweep-file.md": sweep_file_page(), "commands.md": commands_page(), "settings.md": settings_page()}
     if sys.argv[1:] == ["--check"]:
         return sum(_differs(DOCS / name, text) for name, text in pages.items())
     for name, text in pages.items():
@@ -91,6 +93,36 @@ def _differs(file: Path, wanted: str) -> bool:
         print(f"{file} is not up to date; run `make docs`")
         print("\n".join(difflib.unified_diff(found.splitlines(), wanted.splitlines(), "is", "should be", "", "", 0)))
     return found != wanted
+
+
+# -- settings
+
+
+def settings_page() -> str:
+    """Every setting with its default and the docstring that stands below it in the code."""
+    source = ast.parse(inspect.getsource(Settings)).body[0]
+    assert isinstance(source, ast.ClassDef)
+    meanings = {
+        field.target.id: " ".join(str(ast.literal_eval(text.value)).split())
+        for field, text in itertools.pairwise(source.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
+    }
+    lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default_factory or field.default is None else f"`{_setting(field.default)}`"
+        lines.append(_row(f"`LORAQ_{name.upper()}`", default, meanings[name]))
+    text = (
+        "Read once, by the command line and by workers: from the environment, else from `~/.config/loraq/config.toml` "
+        "(or the file that `LORAQ_CONFIG` names), there in small letters and without the prefix: `lease_s = 30`. Times "
+        "are in seconds."
+    )
+    return "\n\n".join(["# Settings", NOTE, _wrapped(text), "\n".join(lines)]) + "\n"
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # -- the sweep file

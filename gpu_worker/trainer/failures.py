@@ -40,9 +40,9 @@ def failed(error: BaseException) -> Failed:
     if isinstance(error, JobFailure):
         reason, message = error.reason, str(error)
     elif isinstance(error, DataError):
-        reason, message = FailureReason.BAD_DATA, str(error)
+        reason, message = FailureReason.BAD_DATA, error.what
     elif isinstance(error, StorageError):
-        reason, message = FailureReason.STORAGE, str(error)
+        reason, message = FailureReason.STORAGE, error.what
     elif isinstance(error, OSError) and error.errno in _DISK:
         reason = FailureReason.STORAGE
     elif _out_of_memory(error):

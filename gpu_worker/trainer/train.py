@@ -64,6 +64,8 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     report(Progress("data"))
     conversations = [example.conversation for _, example in file.examples]
     tokens, data = tokenise(tokenizer, conversations, training.max_seq_length)
+    for reason, skipped in file.summary.skipped.items():
+        log.warning("%d of %d rows cannot be used: %s", skipped.count, file.summary.rows, reason)
     log.info("data: %s", {key: value for key, value in asdict(data).items() if key != "preview"})
     log.info("the first row, trained on what stands in <<>>:\n%s", data.preview)
     if training.dataset_num_proc is not None:
@@ -186,7 +188,7 @@ def _config(spec: TrainSpec, request: Request, on_gpu: bool) -> SFTConfig:
             logging_first_step=True,
             logging_nan_inf_filter=False,  # else a NaN loss is logged as a fine one
             disable_tqdm=True,
-            report_to=training.report_to,
+            report_to=[training.report_to] if isinstance(training.report_to, str) else [*training.report_to],
             run_name=request.job_id,
             eval_strategy="no",
             save_strategy="no",

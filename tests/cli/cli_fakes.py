@@ -62,6 +62,7 @@ def trained(steps: int = 20, loss: float = 1.25) -> dict[str, Any]:
     gib = 2**30
     return {
         "memory": {
+            "kind": "gpu",
             "gpu": "NVIDIA H100",
             "total_bytes": 80 * gib,
             "reserved_at_start_bytes": 2 * gib,

@@ -73,7 +73,7 @@ def test_what_was_submitted_before_is_said_and_not_submitted_again(
     third = command("submit", sweep_file, "--again")
 
     assert second.exit_code == 0
-    assert "medqa is that already; --again makes another batch of it." in second.stderr
+    assert "medqa is that already (failed); `loraq retry medqa` runs again what did not succeed" in second.stderr
     assert "Submitted" not in second.stdout
     assert "already" not in third.stderr
 

@@ -50,6 +50,10 @@ def states(client: Client, name: str) -> dict[str, str]:
     return {job.id.removeprefix(f"{name}."): job.state.value for job in client.jobs(name)}
 
 
+def claim_nonce(here: Site, job_id: str) -> str:
+    return str(here.store._redis.hget(f"{{loraq}}:job:{job_id}", "nonce"))
+
+
 def ended(client: Client, name: str) -> dict[str, str]:
     wait_for(lambda: client.batch(name).ended, START_S, f"{name} ends")
     return states(client, name)
@@ -162,10 +166,16 @@ def test_a_job_that_runs_out_of_memory_goes_on_with_smaller_micro_batches_at_no_
     assert (job.attempt, job.failures) == (2, 0)
 
 
-def test_a_job_for_which_no_micro_batch_is_small_enough_fails_and_says_so(here: Site) -> None:
+def test_a_job_for_which_no_micro_batch_is_small_enough_fails_and_says_so_also_when_it_is_retried(
+    here: Site, client: Client
+) -> None:
     here.submit("oom2.1", "oom:0")
+    first = here.ended("oom2.1")
+    client.retry("oom2.1")
+    second = here.ended("oom2.1")
 
-    job = here.ended("oom2.1")
-
-    assert (job.state, job.reason, job.attempt) == (JobState.FAILED, FailureReason.OUT_OF_MEMORY, 2)
-    assert "nothing smaller is left" in job.message
+    for job, attempts in ((first, 2), (second, 4)):
+        assert (job.state, job.reason, job.attempt) == (JobState.FAILED, FailureReason.OUT_OF_MEMORY, attempts)
+        assert "nothing smaller is left" in job.message
+    log = here.storage.read_text(f"batches/oom2/oom2.1/4-{claim_nonce(here, 'oom2.1')}/log.txt")
+    assert log == "stub: oom2.1\n", "the log of an attempt that failed is kept"

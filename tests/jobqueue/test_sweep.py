@@ -13,6 +13,7 @@ from jobqueue.errors import SpecError
 from jobqueue.sweep import Sweep, read_sweep
 
 HEAD = "name: medqa\nbase_model: org/model\n"
+TRACKERS = "'none', 'all', 'tensorboard', 'wandb', 'mlflow', 'trackio', 'comet_ml' or 'swanlab'"
 GOOD = HEAD + "data: {source: rows.jsonl}\n"
 
 Read = Callable[..., Sweep]
@@ -151,13 +152,13 @@ def test_utf8_byte_order_mark_anchors_and_comments(read: Read) -> None:
 
 def test_set_overrides_the_file_and_its_types_are_those_of_yaml(read: Read) -> None:
     found = read(
-        GOOD, "training.learning_rate=3e-4", "lora.r=4", "training.packing=true", "name=other", "data.source=a=b"
+        GOOD, "training.learning_rate=3e-4", "lora.r=4", "training.logging_steps=3", "name=other", "data.source=a=b"
     )
 
     assert found.name == "other"
     assert values(found, "training.learning_rate") == [3e-4]
     assert values(found, "lora.r") == [4]
-    assert values(found, "training.packing") == [True]
+    assert values(found, "training.logging_steps") == [3]
     assert values(found, "data.source") == ["a=b"]
 
 
@@ -206,7 +207,7 @@ def test_set_of_a_key_in_a_wrong_section_is_told_apart_from_the_file(problems: P
         ("resources: {memory: lots}", "must be a size such as 12GiB, not 'lots'"),
         ("evaluation: {source: q, metrics: [x]}", "must be 'likelihood' or 'generated', not 'x'"),
         ("lora: 8", "must be a section, not 8"),
-        ("training: {report_to: 3}", "must be a string or a list, not 3"),
+        ("training: {report_to: 3}", f"must be {TRACKERS} or a list, not 3"),
         ("training: {learning_rate: '2e-4'}", "must be a number, not '2e-4'"),
     ],
 )
@@ -394,3 +395,15 @@ def test_odd_values_are_problems_and_no_crash(problems: Problems, text: str) -> 
 @pytest.mark.parametrize("item", ["=3", "a..b=1", ".=1", "lora.=1", "sweep.grid=3", "sweep=x", "data=~"])
 def test_odd_sets_are_problems_and_no_crash(problems: Problems, item: str) -> None:
     assert problems(GOOD, item)
+
+
+def test_a_grid_with_a_value_twice_or_with_a_key_of_the_list_is_refused(problems: Problems) -> None:
+    twice = problems(GOOD + "sweep: {grid: {lora.r: [8, 8]}}\n")
+    both = problems(GOOD + "sweep: {grid: {lora.r: [8, 16]}, list: [{lora.r: 4}]}\n")
+
+    assert [message for _, _, message in twice] == ["has a value twice"]
+    assert [message for _, _, message in both] == ["is varied by the grid too"]
+
+
+def test_packing_is_refused_until_rows_can_be_kept_apart(problems: Problems) -> None:
+    assert "comes with a later version" in problems(GOOD + "training: {packing: true}\n")[0][2]
