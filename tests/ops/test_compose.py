@@ -86,7 +86,9 @@ def test_the_schema_finds_a_mistake(compose: dict[str, Any]) -> None:
 
 def test_what_the_compose_file_names_is_there(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
+    volumes = [volume for service in services.values() for volume in service["volumes"]]
+    defaults = [re.sub(r"\$\{\w+:-(\w*)\}", r"\1", volume) for volume in volumes]  # ${NAME:-default} -> default
+    mounts = [volume.split(":")[0] for volume in defaults]
     files = [mount for mount in mounts if mount.startswith(".")]
 
     assert {mount for mount in mounts if mount not in files} == set(compose["volumes"])
