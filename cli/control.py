@@ -25,6 +25,7 @@ def ls(batch: str | None, as_json: bool) -> None:
     Without BATCH the newest batch comes first.
     """
     from cli.render import console, print_json
+    from jobqueue.service import NEWEST
 
     client = connect()
     if batch is not None:
@@ -39,6 +40,8 @@ def ls(batch: str | None, as_json: bool) -> None:
         print_json(batches)
     elif batches:
         _print_batches(console(), batches)
+        if len(batches) == NEWEST:
+            console().print(f"Only the newest {NEWEST} are shown; `loraq rm` removes what has ended.", style="dim")
     else:
         console().print("There is no batch yet; `loraq submit FILE` makes one.")
 

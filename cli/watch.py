@@ -80,13 +80,15 @@ def follow_batch(client: Client, name: str, out: Console) -> Batch:
     On a terminal there is a line per running job, refreshed; elsewhere a line per change of state.
     """
     from cli.render import console, counts
+    from jobqueue.job import JobState
 
     client.batch(name)  # a wrong name, or no server at all, is an error and nothing to wait for
     patience = Patience(console(stderr=True))
     follow = _follow_on_terminal if out.is_terminal else _follow_in_lines
     follow(out, _looks(client, name, patience))
     batch = patience(lambda: client.batch(name))
-    out.print(f"{name} has ended: {counts(batch.states)}.")
+    why = "" if batch.state is JobState.SUCCEEDED else f" `loraq show {name}` says why."
+    out.print(f"{name} has ended: {counts(batch.states)}.{why}")
     return batch
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
 
+NEWEST = 100  # batches that are listed
 RETRIED = (JobState.FAILED, JobState.CANCELLED)
 
 
@@ -113,8 +114,8 @@ class Client:
     # -- looking
 
     def batches(self) -> list[Batch]:
-        """Newest first."""
-        return [self.store.batch(name) for name in self.store.batch_names()]
+        """The newest, newest first."""
+        return [self.store.batch(name) for name in self.store.batch_names(NEWEST)]
 
     def batch(self, name: str) -> Batch:
         try:

@@ -205,7 +205,7 @@ class Store:
             jobs=tuple(ids),
         )
 
-    def batch_names(self, limit: int = 100) -> list[str]:
+    def batch_names(self, limit: int = 10_000) -> list[str]:
         """Newest first."""
         with self._errors():
             return cast("list[str]", self._redis.zrange(f"{PREFIX}batches", 0, limit - 1, desc=True))

@@ -49,7 +49,7 @@ def test_watch_in_a_pipe_prints_each_change_once(command: Command, client: FakeC
     assert lines[-3:] == [
         "medqa.1: succeeded after 3 min 20 s",
         "medqa.1.eval: failed (out_of_memory): too big [x]",
-        "medqa has ended: 1 succeeded, 1 failed.",
+        "medqa has ended: 1 succeeded, 1 failed. `loraq show medqa` says why.",
     ]
     assert sum("running" in line for line in lines) == 2
 
