@@ -400,8 +400,11 @@ local function retry(_, ids)
   local now, changed, woken = time(), {}, nobody()
   for _, id in ipairs(ids) do
     local state = field(id, 'state')
-    local early = state ~= 'running' and field(id, 'kind') == 'report' -- it would not see what is to be run again
-    if early then unplace(id) end
+    local early = field(id, 'kind') == 'report' -- it would not see what is to be run again, even if it runs by now
+    if early then
+      unplace(id)
+      redis.call('ZREM', P .. 'running', id)
+    end
     if FINAL[state] then redis.call('HSET', key(id), 'hold', '') end
     if FINAL[state] or early then
       redis.call('HSET', key(id), 'failures', 0, 'ooms', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',
