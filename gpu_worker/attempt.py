@@ -92,6 +92,7 @@ class Attempt:
         except LoraqError as error:
             return self._failure(FailureReason.BAD_SPEC, error.what)
         except OSError as error:
+            log.exception("%s: attempt %d: a disk or a pipe failed", self._claim.job_id, self._claim.attempt)
             return self._failure(FailureReason.STORAGE, f"{type(error).__name__}: {error}")
         except Exception as error:  # a fault of loraq's own: the job ends with a word, the slot goes on
             log.exception("%s: attempt %d broke", self._claim.job_id, self._claim.attempt)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gpu_worker.trainer_process import Ended, TrainerProcess
+from gpu_worker.trainer_process import TrainerProcess
 
 IDLE_S = 60.0  # how long a trainer waits for another job before it is ended
 
@@ -38,14 +38,14 @@ class TrainerPool:
             resting, self._resting = self._resting, None
         if resting is not None:
             trainer, known, _ = resting
-            if known == base_model and not any(isinstance(m, Ended) for m in trainer.messages(0)):
+            if known == base_model and trainer.alive():
                 return trainer
             trainer.kill()
         return TrainerProcess(self._command, self._environment, self.folder, self._grace_s)
 
     def give_back(self, trainer: TrainerProcess, base_model: str, *, clean: bool) -> None:
         """To rest where it ended its job well, to its end otherwise; nothing of it is left then."""
-        if not clean:
+        if not clean or not trainer.alive():  # its guardian may have ended it right after its last word
             trainer.kill()
             return
         trainer.rest()

@@ -185,6 +185,10 @@ class TrainerProcess:
 
     # -- ending
 
+    def alive(self) -> bool:
+        """Whether it can do another job; what it has said meanwhile is dropped."""
+        return not self._ended and not any(isinstance(message, Ended) for message in self.messages(0))
+
     def kill(self) -> int:
         """Ends everything now and waits until nothing is left. Returns the exit code."""
         if not self._ended:

@@ -136,11 +136,11 @@ class Chaos:
 
     # -- the whole
 
-    def run(self, seconds: float, *, pause_s: tuple[float, float], backlog: int = 14, jobs: int = 10**9) -> Verdict:
-        """Faults for so many seconds, then rest, and what is to be said of it."""
+    def run(self, seconds: float, *, pause_s: tuple[float, float], backlog: int = 14, jobs: int = 0) -> Verdict:
+        """Faults for so many seconds, then rest, and what is to be said of it; `jobs` or a few more, 0: no end."""
         for host in self.hosts:
             host.start()
-        submitter = threading.Thread(target=self._submit, args=(backlog, jobs))
+        submitter = threading.Thread(target=self._submit, args=(backlog, jobs or 10**9))
         submitter.start()
         store = Store(self.server.url)
         try:
@@ -149,10 +149,11 @@ class Chaos:
             while time.monotonic() < until:
                 self._deal()
                 self._rest(self.dice.uniform(*pause_s))
+            until = time.monotonic() + QUIET_S
+            while self._due or (len(self.ids) < jobs and time.monotonic() < until):
+                self._rest(0.2)
             self._enough.set()
             submitter.join()
-            while self._due:
-                self._rest(0.2)
             ended = self._await_the_end(store)
             self._stop_hosts()
             return judge(self, store, ended)

@@ -11,7 +11,7 @@ from invariants import Stint, overlaps
 def test_every_job_ends_once_and_alone_whatever_fails_around_it(tmp_path: Path) -> None:
     chaos = Chaos(tmp_path, seed=11, hosts=3)
     try:
-        verdict = chaos.run(24, pause_s=(0.2, 1.0), backlog=10, jobs=24)
+        verdict = chaos.run(24, pause_s=(0.2, 1.0), backlog=18, jobs=24)
     finally:
         chaos.close()
 

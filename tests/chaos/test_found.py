@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 from helpers import RestartableServer, must_claim, restartable_server, submit, wait_for
-from hosts import Host, alive
+from hosts import STUB, Host, alive
 from jobs import evaluation, train
 
 from gpu_worker import guardian
 from gpu_worker.lease import Lease
+from gpu_worker.pool import TrainerPool
+from gpu_worker.trainer_process import Ended
 from jobqueue.errors import ServerError, StaleAttemptError
 from jobqueue.job import FailureReason, JobState
 from jobqueue.settings import Settings
@@ -120,3 +124,19 @@ def test_a_question_to_a_server_that_stays_away_ends_with_the_lease(store: Store
     finally:
         lease.close()
     assert store.job("b.1").reason is not FailureReason.BAD_SPEC
+
+
+def test_a_trainer_that_was_ended_right_after_its_result_is_not_kept_for_the_next_job(tmp_path: Path) -> None:
+    pool = TrainerPool({"PATH": os.environ["PATH"]}, tmp_path, 0.5, [sys.executable, str(STUB)])
+    trainer = pool.take("/stub/a")
+    trainer.guardian.kill()
+    wait_for(lambda: any(isinstance(m, Ended) for m in trainer.messages(0.1)), START_S, "its end is heard of")
+    pool.give_back(trainer, "/stub/a", clean=True)
+
+    assert pool.empty
+    other = pool.take("/stub/a")
+    try:
+        assert other is not trainer
+        assert other.alive()
+    finally:
+        other.kill()
