@@ -23,7 +23,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from gpu_worker.protocol import EVENTS_FD, Checkpoint, Event, Failed, Progress, Ready, Request, Result, encode
 from gpu_worker.trainer.failures import bad_spec, failed, one_line
-from jobqueue.errors import LoraqError
 from jobqueue.job import FailureReason
 from jobqueue.spec import EvaluateSpec, JobSpec, TrainSpec
 
@@ -130,8 +129,11 @@ def _spec(request: Request) -> TrainSpec | EvaluateSpec:
     try:
         # From JSON: in Python's own values a list would be no tuple.
         spec = TypeAdapter[Any](JobSpec).validate_json(json.dumps(request.spec))
-    except (ValidationError, LoraqError) as error:
-        raise bad_spec(one_line(f"the job's spec is not valid: {error}")) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, given = ".".join(map(str, first["loc"])), first["input"]
+        which = "" if isinstance(given, (dict, list)) else f", not {given!r}"
+        raise bad_spec(one_line(f"the job's spec is not valid: {place}: {first['msg']}{which}")) from error
     if not isinstance(spec, (TrainSpec, EvaluateSpec)):
         raise bad_spec(f"a trainer has nothing to do with a job of kind {spec.kind}")
     return spec

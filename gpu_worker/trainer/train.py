@@ -41,11 +41,6 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     Raises JobFailure, DataError, and whatever torch raises.
     """
     training = spec.training
-    if training.packing:
-        raise bad_spec(
-            "training.packing: packed rows would see each other without a kernel that keeps them apart; "
-            "packing comes with a later version, set it to false"
-        )
     clock = Clock()
     usage.reset_peak()
     set_seed(training.seed)
