@@ -67,6 +67,13 @@ local function answer(first, woken)
   return woken.list
 end
 
+-- The ids that a call has changed, then the classes that woke behind a "|".
+local function both(ids, woken)
+  ids[#ids + 1] = '|'
+  for _, queue in ipairs(woken.list) do ids[#ids + 1] = queue end
+  return ids
+end
+
 -- After another server process (which may have lost its last second), or a jump of the clock while something runs,
 -- nothing is taken from anyone, and nothing given, until every live attempt has had a lease's time to renew. A clock
 -- that nobody has looked at for a lease, since no worker was there, looks the same as one that jumped.
@@ -357,9 +364,7 @@ local function cancel(_, ids)
       asked[#asked + 1] = id
     end
   end
-  asked[#asked + 1] = '|'
-  for _, queue in ipairs(woken.list) do asked[#asked + 1] = queue end
-  return asked
+  return both(asked, woken)
 end
 
 -- hold(id...) and release(id...) -> the ids that it changed, then the classes that woke behind a "|"
@@ -377,8 +382,7 @@ local function hold(_, ids)
       changed[#changed + 1] = id
     end
   end
-  changed[#changed + 1] = '|'
-  return changed
+  return both(changed, nobody())
 end
 
 local function release(_, ids)
@@ -390,9 +394,7 @@ local function release(_, ids)
       changed[#changed + 1] = id
     end
   end
-  changed[#changed + 1] = '|'
-  for _, queue in ipairs(woken.list) do changed[#changed + 1] = queue end
-  return changed
+  return both(changed, woken)
 end
 
 -- retry(id...) -> as release: ended jobs begin again, each after those that it waits for; checkpoints are theirs still
@@ -416,9 +418,7 @@ local function retry(_, ids)
   for _, id in ipairs(changed) do
     begin(id, cjson.decode(field(id, 'needs')), cjson.decode(field(id, 'follows')), now, woken)
   end
-  changed[#changed + 1] = '|'
-  for _, queue in ipairs(woken.list) do changed[#changed + 1] = queue end
-  return changed
+  return both(changed, woken)
 end
 
 -- remove(name): forgets an ended batch and its own jobs -> 1, 0 where there is none, -1 where a job has not ended
