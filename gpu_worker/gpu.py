@@ -80,8 +80,10 @@ def choose(wanted: list[str]) -> list[Device]:
     """
     devices = gpus()
     chosen = []
-    for want in wanted:
-        fitting = [d for d in devices if want == str(d.index) or d.uuid.startswith(want) or d.uuid[4:].startswith(want)]
+    for want in wanted:  # an index first: a UUID may begin with the same digit
+        fitting = [d for d in devices if want == str(d.index)] or [
+            d for d in devices if d.uuid.startswith(want) or d.uuid[4:].startswith(want)
+        ]
         if len(fitting) != 1:
             known = ", ".join(f"{d.index} ({d.uuid})" for d in devices)
             raise MachineError(f"no GPU is called {want!r} here", f"There are: {known}")
