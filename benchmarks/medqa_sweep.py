@@ -9,18 +9,16 @@ Writes OUT_DIR/medqa_sweep.json (figures, machine, versions, every job) and OUT_
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-LORAQ = [sys.executable, "-P", "-m", "cli.main"]
+from session import Session
 
 SWEEP = """\
 name: medqa
@@ -46,71 +44,41 @@ sweep:
 """
 
 
-def loraq(*words: str, **options: Any) -> str:
-    """What the command prints. Raises CalledProcessError."""
-    return subprocess.run([*LORAQ, *words], check=True, stdout=subprocess.PIPE, text=True, **options).stdout
-
-
-def unpack(sources: list[Path], into: Path) -> None:
-    with into.open("w", encoding="utf-8") as out:
-        for source in sources:
-            with gzip.open(source, "rt", encoding="utf-8") as file:
-                out.writelines(file)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("train")
-    parser.add_argument("test", type=Path)
+    parser.add_argument("test")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--limit", type=int, default=100_000)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--gpu", default="0")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="loraq-medqa-"))
-    os.environ |= {
-        "LORAQ_DATA_DIR": str(folder / "data"),
-        "LORAQ_STORAGE": str(folder / "data" / "storage"),
-        "LORAQ_CONFIG": str(folder / "none"),
-    }
-    unpack([Path(name) for name in options.train.split(",")], folder / "train.jsonl")
-    unpack([options.test], folder / "test.jsonl")
-    values = {"model": options.model.absolute(), "steps": options.steps, "limit": options.limit}
-    (folder / "sweep.yaml").write_text(SWEEP.format(**values))
-    (folder / "bases.yaml").write_text(BASES.format(**values))
-
-    from jobqueue import embedded
-
-    server = embedded.start(folder / "server", die_with_parent=True)
-    os.environ["LORAQ_REDIS_URL"] = server.url
-    with (options.out / "worker.log").open("w") as log:
-        worker = subprocess.Popen([*LORAQ, "worker", *(["--cpu"] if options.cpu else [])], stdout=log, stderr=log)
-    plain = folder / "plain.json"
-    script = Path(__file__).with_name("plain_scores.py")
-    # While the first trainer imports Unsloth: nothing is timed here.
-    yardstick = subprocess.Popen([sys.executable, script, options.model, folder / "test.jsonl", plain])
-    try:
+    with Session(options.out, ["--cpu"] if options.cpu else ["--gpu", options.gpu]) as session:
+        session.rows(options.train, "train.jsonl")
+        test = session.rows(options.test, "test.jsonl")
+        plain = session.folder / "plain.json"
+        script = Path(__file__).with_name("plain_scores.py")
+        # While the first trainer imports Unsloth: nothing is timed here.
+        yardstick = subprocess.Popen([sys.executable, script, options.model, test, plain])
         started = time.time()
-        for file in ("sweep.yaml", "bases.yaml"):
-            print(loraq("submit", str(folder / file)), flush=True)
+        values = {"model": options.model.absolute(), "steps": options.steps, "limit": options.limit}
+        session.submit("medqa", SWEEP.format(**values))
+        session.submit("medqa-base", BASES.format(**values))
         for batch in ("medqa", "medqa-base"):
-            loraq("watch", batch, stderr=subprocess.STDOUT)
+            session.wait(batch)
             print(f"{batch} ended after {time.time() - started:.0f} s", flush=True)
         minutes = (time.time() - started) / 60
-        table = loraq("results", "medqa", env={**os.environ, "COLUMNS": "160"})
+        table = session.loraq("results", "medqa", COLUMNS="160")
         print(table)
         (options.out / "medqa_sweep.txt").write_text(table)
-        jobs = json.loads(loraq("ls", "medqa", "--json")) + json.loads(loraq("ls", "medqa-base", "--json"))
-        report = json.loads(loraq("results", "medqa", "--json"))
-        bases = json.loads(loraq("results", "medqa-base", "--json"))
-    finally:
-        worker.terminate()
-        worker.wait()
-    if yardstick.wait() != 0:
-        sys.exit("plain_scores.py failed, see above")
-    result = collect(jobs, report, bases, json.loads(plain.read_text()), folder / "data" / "storage", minutes)
+        jobs = session.jobs("medqa") + session.jobs("medqa-base")
+        report = json.loads(session.loraq("results", "medqa", "--json"))
+        bases = json.loads(session.loraq("results", "medqa-base", "--json"))
+        if yardstick.wait() != 0:
+            sys.exit("plain_scores.py failed, see above")
+        result = collect(jobs, report, bases, json.loads(plain.read_text()), session.storage, minutes)
     (options.out / "medqa_sweep.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result["figures"], indent=1))
 
