@@ -45,7 +45,9 @@ def worker(cpu: bool, gpus: tuple[str, ...], no_control: bool, control_only: boo
         raise click.UsageError("--cpu and --gpu exclude each other")
     if control_only and (cpu or gpus or no_control):
         raise click.UsageError("--control-only goes with no other option")
-    if not control_only:
+    if control_only:
+        machine.require_control_extra()
+    else:
         machine.require_worker_extra()
     settings = connect().settings
     environment = machine.worker_environment(settings, embedded.connect_url(settings))

@@ -32,6 +32,7 @@ DRAIN_S = 60.0
 LAST_LINES = 5
 
 WORKER_MODULE = "gpu_worker.main"
+CONTROL_PACKAGES = ("scipy", "statsmodels")
 WORKER_PACKAGES = ("torch", "unsloth", "transformers", "trl")
 
 
@@ -54,11 +55,20 @@ class WorkerProcess:
 
 def require_worker_extra() -> None:
     """Raises MachineError where what trains is not installed."""
-    missing = [name for name in WORKER_PACKAGES if find_spec(name) is None]
+    _require("worker", (*WORKER_PACKAGES, *CONTROL_PACKAGES), "a machine that only submits does not need it")
+
+
+def require_control_extra() -> None:
+    """Raises MachineError where what makes reports is not installed."""
+    _require("control", CONTROL_PACKAGES, "reports are made with it")
+
+
+def _require(extra: str, packages: tuple[str, ...], why: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise MachineError(
-            f"the worker extra is not installed ({', '.join(missing)} missing)",
-            "Install it with `pip install 'loraq[worker]'`; a machine that only submits does not need it.",
+            f"the {extra} extra is not installed ({', '.join(missing)} missing)",
+            f"Install it with `pip install 'loraq[{extra}]'`; {why}.",
         )
 
 

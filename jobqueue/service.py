@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
 from jobqueue.errors import BusyError, CapacityError, NotFoundError, StorageError
@@ -16,7 +17,7 @@ from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import GIB, all_classes
 from jobqueue.plan import BATCH, Plan, PlannedJob, make_plan
-from jobqueue.results import BatchReport, build_report
+from jobqueue.results import BatchReport
 from jobqueue.settings import Settings
 from jobqueue.spec import EvaluateSpec, ReportSpec, TrainSpec
 from jobqueue.storage import Storage
@@ -142,7 +143,8 @@ class Client:
         """What the report job made, or, where it has not run, one of what is settled so far."""
         found, jobs = self.batch(batch), self.jobs(batch)
         made = next((job.outcome for job in jobs if job.kind is JobKind.REPORT and job.outcome), None)
-        return BatchReport.from_dict(made) if made else build_report(found, jobs)
+        report = BatchReport.from_dict(made) if made else build_report(found, jobs)
+        return report.priced(self.settings.gpu_hour_price)
 
     # -- steering
 

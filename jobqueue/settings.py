@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -66,6 +66,9 @@ class Settings(BaseSettings):
     """A job that has failed this often is not tried again."""
     model_roots: tuple[Path, ...] = (Path("/"),)
     """Folders below which a worker may read local models and data that a spec names."""
+    gpu_hour_price: NonNegativeFloat | dict[str, NonNegativeFloat] | None = None
+    """What a GPU costs per hour: `2.5`, or by a part of its name, `{"H100": 2.5, "T4": 0.35}`. `loraq results` then
+    shows what each trial cost."""
 
     trainer_command: tuple[str, ...] | None = None
     """What a worker starts as a trainer; None: the one with Unsloth. For tests of the queue."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from jobqueue.job import JobState
 
 if TYPE_CHECKING:
-    from jobqueue.results import Comparison, Metric, TrialResult
+    from jobqueue.comparison import Comparison
+    from jobqueue.results import Metric, TrialResult
 
 
 def verdict(
@@ -23,7 +24,7 @@ def verdict(
         return f"No trial was scored{so_far}; the base model was."
     best = scored[0]
     said = f"Best{so_far}: " if len(trials) > 1 else ""
-    if versus_runner_up and versus_runner_up.shown is False:
+    if versus_runner_up and versus_runner_up.finding == "no difference shown":
         said = f"No trial is shown to be best{so_far}; the highest score: "
     said += f"{best.label or best.job} with {100 * best.scores[metric].accuracy:.1f}% ({metric})"
     if best.versus_base:
@@ -47,8 +48,9 @@ def _verdict_without_scores(trials: Sequence[TrialResult], complete: bool) -> st
 
 
 def _against(comparison: Comparison, other: str) -> str:
-    points, p = comparison.points, comparison.p_value
-    if comparison.shown is False:
+    points = comparison.points
+    p = comparison.p_value if comparison.p_holm is None else comparison.p_holm
+    if p is not None and comparison.finding == "no difference shown":
         return f"no difference shown from {other} ({points:+.1f} points, p = {p:.2g})"
     amount = f"{abs(points):.1f} points {'above' if points >= 0 else 'below'} {other}"
     if p is None:

@@ -62,6 +62,7 @@ class Question:
         return {
             "index": self.index, "answer": self.choice.answer, "picks": self.picks, "scores": scores, "text": self.text,
             "right": [metric for metric in self.picks if self.right(metric)],
+            "question": self.choice.question, "options": self.choice.options,
         }  # fmt: skip
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from click.testing import Result
 
+from jobqueue.aggregate import build_report
+from jobqueue.answers import Answer
 from jobqueue.errors import LoraqError, NotFoundError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.plan import Plan, make_plan
-from jobqueue.results import BatchReport, build_report
+from jobqueue.results import BatchReport
 from jobqueue.sweep import Sweep, read_sweep
 
 EVALUATION = {"source": "questions.jsonl", "split": "test", "metrics": ["likelihood", "generated"]}
@@ -128,7 +130,7 @@ class FakeClient:
     streams: list[list[Event] | LoraqError] = field(default_factory=list)
     submitted: list[Plan] = field(default_factory=list)
     forced: bool = False
-    picks: dict[str, dict[int, bool]] = field(default_factory=dict)
+    answers: dict[str, dict[int, Answer]] = field(default_factory=dict)
 
     def read(self, file: Path, sets: Sequence[str] = ()) -> Sweep:
         return read_sweep(file, sets)
@@ -187,7 +189,7 @@ class FakeClient:
         return self.streams.pop(0)  # type: ignore[return-value]
 
     def report(self, batch: str) -> BatchReport:
-        return build_report(self.batch(batch), self.jobs(batch), self.picks)
+        return build_report(self.batch(batch), self.jobs(batch), self.answers)
 
 
 def make_events(*entries: tuple[str, Any], first: int = 1, attempt: int = 1) -> list[Event]:

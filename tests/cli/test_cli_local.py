@@ -195,6 +195,8 @@ def test_without_the_worker_extra_the_remedy_is_named(monkeypatch: pytest.Monkey
 
     with pytest.raises(MachineError, match=r"loraq\[worker\]"):
         machine.require_worker_extra()
+    with pytest.raises(MachineError, match=r"loraq\[control\]"):
+        machine.require_control_extra()
 
 
 def test_no_gpu_is_found_where_none_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,18 @@
-"""Settled jobs -> report: order, comparisons, statistics, the verdict."""
+"""Settled jobs -> report: order, comparisons, the verdict, what is kept of curves and answers."""
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 from typing import Any
 
 import pytest
 
+from jobqueue.aggregate import build_report, thinned
+from jobqueue.answers import Answer
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState
-from jobqueue.results import BatchReport, build_report, mcnemar, wilson
+from jobqueue.results import BatchReport
+from jobqueue.statistics import wilson
 
 EVALUATION = {"source": "questions.jsonl", "split": "test", "limit": None, "per_device_eval_batch_size": 16}
 
@@ -53,63 +55,25 @@ def evaluate(job_id: str, correct: int | None, questions: int = 100, *, spec: An
     return job(job_id, JobKind.EVALUATE, spec={**known, **spec}, **fields)
 
 
-def report(jobs: list[Job], picks: dict[str, dict[int, bool]] | None = None) -> BatchReport:
+def report(jobs: list[Job], answers: dict[str, dict[int, Answer]] | None = None) -> BatchReport:
     states = {state: sum(j.state is state for j in jobs) for state in JobState}
     batch = Batch("b", "ada", 0.0, 1, "org/m", states, tuple(j.id for j in jobs))
-    return build_report(batch, jobs, picks or {})
+    return build_report(batch, jobs, answers or {})
 
 
-def right(*questions: int, of: int = 100) -> dict[int, bool]:
-    return {question: question in questions for question in range(of)}
-
-
-# --- Statistics
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "p"),
-    [
-        (0, 0, 1.0),
-        (1, 0, 1.0),
-        (5, 5, 1.0),
-        (6, 0, 2 / 2**6),
-        (1, 9, 2 * (1 + 10) / 2**10),
-        (9, 1, 2 * (1 + 10) / 2**10),
-        (12, 3, 2 * (1 + 15 + 105 + 455) / 2**15),
-        (400, 300, 0.000178),
-    ],
-)
-def test_mcnemar_is_exact_and_two_sided(gained: int, lost: int, p: float) -> None:
-    assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-2 if gained > 100 else 1e-12)
-
-
-def test_mcnemar_without_scipy_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_scipy(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_scipy)
-
-    assert mcnemar(9, 1) is None
-    found = report(
-        [train(1), evaluate("b.1.eval", 60), evaluate("base-0", 50)],
-        {"b.1.eval": right(*range(60)), "base-0": right(*range(50))},
-    )
-    assert found.trials[0].versus_base is not None
-    assert (found.trials[0].versus_base.gained, found.trials[0].versus_base.p_value) == (10, None)
-    assert "(not tested)" in found.verdict
-
-
-@pytest.mark.parametrize(
-    ("correct", "questions", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (572, 1273, 0.4222, 0.4768)],
-)
-def test_wilson_interval(correct: int, questions: int, low: float, high: float) -> None:
-    """The third line is the example of Newcombe (1998), table I."""
-    assert wilson(correct, questions) == pytest.approx((low, high), abs=1e-4)
+def right(*questions: int, of: int = 100) -> dict[int, Answer]:
+    """The answers of a model that has these questions right: A is, and else it says B."""
+    return {
+        index: Answer(
+            index,
+            "A",
+            {"likelihood": "A" if index in questions else "B"},
+            frozenset({"likelihood"} if index in questions else ()),
+            f"What is {index}?",
+            {"A": "this", "B": "that"},
+        )
+        for index in range(of)
+    }
 
 
 # --- Report
@@ -161,7 +125,7 @@ def test_differences_are_paired_by_question() -> None:
     assert versus is not None
     assert (versus.points, versus.gained, versus.lost) == (2.0, 12, 10)
     assert versus.p_value == pytest.approx(0.8318, abs=1e-4)
-    assert versus.shown is False
+    assert versus.finding == "no difference shown"
     assert "no difference shown from the base model (+2.0 points, p = 0.83)" in found.verdict
 
 
@@ -312,3 +276,92 @@ def test_report_survives_json() -> None:
 def test_from_dict_refuses_something_else() -> None:
     with pytest.raises(ValueError, match="trials"):
         BatchReport.from_dict({"batch": "b"})
+
+
+def test_trials_are_tested_as_some_of_many() -> None:
+    """Three trials of which each gains 8 questions and loses 1: p = 0.039 alone, 0.12 among three."""
+    jobs = [evaluate("base-0", 50)]
+    answers = {"base-0": right(*range(50))}
+    for number in (1, 2, 3):
+        jobs += [train(number, rate=number * 1e-4), evaluate(f"b.{number}.eval", 57)]
+        answers[f"b.{number}.eval"] = right(*range(1, 58))
+
+    alone, many = report(jobs[:3], answers), report(jobs, answers)
+
+    found = [trial.versus_base for trial in (alone.trials[0], *many.trials)]
+    assert [(c.finding, round(c.p_holm or 0, 3)) for c in found if c] == [
+        ("better", 0.039),
+        ("no difference shown", 0.117),
+        ("no difference shown", 0.117),
+        ("no difference shown", 0.117),
+    ]
+    assert all(c and c.p_value == pytest.approx(0.0390625) for c in found)
+    assert "no difference shown from the base model (+7.0 points, p = 0.12)" in many.verdict
+
+
+def test_settings_are_those_of_all_trials_and_the_rest_differs() -> None:
+    found = report([train(1), evaluate("b.1.eval", 40), train(2, rate=2e-4), evaluate("b.2.eval", 41)])
+
+    assert found.settings["training.seed"] == 1
+    assert found.settings["evaluation.source"] == "questions.jsonl"
+    assert [trial.differs for trial in found.trials] == [
+        {"training.learning_rate": 2e-4},
+        {"training.learning_rate": 1e-4},
+    ]
+    assert not found.settings.keys() & found.trials[0].differs.keys()
+
+
+def test_cost_is_that_of_all_attempts_and_of_the_evaluation() -> None:
+    def attempt(minutes: float) -> dict[str, float]:
+        return {"claimed_at": 60.0, "ended_at": 60.0 + 60 * minutes}
+
+    found = report(
+        [train(1, history=[attempt(10), attempt(45)]), evaluate("b.1.eval", 40, history=[attempt(5)]), train(2)]
+    )
+
+    assert found.trials[0].gpu_minutes == 60
+    assert [found.priced(price).trials[0].cost for price in (None, 2.5, {"H100": 3.0, "A100": 2.0}, {"T4": 0.3})] == [
+        None,
+        2.5,
+        3.0,
+        None,
+    ]
+    assert found.priced(2.5).trials[1].cost is None
+
+
+def test_loss_curve_is_kept_and_long_ones_are_thinned() -> None:
+    losses = [[10, 2.0, 1e-4], [20, 1.5, 0.0]]
+    outcome = {"training": {"final_loss": 1.5}, "losses": losses}
+
+    assert report([train(1, outcome=outcome)]).trials[0].losses == ((10, 2.0), (20, 1.5))
+    assert thinned([(step, float(step)) for step in range(1, 8)], 3) == ((3, 2.0), (6, 5.0), (7, 7.0))
+    assert len(thinned([(step, 1.0) for step in range(1001)], 200)) <= 200
+    assert thinned([], 200) == ()
+
+
+def test_questions_that_changed_and_the_options_that_were_confused() -> None:
+    found = report(
+        [train(1), evaluate("b.1.eval", 3), evaluate("base-0", 2)],
+        {"b.1.eval": right(1, 2, 3, of=5), "base-0": right(0, 1, of=5)},
+    )
+
+    assert [(q.index, q.gained, q.base_pick, q.pick) for q in found.changed] == [
+        (2, True, "B", "A"),
+        (3, True, "B", "A"),
+        (0, False, "A", "B"),
+    ]
+    assert found.changed[0].question == "What is 2?"
+    assert [(c.label, c.letters, c.picks, c.counts) for c in found.confusions] == [
+        ("base model", ("A",), ("A", "B"), ((2, 3),)),
+        ("rate=0.0001", ("A",), ("A", "B"), ((3, 2),)),
+    ]
+
+
+def test_the_same_jobs_make_the_same_report() -> None:
+    jobs = [train(1), evaluate("b.1.eval", 50), train(2), evaluate("b.2.eval", 60), evaluate("base-0", 20)]
+    answers = {"b.1.eval": right(*range(50)), "b.2.eval": right(*range(60)), "base-0": right(*range(20))}
+
+    first = json.dumps(report(jobs, answers).to_dict())
+    again = json.dumps(report(jobs[::-1], dict(reversed(answers.items()))).to_dict())
+
+    assert first == again

@@ -100,6 +100,7 @@ def test_scores_are_the_log_probabilities_that_full_logits_give(base: Done) -> N
             assert line["scores"][letter] == pytest.approx(expected, abs=1e-3)
         assert line["picks"]["likelihood"] == max(line["scores"], key=line["scores"].__getitem__)
         assert line["answer"] == row["answer_idx"]
+        assert (line["question"], line["options"]) == (row["question"], row["options"])
 
 
 def test_an_evaluation_reports_accuracies_that_its_lines_bear_out(base: Done) -> None:

@@ -1,0 +1,242 @@
+"""The jobs of a batch -> its report; pure: the same jobs and answers give the same report, byte for byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from jobqueue.answers import Answers, changed, confusion
+from jobqueue.comparison import Comparison, compare, corrected
+from jobqueue.job import Batch, Job, JobKind, JobState
+from jobqueue.results import METRICS, PRIMARY, BaseResult, BatchReport, Metric, Score, TrialResult
+from jobqueue.statistics import wilson
+from jobqueue.verdict import verdict
+
+MOST_POINTS = 200  # of a loss curve in a report; the training job's outcome has all
+
+
+def build_report(
+    batch: Batch, jobs: Sequence[Job], answers: Mapping[str, Answers] = MappingProxyType({})
+) -> BatchReport:
+    """Aggregate the jobs of a batch, of which some may not have ended.
+
+    Args:
+        batch: the batch.
+        jobs: its jobs, evaluations of base models included.
+        answers: per evaluation job; without them differences are shown but not tested.
+    """
+    work = [job for job in jobs if job.kind is not JobKind.REPORT]
+    evaluations = {job.spec["adapter_job"]: job for job in work if job.kind is JobKind.EVALUATE and not _is_base(job)}
+    trains = sorted((job for job in work if job.kind is JobKind.TRAIN), key=lambda job: _number(batch, job))
+    bases = [job for job in work if _is_base(job)]
+
+    scored = {job.id: _scores(job) for job in [*evaluations.values(), *bases]}
+    metric = next((m for m in PRIMARY if any(m in scores for scores in scored.values())), None)
+    runs = [(job, evaluations.get(job.id)) for job in trains] or [(job, None) for job in bases]
+    settings, differs = _settings(runs)
+    trials = [
+        _trial(job, evaluation, bases, scored, metric, answers, what)
+        for (job, evaluation), what in zip(runs, differs, strict=True)
+    ]
+    versus_base = corrected([trial.versus_base for trial in trials])
+    trials = [replace(trial, versus_base=versus) for trial, versus in zip(trials, versus_base, strict=True)]
+    if metric is not None:
+        trials.sort(key=lambda trial: -trial.scores[metric].accuracy if metric in trial.scores else math.inf)
+
+    questions = {s[metric].questions for s in scored.values() if metric in s} if metric else set()
+    versus_runner_up = _runner_up(trials, metric, answers, {job.id: job for job in work})
+    complete = all(job.state.final for job in work)
+    report = BatchReport(
+        batch=batch.name,
+        base_model=batch.base_model,
+        complete=complete,
+        metric=metric,
+        questions=max(questions, default=None),
+        bases=tuple(_base(job, scored[job.id]) for job in bases) if trains else (),
+        trials=tuple(trials),
+        versus_runner_up=versus_runner_up,
+        verdict=verdict(trials, metric, versus_runner_up, complete),
+        settings=settings,
+    )
+    return _with_questions(report, answers)
+
+
+def _with_questions(report: BatchReport, answers: Mapping[str, Answers]) -> BatchReport:
+    """What the best trial and its base model answered, where the answers are at hand."""
+    best = report.trials[0] if report.trials else None
+    if best is None or report.metric is None or report.metric not in best.scores:
+        return report
+    asked = [(best.base or "", "base model"), (best.evaluation or "", best.label or "the only trial")]
+    confusions = [confusion(job, label, answers[job], report.metric) for job, label in asked if job in answers]
+    base, tuned = (answers.get(job, {}) for job, _ in asked)
+    return replace(report, confusions=tuple(confusions), changed=changed(base, tuned, report.metric))
+
+
+def _is_base(job: Job) -> bool:
+    return job.kind is JobKind.EVALUATE and job.spec.get("adapter_job") is None
+
+
+def _number(batch: Batch, job: Job) -> int:
+    """The place of a trial in the file: job ids end in it."""
+    tail = job.id.removeprefix(f"{batch.name}.")
+    return int(tail) if tail.isdecimal() else 0
+
+
+def _scores(job: Job) -> dict[Metric, Score]:
+    found: dict[Metric, Score] = {}
+    for metric in METRICS:
+        part = job.outcome.get(metric)
+        questions = int(job.outcome.get("questions") or 0)
+        if part and questions:
+            correct = int(part["correct"])
+            low, high = part.get("interval") or wilson(correct, questions)
+            found[metric] = Score(correct, questions, correct / questions, (low, high))
+    return found
+
+
+def _trial(
+    job: Job,
+    evaluation: Job | None,
+    bases: Sequence[Job],
+    scored: Mapping[str, Mapping[Metric, Score]],
+    metric: Metric | None,
+    answers: Mapping[str, Answers],
+    differs: Mapping[str, Any],
+) -> TrialResult:
+    asked = job if _is_base(job) else evaluation
+    last = evaluation if evaluation is not None and job.state is JobState.SUCCEEDED else job
+    scores = scored.get(asked.id, {}) if asked else {}
+    base = _base_for(evaluation, bases) if evaluation else None
+    versus_base = None
+    if evaluation and base and metric and metric in scores and metric in scored[base.id]:
+        mine, theirs = answers.get(evaluation.id, {}), answers.get(base.id, {})
+        versus_base = compare(scores[metric].accuracy, scored[base.id][metric].accuracy, mine, theirs, metric)
+    memory, time, training = (job.outcome.get(part) or {} for part in ("memory", "time", "training"))
+    return TrialResult(
+        label=_base_label(differs) if _is_base(job) else job.trial,
+        differs=differs,
+        job=job.id,
+        evaluation=asked.id if asked else None,
+        state=last.state,
+        reason=last.reason,
+        message=last.message,
+        attempts=job.attempt,
+        worker=job.worker,
+        gpu=str(memory.get("gpu") or ""),
+        scores=scores,
+        base=base.id if base else None,
+        versus_base=versus_base,
+        peak_bytes=memory.get("peak_reserved_bytes"),
+        training_bytes=memory.get("peak_for_training_bytes"),
+        train_minutes=_finite(time.get("train_minutes")),
+        tokens_per_s=_finite(training.get("tokens_per_s")),
+        final_loss=_finite(training.get("final_loss")),
+        total_bytes=memory.get("total_bytes"),
+        start_bytes=memory.get("reserved_at_start_bytes"),
+        peak_percent=memory.get("peak_percent"),
+        training_percent=memory.get("peak_for_training_percent"),
+        train_seconds=_finite(time.get("train_s")),
+        gpu_minutes=_minutes(job) + (_minutes(evaluation) if evaluation else 0.0),
+        losses=thinned([(step, loss) for step, loss, *_ in job.outcome.get("losses") or ()], MOST_POINTS),
+    )
+
+
+def _base_label(differs: Mapping[str, Any]) -> str:
+    """Base evaluations serve many batches, so the label in their record may be that of another one."""
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in differs.items()) or "base model"
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _base(job: Job, scores: Mapping[Metric, Score]) -> BaseResult:
+    return BaseResult(
+        job=job.id,
+        base_model=job.spec["base_model"],
+        load_in_4bit=job.spec["load_in_4bit"],
+        state=job.state,
+        reason=job.reason,
+        message=job.message,
+        scores=scores,
+        gpu_minutes=_minutes(job),
+    )
+
+
+def _minutes(job: Job) -> float:
+    """Of all its ended attempts."""
+    seconds = math.fsum(attempt["ended_at"] - attempt["claimed_at"] for attempt in job.history)
+    return round(seconds / 60, 3)
+
+
+def thinned(points: Sequence[tuple[int, float]], most: int) -> tuple[tuple[int, float], ...]:
+    """A loss curve of at most `most` points: each the mean of its neighbours, at the last one's step."""
+    size = max(1, -(-len(points) // most))
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return tuple((part[-1][0], round(math.fsum(loss for _, loss in part) / len(part), 6)) for part in parts)
+
+
+def _base_for(evaluation: Job, bases: Sequence[Job]) -> Job | None:
+    """The base model under the same questions and precision; where there are several, the one most alike."""
+
+    def same(base: Job, key: str) -> bool:
+        return bool(base.spec.get(key) == evaluation.spec.get(key))
+
+    fitting = [
+        base
+        for base in bases
+        if same(base, "base_model") and same(base, "load_in_4bit") and _asked(base) == _asked(evaluation)
+    ]
+    return max(fitting, key=lambda base: (same(base, "max_seq_length"), same(base, "method")), default=None)
+
+
+def _asked(evaluation: Job) -> dict[str, Any]:
+    """What decides which questions are asked, and how; the rest changes the speed only."""
+    speed = ("compare_with_base", "per_device_eval_batch_size")
+    return {key: value for key, value in evaluation.spec["evaluation"].items() if key not in speed}
+
+
+def _settings(runs: Sequence[tuple[Job, Job | None]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The dotted keys of the trials' specs: those with one value in all of them, and for each trial the others."""
+    flat: list[dict[str, Any]] = []
+    for job, evaluation in runs:
+        keys = dict(_flat(evaluation.spec)) if evaluation else {}
+        flat.append({**keys, **dict(_flat(job.spec))})
+        for own in ("adapter_job", "kind"):
+            flat[-1].pop(own, None)
+    names = dict.fromkeys(key for keys in flat for key in keys)
+    varied = [key for key in names if any(keys.get(key) != flat[0].get(key) for keys in flat)]
+    common = {key: flat[0].get(key) for key in names if key not in varied}
+    return common, [{key: keys.get(key) for key in varied} for keys in flat]
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in section.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
+
+
+def _runner_up(
+    trials: Sequence[TrialResult], metric: Metric | None, answers: Mapping[str, Answers], jobs: Mapping[str, Job]
+) -> Comparison | None:
+    """The best trial against the second; tested only where both were asked the same questions.
+
+    That they were picked as the best two of many needs no correction: Hung and Fithian (2019), Rank verification for
+    exponential families.
+    """
+    if metric is None:
+        return None
+    scored = [trial for trial in trials if metric in trial.scores and trial.evaluation]
+    if len(scored) < 2:
+        return None
+    best, second = scored[:2]
+    asked = [_asked(jobs[trial.evaluation]) for trial in (best, second) if trial.evaluation]
+    comparable = asked[0] == asked[1]
+    mine = answers.get(best.evaluation or "", {}) if comparable else {}
+    theirs = answers.get(second.evaluation or "", {}) if comparable else {}
+    return compare(best.scores[metric].accuracy, second.scores[metric].accuracy, mine, theirs, metric)

@@ -1,0 +1,70 @@
+"""Intervals and tests against published examples, and against another way to the same number."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+from scipy import stats
+
+from jobqueue.statistics import bootstrap, holm, mcnemar, wilson
+
+
+@pytest.mark.parametrize(
+    ("correct", "questions", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)],
+)
+def test_wilson(correct: int, questions: int, low: float, high: float) -> None:
+    """81/263 and 15/148: Newcombe (1998), Two-sided confidence intervals for the single proportion, table I."""
+    assert wilson(correct, questions) == pytest.approx((low, high), abs=1e-4)
+    other = stats.binomtest(correct, questions).proportion_ci(0.95, method="wilson")
+    assert wilson(correct, questions) == pytest.approx((other.low, other.high), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [
+        (7, 1, 0.0703125),
+        (1, 7, 0.0703125),
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (5, 5, 1.0),
+        (6, 0, 2 / 2**6),
+        (12, 3, 2 * (1 + 15 + 105 + 455) / 2**15),
+    ],
+)
+def test_mcnemar(gained: int, lost: int, p: float) -> None:
+    """7 and 1: airway hyper-responsiveness in 21 children (Bentur et al. 2009), of which Fagerland, Lydersen and Laake
+    (2013), The McNemar test for binary matched-pairs data, say: exact conditional, p = 0.070."""
+    assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-12)
+
+
+@pytest.mark.parametrize(("gained", "lost", "questions"), [(7, 1, 21), (60, 31, 200), (140, 90, 1273)])
+def test_bootstrap_is_that_of_resampled_questions(gained: int, lost: int, questions: int) -> None:
+    """Against scipy's bootstrap of the questions themselves; the differences lie on a grid of 1/questions."""
+    each = numpy.repeat([100.0, -100.0, 0.0], [gained, lost, questions - gained - lost])
+    other = stats.bootstrap(
+        (each,), numpy.mean, n_resamples=20_000, batch=1_000, method="percentile", rng=numpy.random.default_rng(1)
+    ).confidence_interval
+
+    assert bootstrap(gained, lost, questions) == pytest.approx((other.low, other.high), abs=1.01 * 100 / questions)
+    assert bootstrap(gained, lost, questions) == bootstrap(gained, lost, questions)
+
+
+def test_bootstrap_without_a_change_has_no_width() -> None:
+    assert bootstrap(0, 0, 100) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        ([0.000040, 0.016100, 0.612300], [0.000120, 0.032200, 0.612300]),
+        ([0.5, 0.6], [1.0, 1.0]),
+        ([0.04], [0.04]),
+        ([], []),
+    ],
+)
+def test_holm(p_values: list[float], adjusted: list[float]) -> None:
+    """The first is the example of Wikipedia's "Holm-Bonferroni method"; the second that of Abdi (2010), Holm's
+    sequential Bonferroni procedure."""
+    assert holm(p_values) == pytest.approx(adjusted)
