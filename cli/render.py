@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
 import click
@@ -21,6 +21,7 @@ WIDE = 10_000
 """Columns of an output that is no terminal: a file or a pipe gets whole lines."""
 GAP = 2
 WRAP = 28
+LITTLE = 8  # columns of a higher rank rather go than that others are folded
 NONE = "-"
 
 STATE_STYLES: Mapping[JobState, str] = {
@@ -125,6 +126,11 @@ def points(difference: float | None) -> str:
     return NONE if difference is None else f"{difference:+.1f}"
 
 
+def points_interval(bounds: tuple[float, float] | None) -> str:
+    """Of a difference in percentage points: `[-1.2, +3.4]`."""
+    return NONE if bounds is None else f"[{bounds[0]:+.1f}, {bounds[1]:+.1f}]"
+
+
 def number(value: float | None, digits: int = 0) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
@@ -201,36 +207,69 @@ class Column:
     header: str
     right: bool = False
     wrap: bool = False  # may break at spaces, where it is longer than WRAP; nothing else is ever broken
-    rank: int = 0  # the highest goes first where the terminal is too narrow; 0 always stays
+    rank: int = 0  # the higher, the sooner it goes where the terminal is too narrow; 0 always stays
+    below: str | None = None  # header of the column in whose cells it stands as a second line, where room is short
 
 
 Row = Sequence[RenderableType]
 
 
 def table(out: Console, columns: Sequence[Column], rows: Sequence[Row], *, header: bool = True) -> Table:
-    """The columns that `out` is wide enough for: ids are never broken, the least important columns go."""
-    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
-    sizes = [_size(out, column, [row[i] for row in cells], header) for i, column in enumerate(columns)]
+    """The columns that `out` is wide enough for, the most important first: ids are never broken."""
+    cells: list[list[RenderableType]] = [
+        [Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
+    ]
     filled = [i for i in range(len(columns)) if not columns[i].rank or any(str(row[i]) for row in cells)]
-
-    def width(shown: Sequence[int]) -> int:
-        return sum(min(sizes[i].maximum, max(WRAP, sizes[i].minimum)) + GAP for i in shown) - GAP
-
-    kept = list(filled)
-    while width(kept) > out.width and any(columns[i].rank for i in kept):
-        kept.remove(max(kept, key=lambda i: columns[i].rank))
-    out.width = max(out.width, sum(sizes[i].minimum + GAP for i in kept))  # better the terminal breaks the line
+    shown, cells = [columns[i] for i in filled], [[row[i] for i in filled] for row in cells]
+    sizes = _sizes(out, shown, cells, header)
+    if _width([size for size, column in zip(sizes, shown, strict=True) if column.rank <= LITTLE]) > out.width:
+        shown, cells = _folded(shown, cells)
+        sizes = _sizes(out, shown, cells, header)
+    kept: list[int] = []
+    for i in sorted(range(len(shown)), key=lambda i: shown[i].rank):
+        if not shown[i].rank or _width([sizes[j] for j in (*kept, i)]) <= out.width:
+            kept = sorted([*kept, i])
+    out.width = max(out.width, sum(sizes[i].minimum + GAP for i in kept) - GAP)  # better the terminal breaks the line
     made = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=header, header_style="bold")
     for i in kept:
-        column, least = columns[i], sizes[i].minimum
+        column, least = shown[i], sizes[i].minimum
         justify: Literal["left", "right"] = "right" if column.right else "left"
         made.add_column(column.header, justify=justify, no_wrap=not column.wrap, min_width=least)
     for row in cells:
         made.add_row(*(row[i] for i in kept))
-    left_out = [columns[i].header for i in filled if i not in kept and columns[i].header]
+    left_out = [" ".join(shown[i].header.split()) for i in range(len(shown)) if i not in kept and shown[i].header]
     if left_out:
         made.caption, made.caption_justify = f"no room for: {', '.join(left_out)}", "left"
     return made
+
+
+def _folded(columns: Sequence[Column], cells: Sequence[Row]) -> tuple[list[Column], list[list[RenderableType]]]:
+    """With each column that may stand below another one as the second line of its cells."""
+    headers = [column.header for column in columns]
+    under = {i: headers.index(column.below) for i, column in enumerate(columns) if column.below in headers}
+    kept = [i for i in range(len(columns)) if i not in under]
+    lower = {i: [j for j, onto in under.items() if onto == i] for i in kept}
+
+    def joined(row: Row, i: int) -> RenderableType:
+        parts = [row[j] for j in (i, *lower[i])]
+        filled = [part for part in parts if str(part) not in ("", NONE)]
+        lines = [Text(str(part), "" if part is parts[0] else "dim") for part in filled or parts[:1]]
+        return Text("\n").join(lines) if lower[i] else row[i]
+
+    folded = [
+        replace(columns[i], header="\n".join([headers[i], *(headers[j] for j in lower[i])])) if lower[i] else columns[i]
+        for i in kept
+    ]
+    return folded, [[joined(row, i) for i in kept] for row in cells]
+
+
+def _width(sizes: Sequence[Measurement]) -> int:
+    """Of a table with these columns, of which each may wrap down to WRAP characters where it can."""
+    return sum(min(size.maximum, max(WRAP, size.minimum)) + GAP for size in sizes) - GAP
+
+
+def _sizes(out: Console, columns: Sequence[Column], cells: Sequence[Row], header: bool) -> list[Measurement]:
+    return [_size(out, column, [row[i] for row in cells], header) for i, column in enumerate(columns)]
 
 
 def _size(out: Console, column: Column, cells: Sequence[RenderableType], header: bool) -> Measurement:

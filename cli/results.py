@@ -2,193 +2,173 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from cli.main import connect
+from jobqueue.errors import DataError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from cli.trials import Row
+    from jobqueue.results import BatchReport
+    from jobqueue.service import Client
 
-    from cli.render import Column
-    from jobqueue.results import BaseResult, BatchReport, TrialResult
-
-Format = Literal["table", "json", "csv", "markdown"]
+Format = Literal["table", "json", "csv", "markdown", "plot"]
 
 
 @click.command()
-@click.argument("batch")
+@click.argument("batches", nargs=-1, required=True, metavar="BATCH...")
+@click.option("--json", "form", flag_value="json", help="Print one JSON document; of several batches, a list.")
+@click.option("--csv", "form", flag_value="csv", help="Print plain numbers in base units, a line for each trial.")
+@click.option("--markdown", "form", flag_value="markdown", help="Print the table for a README or a pull request.")
+@click.option("--plot", "form", flag_value="plot", help="Draw loss curves and accuracies in the terminal.")
 @click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json", "csv", "markdown"]),
-    default="table",
-    show_default=True,
-    help="How to print them.",
+    "--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a page of all of it."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document; short for --format json.")
-def results(batch: str, form: Format, as_json: bool) -> None:
+@click.option("--sort", default="accuracy", show_default=True, metavar="KEY", help="What the first trial is best in.")
+@click.option("--reverse", is_flag=True, help="The other way round.")
+@click.option("--filter", "filters", multiple=True, metavar="KEY=VALUE", help="Only such trials; may be repeated.")
+@click.option("--memory", is_flag=True, help="Also show every figure of memory and time.")
+def results(
+    batches: tuple[str, ...],
+    form: Format | None,
+    html: Path | None,
+    sort: str,
+    reverse: bool,
+    filters: tuple[str, ...],
+    memory: bool,
+) -> None:
     """Show which trial is better, by how much, and what it cost.
 
-    The best trial comes first. While the batch is at work, what has ended so far is shown.
+    The best trial comes first. While a batch is at work, what has ended so far is shown. A BATCH that ends in .json
+    is a file that --json wrote: it needs no server.
+
+    KEY is a setting by its dotted key or the last part of it (lora.r, learning_rate), or one of accuracy, likelihood,
+    generated, vs_base, p, finding, memory (GiB), minutes, tokens, cost, loss, attempts, batch, trial, job, state,
+    reason, gpu, worker. Besides = a filter takes != < > <= and >=.
+
+    \b
+    loraq results medqa --filter lora.r=8 --sort memory
+    loraq results medqa --filter state=failed
+    loraq results medqa medqa-2 --filter 'accuracy>50' --html page.html
     """
-    print_report(connect().report(batch), "json" if as_json else form)
+    from cli.trials import rows_of, selected
+
+    client = connect()
+    reports = [report for batch in dict.fromkeys(batches) for report in _reports(client, batch)]
+    rows = selected(rows_of(reports), filters, sort, reverse)
+    if html:
+        from cli.page import page
+
+        html.write_text(page(reports, rows), encoding="utf-8")
+        click.echo(f"wrote {html}", err=True)
+        if form is None:
+            return
+    print_results(reports, rows, form or "table", memory=memory)
+
+
+def _reports(client: Client, batch: str) -> list[BatchReport]:
+    """Of a batch, or those of a file that `--json` wrote. Raises NotFoundError, DataError."""
+    from jobqueue.results import BatchReport
+
+    if not batch.endswith(".json"):
+        return [client.report(batch)]
+    try:
+        document = json.loads(Path(batch).read_text(encoding="utf-8"))
+        return [BatchReport.from_dict(part) for part in (document if isinstance(document, list) else [document])]
+    except OSError as error:
+        raise DataError(
+            f"cannot read {batch}: {error.strerror}", "Name a batch, or a file that --json wrote."
+        ) from error
+    except (ValueError, TypeError) as error:
+        why = str(error).partition("\n")[0]
+        raise DataError(f"{batch} holds no results: {why}", "Write such a file with --json.") from error
 
 
 def print_report(report: BatchReport, form: Format) -> None:
-    """The report on stdout."""
+    """One batch's report on stdout, all of it."""
+    from cli.trials import rows_of
+
+    print_results([report], rows_of([report]), form)
+
+
+def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: Format, *, memory: bool = False) -> None:
+    """The rows, and what is said of their batches, on stdout."""
+    from cli import tables
     from cli.render import console, print_json
 
     if form == "json":
-        print_json(report.to_dict())
+        wanted = [
+            replace(report, trials=tuple(row.trial for row in rows if row.report is report)).to_dict()
+            for report in reports
+        ]
+        print_json(wanted[0] if len(wanted) == 1 else wanted)
     elif form == "csv":
-        click.echo(as_csv(report), nl=False)
+        click.echo(tables.as_csv(rows), nl=False)
     elif form == "markdown":
-        click.echo(as_markdown(report))
+        parts = [tables.as_markdown(*tables.cells(rows))]
+        parts += [tables.as_markdown(*tables.memory_cells(rows))] if memory else []
+        click.echo("\n\n".join([*parts, *(report.verdict for report in reports)]))
+    elif form == "plot":
+        from cli.plot import plot
+
+        plot(console(), rows)
     else:
-        _print_table(console(), report)
+        _print_table(reports, rows, memory)
 
 
-def _print_table(out: Console, report: BatchReport) -> None:
-    from cli.render import table
+def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bool) -> None:
+    from cli import tables
+    from cli.render import console, table
     from jobqueue.job import JobState
 
-    columns, rows = cells(report)
-    title = f"{report.batch}: {report.base_model}"
-    if report.questions:
-        title += f", {report.questions:,} questions"
-    out.print(title, style="bold", soft_wrap=True)
+    out = console()
+    for report in reports:
+        asked = f", {report.questions:,} questions" if report.questions else ""
+        out.print(f"{report.batch}: {report.base_model}{asked}", style="bold", soft_wrap=True)
     out.print()
-    out.print(table(out, columns, rows))
-    out.print()
-    for trial in report.trials:
-        if trial.state is JobState.FAILED:
-            out.print(f"{trial.label or trial.job} failed ({trial.reason}): {trial.message}", style="red")
-    out.print(report.verdict, style="bold")
-    if any(trial.versus_base and trial.versus_base.p_value is not None for trial in report.trials):
-        out.print("p: exact McNemar test on the same questions, for each trial by itself.", style="dim")
-    if not report.complete:
-        out.print(f"The batch is still at work: `loraq watch {report.batch}`.", style="dim")
+    if not rows:
+        out.print("No trial is left by the filter.")
+    else:
+        for columns, cells in [tables.cells(rows), *([tables.memory_cells(rows)] if memory else [])]:
+            out.print(table(out, columns, cells))
+            out.print()
+    for row in rows:
+        trial = row.trial
+        if trial.state in (JobState.FAILED, JobState.CANCELLED):
+            why = f"failed ({trial.reason})" if trial.state is JobState.FAILED else "was cancelled"
+            style = "red" if trial.state is JobState.FAILED else "yellow"
+            out.print(f"{trial.label or trial.job} {why}: {trial.message or 'no reason given'}", style=style)
+    for report in reports:
+        out.print(f"{report.batch}: {report.verdict}" if len(reports) > 1 else report.verdict, style="bold")
+    for note in notes(reports, rows):
+        out.print(note, style="dim")
+    for report in reports:
+        if not report.complete:
+            out.print(f"The batch is still at work: `loraq watch {report.batch}`.", style="dim")
 
 
-def cells(report: BatchReport) -> tuple[list[Column], list[list[str]]]:
-    """Columns and rows of the table; columns that would be empty are left out."""
-    from cli.render import NONE, Column
-
-    named = {
-        "trial": Column("trial", wrap=True),
-        "job": Column("job", rank=6),
-        "state": Column("state", rank=5),
-        "likelihood": Column("likelihood", right=True, rank=1 if report.metric == "generated" else 0),
-        "generated": Column("generated", right=True, rank=7 if report.metric == "likelihood" else 0),
-        "interval": Column("95%", rank=3),
-        "points": Column("vs base", right=True, rank=1),
-        "p": Column("p", right=True, rank=4),
-        "peak": Column("memory", right=True, rank=2),
-        "training": Column("for training", right=True, rank=10),
-        "minutes": Column("time", right=True, rank=2),
-        "tokens": Column("tokens/s", right=True, rank=8),
-        "loss": Column("loss", right=True, rank=9),
-        "attempts": Column("attempts", right=True, rank=11),
-        "gpu": Column("GPU", rank=12),
-    }
-    rows = [_trial_cells(report, trial) for trial in report.trials]
-    if all(row["state"] == "succeeded" for row in rows):
-        del named["state"]
-    if all(row["attempts"] in ("0", "1") for row in rows):
-        del named["attempts"]
-    rows += [_base_cells(report, base) for base in report.bases]
-    shown = [key for key in named if key == "trial" or any(row.get(key, NONE) not in ("", NONE) for row in rows)]
-    return [named[key] for key in shown], [[row.get(key) or NONE for key in shown] for row in rows]
-
-
-def _trial_cells(report: BatchReport, trial: TrialResult) -> dict[str, str]:
-    from cli import render
-
-    versus, primary = trial.versus_base, trial.scores.get(report.metric) if report.metric else None
-    return {
-        "trial": trial.label or "the only trial",
-        "job": trial.job,
-        "state": f"{trial.state} ({trial.reason})" if trial.reason and trial.state == "failed" else trial.state.value,
-        **{metric: render.percent(score.accuracy) for metric, score in trial.scores.items()},
-        "interval": render.interval(primary.interval if primary else None),
-        "points": render.points(versus.points if versus else None),
-        "p": render.p_value(versus.p_value if versus else None),
-        "peak": render.memory(trial.peak_bytes),
-        "training": render.memory(trial.training_bytes),
-        "minutes": render.minutes(trial.train_minutes),
-        "tokens": render.number(trial.tokens_per_s),
-        "loss": render.number(trial.final_loss, 3),
-        "attempts": str(trial.attempts),
-        "gpu": trial.gpu,
-    }
-
-
-def _base_cells(report: BatchReport, base: BaseResult) -> dict[str, str]:
-    from cli import render
-
-    primary = base.scores.get(report.metric) if report.metric else None
-    return {
-        "trial": f"base model ({'4-bit' if base.load_in_4bit else '16-bit'})",
-        "job": base.job,
-        "state": base.state.value,
-        **{metric: render.percent(score.accuracy) for metric, score in base.scores.items()},
-        "interval": render.interval(primary.interval if primary else None),
-    }
-
-
-def as_markdown(report: BatchReport) -> str:
-    """The table for a README or a pull request."""
-    columns, rows = cells(report)
-
-    def line(parts: Sequence[str]) -> str:
-        return f"| {' | '.join(part.replace('|', chr(92) + '|') for part in parts)} |"
-
-    rule = line(["--:" if column.right else ":--" for column in columns])
-    return "\n".join([line([column.header for column in columns]), rule, *map(line, rows), "", report.verdict])
-
-
-def as_csv(report: BatchReport) -> str:
-    """Plain numbers in base units, one line per trial and per base model."""
-    lines = [_flat(trial) for trial in report.trials] + [_flat(base) for base in report.bases]
-    file = io.StringIO()
-    writer = csv.DictWriter(file, CSV_FIELDS, extrasaction="ignore", restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return file.getvalue()
-
-
-_METRICS = ("likelihood", "likelihood_normalised", "generated")
-_TRIAL_FIELDS = (
-    "label", "job", "evaluation", "state", "reason", "message", "attempts", "worker", "gpu", "base",
-    "peak_bytes", "training_bytes", "train_minutes", "tokens_per_s", "final_loss",
-)  # fmt: skip
-CSV_FIELDS = (
-    "kind",
-    *_TRIAL_FIELDS,
-    *(f"{metric}{part}" for metric in _METRICS for part in ("", "_low", "_high")),
-    "questions",
-    *("points", "gained", "lost", "p_value"),
-)
-
-
-def _flat(row: TrialResult | BaseResult) -> dict[str, Any]:
-    fields = {key: getattr(row, key, None) for key in _TRIAL_FIELDS}
-    is_base = not hasattr(row, "label")
-    flat = {"kind": "base" if is_base else "trial", **fields}
-    for metric, score in row.scores.items():
-        low, high = score.interval
-        flat |= {
-            metric: score.accuracy,
-            f"{metric}_low": low,
-            f"{metric}_high": high,
-            "questions": score.questions,
-        }
-    versus = getattr(row, "versus_base", None)
-    if versus:
-        flat |= {key: getattr(versus, key) for key in ("points", "gained", "lost", "p_value")}
-    return {key: "" if value is None else value for key, value in flat.items()}
+def notes(reports: Sequence[BatchReport], rows: Sequence[Row]) -> list[str]:
+    """What must be known to read the numbers."""
+    said = []
+    tested = [sum(t.versus_base is not None and t.versus_base.p_holm is not None for t in r.trials) for r in reports]
+    if any(tested):
+        many = f", with Holm's correction for the {max(tested)} trials" if max(tested) > 1 else ""
+        said.append(f"p: exact McNemar test against the base model on the same questions{many}.")
+        said.append("95%: Wilson interval of an accuracy, paired bootstrap interval of a difference.")
+    costs = [row.trial.cost for row in rows if row.trial.cost is not None]
+    if costs:
+        minutes = sum(row.trial.gpu_minutes for row in rows if row.trial.cost is not None)
+        said.append(
+            f"cost: {sum(costs):,.2f} in all for {minutes / 60:,.2f} GPU hours, "
+            "with loading, evaluation and attempts that failed."
+        )
+    asked = {(r.settings.get("evaluation.source"), r.settings.get("evaluation.split"), r.questions) for r in reports}
+    if len(reports) > 1 and len(asked) > 1:
+        said.append("The batches were not asked the same questions: do not compare their accuracies.")
+    return said

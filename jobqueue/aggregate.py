@@ -139,7 +139,7 @@ def _trial(
         peak_percent=memory.get("peak_percent"),
         training_percent=memory.get("peak_for_training_percent"),
         train_seconds=_finite(time.get("train_s")),
-        gpu_minutes=_minutes(job) + (_minutes(evaluation) if evaluation else 0.0),
+        gpu_minutes=_minutes(job, evaluation),
         losses=thinned([(step, loss) for step, loss, *_ in job.outcome.get("losses") or ()], MOST_POINTS),
     )
 
@@ -167,9 +167,10 @@ def _base(job: Job, scores: Mapping[Metric, Score]) -> BaseResult:
     )
 
 
-def _minutes(job: Job) -> float:
-    """Of all its ended attempts."""
-    seconds = math.fsum(attempt["ended_at"] - attempt["claimed_at"] for attempt in job.history)
+def _minutes(*jobs: Job | None) -> float:
+    """Of all their ended attempts."""
+    attempts = [attempt for job in jobs if job is not None for attempt in job.history]
+    seconds = math.fsum(attempt["ended_at"] - attempt["claimed_at"] for attempt in attempts)
     return round(seconds / 60, 3)
 
 

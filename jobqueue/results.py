@@ -107,12 +107,10 @@ class BatchReport:
 
 
 def _cost(trial: TrialResult, price: float | Mapping[str, float] | None) -> float | None:
-    """None where there is no GPU or no price of it."""
-    if price is None or trial.gpu in ("", "cpu") or not trial.gpu_minutes:
-        return None
+    """None where there is no price of this GPU; a CPU has one only by its name."""
     if isinstance(price, Mapping):
         fitting = [name for name in price if name.lower() in trial.gpu.lower()]
-        if not fitting:
-            return None
-        price = price[max(fitting, key=len)]
-    return round(price * trial.gpu_minutes / 60, 4)
+        price = price[max(fitting, key=len)] if fitting and trial.gpu else None
+    elif trial.gpu in ("", "cpu"):
+        price = None
+    return None if price is None or not trial.gpu_minutes else round(price * trial.gpu_minutes / 60, 4)

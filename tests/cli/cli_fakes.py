@@ -71,9 +71,12 @@ def trained(steps: int = 20, loss: float = 1.25) -> dict[str, Any]:
             "peak_reserved_bytes": 3 * gib,
             "peak_for_training_bytes": gib,
             "peak_allocated_bytes": int(2.5 * gib),
+            "peak_percent": 3.75,
+            "peak_for_training_percent": 1.25,
         },
         "time": {"load_s": 9.5, "data_s": 1.0, "train_s": 150.0, "save_s": 0.5, "total_s": 161.0, "train_minutes": 2.5},
         "training": {"steps": steps, "tokens_per_s": 5123.4, "final_loss": loss, "trained_parameters": 11_000_000},
+        "losses": [[1, 2.0, 1e-4], [steps // 2, 1.5, 1e-4], [steps, loss, 0.0]],
         "versions": {"unsloth": "2026.1.1"},
     }
 
@@ -103,22 +106,51 @@ def make_batch(name: str, jobs: Sequence[Job]) -> Batch:
 
 def two_trials(name: str = "medqa") -> list[Job]:
     """A finished batch in which one trial is better, and one that failed."""
+
+    def train(number: int, rate: float, state: JobState = JobState.SUCCEEDED, **fields: Any) -> Job:
+        made = make_job(f"{name}.{number}", state, trial=f"learning_rate={rate:g} r=8", **fields)
+        spec = {**made.spec, "training": {"max_steps": 20, "learning_rate": rate}}
+        return replace(made, spec=spec, history=[{"claimed_at": 0.0, "ended_at": 1080.0}])
+
+    def evaluate(number: int, rate: float, state: JobState = JobState.SUCCEEDED, **fields: Any) -> Job:
+        made = make_job(f"{name}.{number}.eval", state, trial=f"learning_rate={rate:g} r=8", **fields)
+        return replace(made, history=[{"claimed_at": 1080.0, "ended_at": 1200.0}])
+
     return [
-        make_job(f"{name}.1", trial="learning_rate=0.0001 r=8", outcome=trained(loss=1.5)),
-        make_job(f"{name}.1.eval", trial="learning_rate=0.0001 r=8", outcome=scored(40, 38)),
-        make_job(f"{name}.2", trial="learning_rate=0.0002 r=8", outcome=trained(loss=1.25)),
-        make_job(f"{name}.2.eval", trial="learning_rate=0.0002 r=8", outcome=scored(52, 50)),
-        make_job(
-            f"{name}.3",
-            JobState.FAILED,
-            trial="learning_rate=0.1 r=8",
-            reason=FailureReason.NAN_LOSS,
-            message="the loss was NaN at step [12]",
-        ),
-        make_job(f"{name}.3.eval", JobState.CANCELLED, trial="learning_rate=0.1 r=8"),
+        train(1, 1e-4, outcome=trained(loss=1.5)),
+        evaluate(1, 1e-4, outcome=scored(40, 38)),
+        train(2, 2e-4, outcome=trained(loss=1.25)),
+        evaluate(2, 2e-4, outcome=scored(52, 50)),
+        train(3, 0.1, JobState.FAILED, reason=FailureReason.NAN_LOSS, message="the loss was NaN at step [12]"),
+        evaluate(3, 0.1, JobState.CANCELLED),
         make_job("base-0123456789ab", outcome=scored(30, 29)),
         make_job(f"{name}.report"),
     ]
+
+
+def answers_of(*right: int, of: int = 100, question: str = "Which one?") -> dict[int, Answer]:
+    """The answers of a model that has these questions right: A is, and else it says B."""
+    metrics = frozenset({"likelihood", "generated"})
+    return {
+        index: Answer(
+            index,
+            "A",
+            dict.fromkeys(metrics, "A" if index in right else "B"),
+            metrics if index in right else frozenset(),
+            question,
+            {"A": "the <b>first</b>", "B": "the second & last"},
+        )
+        for index in range(of)
+    }
+
+
+def two_trials_answers(name: str = "medqa", **fields: Any) -> dict[str, dict[int, Answer]]:
+    """What the models of `two_trials` answered: the first trial is not shown to be better than the base model."""
+    return {
+        "base-0123456789ab": answers_of(*range(30), **fields),
+        f"{name}.1.eval": answers_of(*range(15, 55), **fields),
+        f"{name}.2.eval": answers_of(*range(2, 54), **fields),
+    }
 
 
 @dataclass
@@ -131,6 +163,7 @@ class FakeClient:
     submitted: list[Plan] = field(default_factory=list)
     forced: bool = False
     answers: dict[str, dict[int, Answer]] = field(default_factory=dict)
+    price: float | dict[str, float] | None = None
 
     def read(self, file: Path, sets: Sequence[str] = ()) -> Sweep:
         return read_sweep(file, sets)
@@ -189,7 +222,7 @@ class FakeClient:
         return self.streams.pop(0)  # type: ignore[return-value]
 
     def report(self, batch: str) -> BatchReport:
-        return build_report(self.batch(batch), self.jobs(batch), self.answers)
+        return build_report(self.batch(batch), self.jobs(batch), self.answers).priced(self.price)
 
 
 def make_events(*entries: tuple[str, Any], first: int = 1, attempt: int = 1) -> list[Event]:

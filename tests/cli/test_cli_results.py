@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
-from cli_fakes import Command, FakeClient, make_job, scored, trained, two_trials
+from cli_fakes import Command, FakeClient, make_job, scored, trained, two_trials, two_trials_answers
 from click import unstyle
 
 from jobqueue.job import JobState
@@ -22,24 +23,47 @@ def test_best_first_then_failed_then_the_base_model(command: Command) -> None:
     lines = command("results", "medqa").stdout.splitlines()
 
     assert lines[0] == "medqa: org/tiny, 100 questions"
-    assert [line.split()[0] for line in lines[3:7]] == [
+    assert [line.split()[0] for line in lines[4:8]] == [
         "learning_rate=0.0002",
         "learning_rate=0.0001",
         "learning_rate=0.1",
         "base",
     ]
-    assert all(cell in lines[3] for cell in ("52.0%", "[43.0, 61.0]", "+22.0", "3.0 GiB"))
+    assert all(cell in lines[4] for cell in ("30.0% → 52.0%", "[43.0, 61.0]", "+22.0", "3.0 GiB", "2.5 min"))
     assert "learning_rate=0.1 r=8 failed (nan_loss): the loss was NaN at step [12]" in lines
     assert any(line.startswith("Best: learning_rate=0.0002 r=8 with 52.0% (likelihood), 22.0 points") for line in lines)
 
 
-@pytest.mark.parametrize("columns", [60, 80, 140, 200])
-def test_table_adapts_to_the_terminal(command: Command, columns: int) -> None:
+@pytest.mark.parametrize("columns", [60, 80, 120, 160, 200])
+def test_table_adapts_to_the_terminal(command: Command, client: FakeClient, columns: int) -> None:
+    """From 80 columns on nothing that decides is left out; what stands beside it moves below it."""
+    client.answers = two_trials_answers()
+
     text = unstyle(command("results", "medqa", columns=columns).stdout)
 
     assert all(len(line) <= columns for line in text.splitlines())
-    assert "52.0%" in text
-    assert ("5,123" in text) is (columns >= 140)
+    assert "30.0% → 52.0%" in text
+    if columns >= 80:
+        assert all(cell in text for cell in ("[43.0, 61.0]", "+22.0", "better", "3.0 GiB", "2.5 min", "nan_loss"))
+        assert "no difference shown" in " ".join(text.split())
+    assert ("5,123" in text) is (columns >= 120)
+
+
+def test_no_difference_is_said_of_each_trial(command: Command, client: FakeClient) -> None:
+    client.answers = two_trials_answers()
+
+    lines = command("results", "medqa").stdout.splitlines()
+
+    [best] = [line for line in lines if line.startswith("learning_rate=0.0002 r=8 ")]
+    [second] = [line for line in lines if line.startswith("learning_rate=0.0001 r=8 ")]
+    assert " better " in best
+    assert "[+13.0, +31.0]" in best
+    assert " no difference shown " in second
+    assert " 0.15 " in second
+    assert (
+        "p: exact McNemar test against the base model on the same questions, "
+        "with Holm's correction for the 2 trials." in lines
+    )
 
 
 def test_unfinished_batch_says_so(command: Command, client: FakeClient) -> None:
@@ -56,16 +80,15 @@ def test_unfinished_batch_says_so(command: Command, client: FakeClient) -> None:
 
 
 def test_json_can_be_read_back(command: Command) -> None:
-    for arguments in (["--json"], ["--format", "json"]):
-        document = json.loads(command("results", "medqa", *arguments).stdout)
+    document = json.loads(command("results", "medqa", "--json").stdout)
 
-        report = BatchReport.from_dict(document)
-        assert json.loads(json.dumps(report.to_dict())) == document
-        assert document["trials"][0]["scores"]["likelihood"]["correct"] == 52
+    report = BatchReport.from_dict(document)
+    assert json.loads(json.dumps(report.to_dict())) == document
+    assert document["trials"][0]["scores"]["likelihood"]["correct"] == 52
 
 
 def test_csv_has_plain_numbers(command: Command) -> None:
-    rows = list(csv.DictReader(command("results", "medqa", "--format", "csv").stdout.splitlines()))
+    rows = list(csv.DictReader(command("results", "medqa", "--csv").stdout.splitlines()))
 
     assert [row["kind"] for row in rows] == ["trial", "trial", "trial", "base"]
     assert (float(rows[0]["likelihood"]), float(rows[0]["points"]), rows[0]["peak_bytes"]) == (
@@ -73,17 +96,172 @@ def test_csv_has_plain_numbers(command: Command) -> None:
         22.0,
         str(3 * 2**30),
     )
+    assert [row["training.learning_rate"] for row in rows] == ["0.0002", "0.0001", "0.1", ""]
     assert rows[2]["message"] == "the loss was NaN at step [12]"
     assert rows[2]["likelihood"] == ""
 
 
 def test_markdown_is_a_table(command: Command) -> None:
-    lines = command("results", "medqa", "--format", "markdown").stdout.splitlines()
+    lines = command("results", "medqa", "--markdown").stdout.splitlines()
 
-    assert lines[0].startswith("| trial | job | state | likelihood |")
+    assert lines[0].startswith("| trial | job | state | likelihood base → tuned |")
     assert {line.count("|") for line in lines[:6]} == {lines[0].count("|")}
     assert lines[-1].startswith("Best: ")
 
 
 def test_results_of_no_batch_is_an_error(command: Command) -> None:
     assert command("results", "nothing").exit_code == 6
+
+
+def trials(command: Command, *arguments: str) -> list[str]:
+    """The learning rates of the trials that are shown, in their order."""
+    result = command("results", "medqa", "--csv", *arguments)
+    assert result.exit_code == 0, result.output
+    return [
+        row["label"].split()[0].partition("=")[2] for row in csv.DictReader(result.stdout.splitlines()) if row["label"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["0.0002", "0.0001", "0.1"]),
+        (["--reverse"], ["0.0001", "0.0002", "0.1"]),
+        (["--sort", "training.learning_rate"], ["0.0001", "0.0002", "0.1"]),
+        (["--sort", "learning_rate", "--reverse"], ["0.1", "0.0002", "0.0001"]),
+        (["--sort", "loss"], ["0.0002", "0.0001", "0.1"]),
+        (["--sort", "generated", "--reverse"], ["0.0001", "0.0002", "0.1"]),
+        (["--filter", "state=failed"], ["0.1"]),
+        (["--filter", "reason=nan_loss"], ["0.1"]),
+        (["--filter", "lora.r=8"], ["0.0002", "0.0001", "0.1"]),
+        (["--filter", "r!=8"], []),
+        (["--filter", "learning_rate<=2e-4", "--filter", "accuracy > 50"], ["0.0002"]),
+        (["--filter", "learning_rate=1e-4"], ["0.0001"]),
+        (["--filter", "memory<3.5"], ["0.0002", "0.0001"]),
+        (["--filter", "base_model=ORG/tiny", "--filter", "state!=failed"], ["0.0002", "0.0001"]),
+    ],
+)
+def test_sort_and_filter(command: Command, arguments: list[str], expected: list[str]) -> None:
+    assert trials(command, *arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--filter", "r"], "write KEY=VALUE"),
+        (["--filter", "learning_rat=1"], "training.learning_rate"),
+        (["--sort", "nothing"], "accuracy, likelihood"),
+        (["--sort", "limit"], "data.limit or evaluation.limit"),
+    ],
+)
+def test_sort_and_filter_refuse_what_means_nothing(
+    command: Command, client: FakeClient, arguments: list[str], said: str
+) -> None:
+    client.known["medqa"][0].spec["data"] = {"limit": 1}
+    client.known["medqa"][1].spec["evaluation"] = {"limit": 2}
+
+    result = command("results", "medqa", *arguments)
+
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_several_batches_are_ranked_together(command: Command, client: FakeClient) -> None:
+    client.known["other"] = two_trials("other")
+    for job in client.known["other"]:
+        job.spec["method"] = "lora"
+
+    lines = command("results", "medqa", "other", "medqa").stdout.splitlines()
+    table = [line.split() for line in lines[5:13]]
+
+    assert lines[:2] == ["medqa: org/tiny, 100 questions", "other: org/tiny, 100 questions"]
+    assert [(row[0], row[1], row[2]) for row in table[:2]] == [
+        ("medqa", "learning_rate=0.0002", "method=qlora"),
+        ("other", "learning_rate=0.0002", "method=lora"),
+    ]
+    assert sum("base model" in line for line in lines[:13]) == 1
+    assert [line[:13] for line in lines if line.startswith(("medqa: Best", "other: Best"))] == [
+        "medqa: Best: ",
+        "other: Best: ",
+    ]
+    assert [report["batch"] for report in json.loads(command("results", "medqa", "other", "--json").stdout)] == [
+        "medqa",
+        "other",
+    ]
+
+
+def test_batches_with_other_questions_are_not_to_be_compared(command: Command, client: FakeClient) -> None:
+    client.known["other"] = two_trials("other")
+    for job in client.known["other"]:
+        if "evaluation" in job.spec:
+            job.spec["evaluation"] = {**job.spec["evaluation"], "source": "others.jsonl"}
+
+    assert "not asked the same questions" in command("results", "medqa", "other").stdout
+    assert "not asked the same questions" not in command("results", "medqa").stdout
+
+
+def test_cost_is_shown_where_a_price_is_set(command: Command, client: FakeClient) -> None:
+    assert "cost" not in command("results", "medqa").stdout
+    client.price = {"H100": 3.0}
+
+    text = command("results", "medqa").stdout
+
+    assert sum(line.endswith("NVIDIA H100") and " 1.00 " in line for line in text.splitlines()) == 2
+    assert "cost: 2.00 in all for 0.67 GPU hours" in text
+
+
+def test_memory_shows_every_figure_of_the_article(command: Command) -> None:
+    text = command("results", "medqa", "--memory").stdout
+
+    [line] = [line for line in text.splitlines() if line.startswith("learning_rate=0.0001 r=8  NVIDIA H100")]
+    assert " ".join(line.split()[4:]) == "80.0 GiB 2.0 GiB 3.0 GiB 3.75% 1.0 GiB 1.25% 150.0 s 2.50 min"
+    narrow = unstyle(command("results", "medqa", "--memory", columns=80).stdout)
+    assert all(len(line) <= 80 for line in narrow.splitlines())
+    assert all(figure in narrow for figure in ("80.0 GiB", "2.0 GiB", "3.75%", "1.25%", "150.0 s", "2.50 min"))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 160])
+def test_plot_fits_the_terminal(command: Command, columns: int) -> None:
+    text = unstyle(command("results", "medqa", "--plot", columns=columns).stdout)
+    lines = text.splitlines()
+
+    assert all(len(line) <= columns for line in lines)
+    assert "1 learning_rate=0.0002 r=8: 2.000 to 1.250" in lines
+    [best] = [line for line in lines if line.startswith("0.0002 ")]
+    [second] = [line for line in lines if line.startswith("0.0001 ")]
+    assert best.endswith("52.0%")
+    assert second.index("├") < second.index("●") < second.index("┤")
+    assert best.index("●") > second.index("●")
+
+
+def test_plot_of_a_batch_without_results(command: Command, client: FakeClient) -> None:
+    client.known["medqa"] = [make_job("medqa.1", JobState.RUNNING, trial="r=8")]
+
+    result = command("results", "medqa", "--plot")
+
+    assert result.exit_code == 0
+    assert "There is no loss yet." in result.stdout
+
+
+def test_results_of_a_file_need_no_server(command: Command, client: FakeClient, tmp_path: Path) -> None:
+    client.known["other"] = two_trials("other")
+    one, both = tmp_path / "one.json", tmp_path / "both.json"
+    one.write_text(command("results", "medqa", "--json").stdout)
+    both.write_text(command("results", "medqa", "other", "--json").stdout)
+    tables = [command("results", *batches).stdout for batches in (["medqa"], ["medqa", "other"])]
+    client.known.clear()
+
+    assert [command("results", str(file)).stdout for file in (one, both)] == tables
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", '{"batch": "b"}'])
+def test_file_without_results_is_said_in_a_line(command: Command, tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "report.json"
+    if content is not None:
+        file.write_text(content)
+
+    result = command("results", str(file))
+
+    assert result.exit_code == 4
+    assert result.stderr.startswith((f"cannot read {file}", f"{file} holds no results: "))
+    assert len(result.stderr.splitlines()) == 2
