@@ -65,7 +65,10 @@ def results(
     if html:
         from cli.page import page
 
-        html.write_text(page(reports, rows), encoding="utf-8")
+        try:
+            html.write_text(page(reports, rows), encoding="utf-8")
+        except OSError as error:
+            raise click.FileError(str(html), error.strerror) from error
         click.echo(f"wrote {html}", err=True)
         if form is None:
             return

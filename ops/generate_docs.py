@@ -268,6 +268,9 @@ def _row(*cells: str) -> str:
 
 
 def _wrapped(text: str) -> str:
+    """A paragraph; one that begins with Click's mark for lines to be left alone shows commands."""
+    if text.startswith("\b\n"):
+        return f"```\n{text[2:]}\n```"
     return textwrap.fill(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False)
 
 

@@ -192,6 +192,15 @@ def test_page_of_a_batch_that_has_just_begun(command: Command, client: FakeClien
     assert not parsed((tmp_path / "page.html").read_text(encoding="utf-8")).all("figure")
 
 
+def test_page_that_cannot_be_written_is_said_in_a_line(command: Command, client: FakeClient, tmp_path: Path) -> None:
+    client.known["medqa"] = two_trials()
+
+    result = command("results", "medqa", "--html", str(tmp_path / "nowhere" / "page.html"))
+
+    assert result.exit_code == 1
+    assert "No such file or directory" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -265,3 +268,32 @@ def test_file_without_results_is_said_in_a_line(command: Command, tmp_path: Path
     assert result.exit_code == 4
     assert result.stderr.startswith((f"cannot read {file}", f"{file} holds no results: "))
     assert len(result.stderr.splitlines()) == 2
+
+
+LIGHT = """
+import sys
+
+for name in ("numpy", "pandas", "scipy", "statsmodels", "torch"):
+    sys.modules[name] = None
+import cli.main
+cli.main.loraq(sys.argv[1:], prog_name="loraq")
+"""
+
+
+@pytest.mark.parametrize("form", [[], ["--plot"], ["--markdown"], ["--html", "page.html"]])
+def test_a_laptop_without_scipy_shows_the_tests(
+    command: Command, client: FakeClient, tmp_path: Path, form: list[str]
+) -> None:
+    client.answers = two_trials_answers()
+    (tmp_path / "report.json").write_text(command("results", "medqa", "--json").stdout)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, "results", "report.json", *form],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    shown = (tmp_path / "page.html").read_text() if "--html" in form else done.stdout
+    assert "--plot" in form or "no difference shown" in shown
+    assert "learning_rate=0.0002 r=8" in shown
