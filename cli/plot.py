@@ -15,7 +15,7 @@ from jobqueue.results import Score
 
 WIDEST, NARROWEST = 110, 24  # columns of a plot; a pipe has no width of its own
 HEIGHT = 16
-MARKS = "123456789"  # one for each curve: the trial's place in the table
+MARKS = "123456789"  # one for each curve that is drawn
 MARKED = 8  # points of a curve that carry its mark
 COLOURS = ("bright_blue", "bright_red", "bright_green", "bright_magenta", "bright_cyan", "bright_yellow")
 AXIS = 23  # columns that plotille takes for the y axis and the name of the x axis
@@ -35,13 +35,12 @@ def _colour(place: int) -> str:
 
 
 def _losses(out: Console, rows: Sequence[Row]) -> None:
-    curves = [(i, name, row.trial.losses) for i, (name, row) in enumerate(zip(labels(rows), rows, strict=True))]
-    curves = [curve for curve in curves if curve[2]]
+    known = [(name, row.trial.losses) for name, row in zip(labels(rows), rows, strict=True) if row.trial.losses]
+    drawn = [(place, *curve) for place, curve in enumerate(known[: len(MARKS)])]
     out.print(f"{rows[0].report.batch}: training loss by step", style="bold")
-    if not curves:
+    if not drawn:
         out.print("There is no loss yet.\n")
         return
-    drawn = [curve for curve in curves if curve[0] < len(MARKS)]
     coloured = out.color_system is not None
     figure = plotille.Figure()
     figure.width, figure.height = max(NARROWEST, min(out.width, WIDEST) - AXIS), HEIGHT
@@ -50,7 +49,7 @@ def _losses(out: Console, rows: Sequence[Row]) -> None:
     figure.x_ticks_fkt = lambda value, _: f"{value:.0f}"
     figure.y_ticks_fkt = lambda value, _: f"{value:.3g}"
     figure.set_x_limits(min_=0, max_=max(step for _, _, losses in drawn for step, _ in losses))
-    figure.set_y_limits(min_=0, max_=1.05 * max(loss for _, _, losses in drawn for _, loss in losses))
+    figure.set_y_limits(min_=0, max_=1.05 * max(loss for _, _, losses in drawn for _, loss in losses) or 1.0)
     for place, _, losses in drawn:
         colour = _colour(place) if coloured else None
         figure.plot([step for step, _ in losses], [loss for _, loss in losses], lc=colour)
@@ -63,8 +62,8 @@ def _losses(out: Console, rows: Sequence[Row]) -> None:
     for place, name, losses in drawn:
         mark = Text(MARKS[place], _colour(place))
         out.print(Text.assemble(mark, f" {name}: {losses[0][1]:.3f} to {losses[-1][1]:.3f}"))
-    if len(drawn) < len(curves):
-        out.print(f"and {len(curves) - len(drawn)} more, not drawn", style="dim")
+    if len(drawn) < len(known):
+        out.print(f"and {len(known) - len(drawn)} more, not drawn", style="dim")
     out.print()
 
 

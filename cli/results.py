@@ -136,7 +136,7 @@ def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bo
         out.print(f"{report.batch}: {report.base_model}{asked}", style="bold", soft_wrap=True)
     out.print()
     if not rows:
-        out.print("No trial is left by the filter.")
+        out.print("There is no such trial.")
     else:
         for columns, cells in [tables.cells(rows), *([tables.memory_cells(rows)] if memory else [])]:
             out.print(table(out, columns, cells))

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from jobqueue.results import BatchReport, TrialResult
+from jobqueue.results import METRICS, BatchReport, Metric, TrialResult
 
 MOST_LABEL = 60  # characters of a value in a label
 
@@ -50,8 +50,12 @@ class _Field:
     high_first: bool = False
 
 
-def _percent(metric: str) -> _Field:
-    return _Field(lambda row: _times(100, getattr(row.trial.scores.get(metric), "accuracy", None)), True)  # type: ignore[call-overload]
+def _percent(metric: Metric) -> _Field:
+    def accuracy(row: Row) -> float | None:
+        score = row.trial.scores.get(metric)
+        return 100 * score.accuracy if score else None
+
+    return _Field(accuracy, high_first=True)
 
 
 def _times(factor: float, value: float | None) -> float | None:
@@ -60,9 +64,7 @@ def _times(factor: float, value: float | None) -> float | None:
 
 FIELDS: Mapping[str, _Field] = {
     "accuracy": _Field(lambda row: _times(100, row.accuracy), True),
-    "likelihood": _percent("likelihood"),
-    "likelihood_normalised": _percent("likelihood_normalised"),
-    "generated": _percent("generated"),
+    **{str(metric): _percent(metric) for metric in METRICS},
     "vs_base": _Field(lambda row: row.trial.versus_base and row.trial.versus_base.points, True),
     "p": _Field(lambda row: row.p_value),
     "finding": _Field(lambda row: row.trial.versus_base and row.trial.versus_base.finding),

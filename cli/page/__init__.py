@@ -15,6 +15,7 @@ from cli.trials import Row, labels, shown
 from jobqueue.results import BatchReport, TrialResult
 
 HERE = Path(__file__).parent
+MOST_RANK = 7  # of a column; those of a higher one make the table wider than a window
 
 
 def page(reports: Sequence[BatchReport], rows: Sequence[Row]) -> str:
@@ -22,7 +23,7 @@ def page(reports: Sequence[BatchReport], rows: Sequence[Row]) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    columns, cells = tables.without(render.LITTLE, *tables.cells(rows))
+    columns, cells = tables.without(MOST_RANK, *tables.cells(rows))
     memory_columns, memory_cells = tables.memory_cells(rows)
     return environment.get_template("page.html.j2").render(
         title=", ".join(report.batch for report in reports),
@@ -63,23 +64,7 @@ def _batch(report: BatchReport, rows: Sequence[Row]) -> Mapping[str, Any]:
         ],
         "memory": _bars([(n, t.peak_bytes, t.training_bytes, render.memory(t.peak_bytes)) for n, t in _named(rows)]),
         "time": _bars([(n, t.train_minutes, None, render.minutes(t.train_minutes)) for n, t in _named(rows)]),
-        "confusions": [
-            {
-                "label": confusion.label,
-                "picks": confusion.picks,
-                "lines": [
-                    (
-                        letter,
-                        [
-                            (pick, count, count / sum(counts))
-                            for pick, count in zip(confusion.picks, counts, strict=True)
-                        ],
-                    )
-                    for letter, counts in zip(confusion.letters, confusion.counts, strict=True)
-                ],
-            }
-            for confusion in report.confusions
-        ],
+        "confusions": report.confusions,
         "changed": [
             (title, total, [question for question in report.changed if question.gained is gained])
             for title, total, gained in _turned(report)

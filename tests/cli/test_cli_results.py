@@ -237,6 +237,20 @@ def test_plot_fits_the_terminal(command: Command, columns: int) -> None:
     assert best.index("●") > second.index("●")
 
 
+def test_plot_has_colours_and_marks_for_nine_curves(
+    command: Command, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    client.known["medqa"] = [make_job("medqa.1", JobState.FAILED, trial="r=0")]
+    client.known["medqa"] += [make_job(f"medqa.{n}", trial=f"r={n}", outcome=trained()) for n in range(2, 14)]
+
+    text = command("results", "medqa", "--plot", "--sort", "state").output
+
+    assert "\x1b[94m" in text
+    assert [line[:5] for line in unstyle(text).splitlines() if " r=" in line][-2:] == ["8 r=9", "9 r=1"]
+    assert "and 3 more, not drawn" in text
+
+
 def test_plot_of_a_batch_without_results(command: Command, client: FakeClient) -> None:
     client.known["medqa"] = [make_job("medqa.1", JobState.RUNNING, trial="r=8")]
 
