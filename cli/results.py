@@ -116,7 +116,7 @@ def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: For
     elif form == "markdown":
         parts = [tables.as_markdown(*tables.cells(rows))]
         parts += [tables.as_markdown(*tables.memory_cells(rows))] if memory else []
-        click.echo("\n\n".join([*parts, *(report.verdict for report in reports)]))
+        click.echo("\n\n".join([*parts, *tables.failures(rows), *(report.verdict for report in reports)]))
     elif form == "plot":
         from cli.plot import plot
 
@@ -128,7 +128,6 @@ def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: For
 def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bool) -> None:
     from cli import tables
     from cli.render import console, table
-    from jobqueue.job import JobState
 
     out = console()
     for report in reports:
@@ -141,12 +140,8 @@ def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bo
         for columns, cells in [tables.cells(rows), *([tables.memory_cells(rows)] if memory else [])]:
             out.print(table(out, columns, cells))
             out.print()
-    for row in rows:
-        trial = row.trial
-        if trial.state in (JobState.FAILED, JobState.CANCELLED):
-            why = f"failed ({trial.reason})" if trial.state is JobState.FAILED else "was cancelled"
-            style = "red" if trial.state is JobState.FAILED else "yellow"
-            out.print(f"{trial.label or trial.job} {why}: {trial.message or 'no reason given'}", style=style)
+    for line in tables.failures(rows):
+        out.print(line, style="red")
     for report in reports:
         out.print(f"{report.batch}: {report.verdict}" if len(reports) > 1 else report.verdict, style="bold")
     for note in notes(reports, rows):

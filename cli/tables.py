@@ -11,6 +11,7 @@ from typing import Any
 from cli import render
 from cli.render import NONE, Column
 from cli.trials import Row, labels, shown, varied
+from jobqueue.job import JobState
 from jobqueue.results import METRICS, BaseResult, BatchReport, TrialResult
 
 Cells = tuple[list[Column], list[list[str]]]
@@ -46,11 +47,11 @@ def cells(rows: Sequence[Row]) -> Cells:
     made = [_trial_cells(row, label) for row, label in zip(rows, labels(rows), strict=True)]
     if len({row.report.batch for row in rows}) == 1:
         del named["batch"]
+    made += [_base_cells(*found) for found in bases_of(rows)]
     if all(row["state"] == "succeeded" for row in made):
         del named["state"]
-    if all(row["attempts"] in ("0", "1") for row in made):
+    if all(row.get("attempts", "0") in ("0", "1") for row in made):
         del named["attempts"]
-    made += [_base_cells(*found) for found in bases_of(rows)]
     kept = [key for key in named if key == "trial" or any(row.get(key, NONE) not in ("", NONE) for row in made)]
     return [named[key] for key in kept], [[row.get(key) or NONE for key in kept] for row in made]
 
@@ -67,6 +68,18 @@ def bases_of(rows: Sequence[Row]) -> list[tuple[str, BaseResult, BatchReport]]:
     found = {base.job: (base, report) for report in reports for base in report.bases}
     users = {job: [r.batch for r in reports if any(base.job == job for base in r.bases)] for job in found}
     return [(", ".join(users[job]), base, report) for job, (base, report) in found.items()]
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """A line for each trial and base model that did not succeed, with the reason."""
+    ended: list[tuple[str, TrialResult | BaseResult]] = [(row.trial.label or row.trial.job, row.trial) for row in rows]
+    ended += [(f"base model {base.base_model}", base) for _, base, _ in bases_of(rows)]
+    return [
+        f"{name} {f'failed ({result.reason})' if result.state is JobState.FAILED else 'was cancelled'}"
+        f": {result.message or 'no reason given'}"
+        for name, result in ended
+        if result.state in (JobState.FAILED, JobState.CANCELLED)
+    ]
 
 
 def _trial_cells(row: Row, label: str) -> dict[str, str]:

@@ -33,7 +33,7 @@ def page(reports: Sequence[BatchReport], rows: Sequence[Row]) -> str:
         columns=[(" ".join(column.header.split()), column.right) for column in columns],
         rows=[(_swatch(i, rows), row) for i, row in enumerate(cells)],
         memory=([" ".join(column.header.split()) for column in memory_columns], memory_cells),
-        unsuccessful=[row for row in rows if row.trial.state in ("failed", "cancelled")],
+        failures=tables.failures(rows),
         notes=notes(reports, rows),
         batches=[_batch(report, [row for row in rows if row.report is report]) for report in reports],
     )

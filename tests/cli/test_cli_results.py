@@ -13,7 +13,7 @@ import pytest
 from cli_fakes import Command, FakeClient, make_job, scored, trained, two_trials, two_trials_answers
 from click import unstyle
 
-from jobqueue.job import JobState
+from jobqueue.job import FailureReason, JobState
 from jobqueue.results import BatchReport
 
 
@@ -67,6 +67,17 @@ def test_no_difference_is_said_of_each_trial(command: Command, client: FakeClien
         "p: exact McNemar test against the base model on the same questions, "
         "with Holm's correction for the 2 trials." in lines
     )
+
+
+def test_failures_are_said_with_their_reason_also_of_the_base_model(command: Command, client: FakeClient) -> None:
+    jobs = [make_job("medqa.1", trial="r=8", outcome=trained()), make_job("medqa.2", JobState.CANCELLED, trial="r=16")]
+    jobs += [make_job("base-1", JobState.FAILED, reason=FailureReason.BAD_DATA, message="no question")]
+    client.known["medqa"] = jobs
+
+    for form in ([], ["--markdown"]):
+        lines = command("results", "medqa", *form).stdout.splitlines()
+        assert "base model org/tiny failed (bad_data): no question" in lines
+        assert "r=16 was cancelled: no reason given" in lines
 
 
 def test_unfinished_batch_says_so(command: Command, client: FakeClient) -> None:
