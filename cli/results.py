@@ -156,7 +156,8 @@ def notes(reports: Sequence[BatchReport], rows: Sequence[Row]) -> list[str]:
     said = []
     tested = [sum(t.versus_base is not None and t.versus_base.p_holm is not None for t in r.trials) for r in reports]
     if any(tested):
-        many = f", with Holm's correction for the {max(tested)} trials" if max(tested) > 1 else ""
+        family = f"the {max(tested)} trials" if len(reports) == 1 else "the trials of each batch"
+        many = f", with Holm's correction for {family}" if max(tested) > 1 else ""
         said.append(f"p: exact McNemar test against the base model on the same questions{many}.")
         said.append("95%: Wilson interval of an accuracy, paired bootstrap interval of a difference.")
     costs = [row.trial.cost for row in rows if row.trial.cost is not None]
