@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 from gpu_worker.protocol import Failed
 from jobqueue.errors import DataError, StorageError
@@ -15,9 +17,9 @@ LONGEST_MESSAGE = 500  # characters
 class JobFailure(Exception):
     """The job cannot go on, for a reason that is known where it is raised."""
 
-    def __init__(self, reason: FailureReason, message: str) -> None:
+    def __init__(self, reason: FailureReason, message: str, rung: int | None = None) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.rung = reason, rung
 
 
 def bad_spec(message: str) -> JobFailure:
@@ -34,12 +36,24 @@ def one_line(text: str) -> str:
     return line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
 
 
+@contextlib.contextmanager
+def on_rung(rung: int, *, last: bool) -> Iterator[None]:
+    """Where memory runs out in here, the next attempt begins one rung further down, unless this was the last."""
+    try:
+        yield
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        below = None if last else rung + 1
+        raise JobFailure(FailureReason.OUT_OF_MEMORY, str(error) or "memory ran out", below) from error
+
+
 def failed(error: BaseException) -> Failed:
     """What the worker is told. An exception that nobody foresaw is internal: its traceback is in the log."""
     reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
     if isinstance(error, JobFailure):
-        reason, message = error.reason, str(error)
-    elif isinstance(error, DataError):
+        return Failed(error.reason.value, one_line(str(error)), error.rung)
+    if isinstance(error, DataError):
         reason, message = FailureReason.BAD_DATA, error.what
     elif isinstance(error, StorageError):
         reason, message = FailureReason.STORAGE, error.what
