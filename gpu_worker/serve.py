@@ -61,6 +61,7 @@ class Worker:
         )
         self._slots = threading.BoundedSemaphore(slots)
         self._running: set[str] = set()
+        self._unanswered: list[str] = []  # nonces of claims that may have been given
         self._pause_s = self._well_at = 0.0
         self._usable = free_bytes(device) if device.kind != "control" else 0
 
@@ -94,18 +95,15 @@ class Worker:
         """One claim and its job; False where there was none, or the server is away."""
         if self.device.kind != "control" and self.pool.empty and not self._running:
             self._usable = free_bytes(self.device)
+        nonce = self._unanswered.pop() if self._unanswered else secrets.token_hex(8)
         claimed_at = guardian.now()
         try:
             claim = self.store.claim(
-                self.id,
-                self.device.kind,
-                self._usable,
-                self.settings.lease_s,
-                secrets.token_hex(8),
-                self.classes,
+                self.id, self.device.kind, self._usable, self.settings.lease_s, nonce, self.classes
             )
         except ServerError as error:
             log.warning("no claim: %s", error.what)
+            self._unanswered.append(nonce)  # a claim whose answer was lost is asked for again
             return False
         if claim is None:
             return False

@@ -267,7 +267,10 @@ class Store:
     def claim(
         self, worker: str, device: str, free_bytes: int, lease_s: float, nonce: str, queues: Sequence[str]
     ) -> Claim | None:
-        """The best queued job that fits, or None: nothing for this worker now."""
+        """The best queued job that fits, or None: nothing for this worker now.
+
+        Asked again with the nonce of a running claim, whose answer was lost, it answers with that claim, renewed.
+        """
         answer = self._call("claim", self._not_after(), worker, device, free_bytes, int(lease_s * 1000), nonce, *queues)
         if not answer:
             return None

@@ -105,6 +105,61 @@ def test_a_worker_that_starts_after_a_long_idle_time_is_given_work_at_once(store
     assert must_claim(store, lease_s=0.1).attempt == 2
 
 
+def jump(store: Store, seconds: float) -> None:
+    """The server's clock goes by that much: seen from it, all that was written down goes the other way."""
+    client = store._redis
+    for name in ("running", "delayed"):
+        for job_id in client.zrange(f"{{loraq}}:{name}", 0, -1):
+            client.zincrby(f"{{loraq}}:{name}", -1000 * seconds, job_id)
+    client.hincrby("{loraq}:clock", "seen_at", round(-1000 * seconds))
+
+
+@pytest.mark.parametrize("seconds", [3600, 40, -3600])
+def test_after_a_jump_of_the_clock_no_lease_ends_and_nothing_is_given_until_all_have_renewed(
+    store: Store, seconds: float
+) -> None:
+    submit(store, new_job("b.1"), new_job("b.2"))
+    running = must_claim(store, lease_s=60)
+    age(store, "b.1", 30)
+    assert store.sweep(60).expired == []
+    jump(store, seconds)
+
+    assert store.sweep(60).expired == []
+    assert claim(store, lease_s=60) is None
+    store.renew(running)
+    quiet = float(str(store._redis.hget("{loraq}:clock", "quiet_until"))) / 1000 - store._redis.time()[0]
+    assert 55 < quiet <= 61
+
+
+def age(store: Store, job_id: str, seconds: float) -> None:
+    """Its last renewal was so long ago."""
+    store._redis.zincrby("{loraq}:running", -1000 * seconds, job_id)
+
+
+def test_after_a_jump_of_less_than_half_a_lease_whoever_renews_at_a_third_has_lost_nothing(store: Store) -> None:
+    submit(store, new_job("b.1"))
+    must_claim(store, lease_s=60)
+    age(store, "b.1", 20)
+    jump(store, 29)
+
+    assert store.sweep(60).expired == []
+
+
+def test_after_a_clock_went_back_a_silent_worker_is_waited_for_one_lease_and_a_delay_is_as_long_as_it_was(
+    store: Store,
+) -> None:
+    submit(store, new_job("b.1"), new_job("b.2"))
+    must_claim(store, lease_s=60)
+    store.settle(must_claim(store, lease_s=60), Settlement(JobState.QUEUED, "storage", "away", delay_s=100))
+    store.sweep(60)
+    jump(store, -3600)
+    store.sweep(60)
+
+    now = store._redis.time()[0]
+    assert store._redis.zscore("{loraq}:running", "b.1") / 1000 - now <= 61
+    assert 90 < store._redis.zscore("{loraq}:delayed", "b.2") / 1000 - now <= 101
+
+
 # -- memory
 
 
