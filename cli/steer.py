@@ -140,6 +140,8 @@ def workers(as_json: bool) -> None:
 
     client = connect()
     found, held = client.workers(), client.store.marked("held_classes")
+    for warning in client.warnings():
+        console(stderr=True).print(f"warning: {warning}", style="yellow")
     if as_json:
         print_json(found)
         return

@@ -50,8 +50,8 @@ class Worker:
         self.id = f"{socket.gethostname()}/{device.label}"
         self.leaving = threading.Event()  # this process is to end
         self.drained = threading.Event()  # somebody wants this worker to take nothing; it stays
-        self.store = Store(url)
-        self.app = make_app(url)
+        self.store = Store(url, timeout_s=settings.timeout_s)
+        self.app = make_app(url, settings.timeout_s)
         self.storage = Storage(settings.storage_url)
         cache = worker_cache(settings.data_dir, device)
         cache.mkdir(parents=True, exist_ok=True)

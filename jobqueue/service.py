@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, CapacityError, NotFoundError, StorageError
+from jobqueue.errors import BusyError, CapacityError, NotFoundError, ServerError, StorageError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import GIB, all_classes
@@ -40,7 +40,7 @@ class Client:
 
     @cached_property
     def store(self) -> Store:
-        return Store(connect_url(self.settings))
+        return Store(connect_url(self.settings), timeout_s=self.settings.timeout_s)
 
     @cached_property
     def storage(self) -> Storage:
@@ -48,7 +48,7 @@ class Client:
 
     @cached_property
     def _app(self) -> Celery:
-        return make_app(self.store.url)
+        return make_app(self.store.url, self.settings.timeout_s)
 
     # -- submitting
 
@@ -65,10 +65,15 @@ class Client:
         name = self.store.submitted(self._key(plan))
         return self.store.batch(name) if name else None
 
+    def warnings(self) -> list[str]:
+        """What is set wrong on the server, so that it may lose jobs; one line each."""
+        return [f"Redis at {self.store.where} {text}" for text in self.store.keeping().warnings]
+
     def submit(self, plan: Plan, *, force: bool = False, again: bool = False) -> Batch:
         """All of it or nothing: checks, uploads the local files, writes every job in one call, wakes the workers.
 
-        The same plan submitted twice (after an answer that was lost, say) is one batch.
+        The same plan submitted twice (after an answer that was lost, say) is one batch. Returns when the server has it
+        on its disk, as far as it keeps jobs there: see `warnings`.
 
         Args:
             plan: what `plan` returned.
@@ -78,7 +83,16 @@ class Client:
         Raises:
             CapacityError: unless forced.
             StorageError: a file could not be uploaded; nothing was submitted.
+            ServerError: the server drops jobs at its memory limit, and nothing was submitted; or it did not answer, or
+                did not confirm in time that what it accepted is on its disk.
         """
+        keeping = self.store.keeping()
+        if keeping.drops_jobs:
+            raise ServerError(
+                f"Redis at {self.store.where} drops jobs at its memory limit (maxmemory-policy {keeping.eviction}); "
+                "nothing was submitted",
+                "Set maxmemory-policy noeviction there, in its configuration and by CONFIG SET.",
+            )
         workers = self.workers()
         if not force:
             _check_capacity(plan, workers)
@@ -96,10 +110,21 @@ class Client:
         while (not key or self.store.submitted(key) is None) and self.storage.exists(f"batches/{name}"):
             number += 1
             name = f"{plan.sweep.name}-{number}"
-        while (made := self._submit_as(name, plan, key)) is None:
-            number += 1
-            name = f"{plan.sweep.name}-{number}"
+        then = (
+            "`loraq ls` shows whether it was accepted." if again else "Then submit again: sent twice, it is one batch."
+        )
+        try:
+            while (made := self._submit_as(name, plan, key)) is None:
+                number += 1
+                name = f"{plan.sweep.name}-{number}"
+        except ServerError as error:
+            raise ServerError(error.what, f"{error.do} {then}") from error
         send_tokens(self._app, made.classes)
+        if not made.on_disk:
+            raise ServerError(
+                f"{made.batch} is accepted, but Redis at {self.store.where} has not confirmed that it is on its disk",
+                "Look after the server's disk. " + (f"`loraq ls {made.batch}` shows the batch." if again else then),
+            )
         return self.store.batch(made.batch)
 
     def _key(self, plan: Plan) -> str:

@@ -48,6 +48,8 @@ class Settings(BaseSettings):
     owner: str = Field(default_factory=_user)
     """Whose jobs these are: fair share is between owners."""
 
+    timeout_s: float = Field(default=5.0, gt=0)
+    """How long the server may take to answer a call, in seconds; a command gives up then, a worker tries again."""
     lease_s: float = Field(default=60.0, gt=0)
     """How long a claim lasts without a renewal, in seconds."""
     renew_s: float = Field(default=5.0, gt=0)
