@@ -4,10 +4,12 @@
 the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
 when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file), `oom:2`
 (out of memory with micro-batches above 2), `fail:REASON`, `exit:CODE`, `kill` (itself, SIGKILL), `deaf` (ignores
-SIGTERM), `child` (starts a child in a session of its own). Every 0.05 s it writes a line into LORAQ_BEATS, if
+SIGTERM), `kill-worker` (SIGKILL to the process above its guardian), `gil:2` (seconds in native code that lets no other
+thread run), `child` (starts a child in a session of its own). Every 0.05 s it writes a line into LORAQ_BEATS, if
 that is set: process id, time.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -74,6 +76,13 @@ def work(request: dict) -> None:
             sys.exit(int(value))
         elif verb == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif verb == "kill-worker":
+            with open(f"/proc/{os.getppid()}/stat") as file:
+                worker = int(file.read().rpartition(")")[2].split()[1])
+            os.kill(worker, signal.SIGKILL)
+            time.sleep(60)  # for its guardian to end it
+        elif verb == "gil":
+            ctypes.PyDLL(None).usleep(int(float(value) * 1e6))
         elif verb == "mute":
             time.sleep(float(value))
         elif verb == "unless" and not os.path.exists(f"{os.environ['LORAQ_BEATS']}/{value}"):
