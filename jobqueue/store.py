@@ -275,6 +275,15 @@ class Store:
         flat = found[0] if found and isinstance(found[0], list) else found
         return [Event.from_entry(entry_id, fields) for entry_id, fields in flat]
 
+    def last_words(self, job_id: str, attempt: int) -> str:
+        """The newest line that the attempt has sent of its log; "" where there is none among its newest entries."""
+        with self._errors():
+            entries: Any = self._redis.xrevrange(f"{PREFIX}job:{job_id}:events", count=100)
+        said = (
+            fields["body"] for _, fields in entries if fields["kind"] == "log" and fields["attempt"] == str(attempt)
+        )
+        return next(said, "")
+
     def workers(self) -> list[WorkerInfo]:
         """Every worker that has not left, the silent ones with alive=False."""
         with self._errors():

@@ -82,6 +82,8 @@ class Sweeper:
         job = self._store.job(job_id)
         claim = Claim(job_id, attempt, nonce, {}, job.batch, job.failures, self._settings.lease_s)
         silence = f"worker {job.worker} was not heard of for {self._settings.lease_s:g} s"
+        if words := self._store.last_words(job_id, attempt):
+            silence += f"; its last words: {words}"
         end = after_failure(FailureReason.LOST, silence, job.failures, self._settings.max_failures)
         try:
             send_tokens(self._app, self._store.settle(claim, end, only_expired=True))
