@@ -4,6 +4,7 @@
       SpecError               3   the sweep file, or a --set, is wrong
       DataError               4   a data file is missing, empty or lacks its columns
       ServerError             5   Redis cannot be reached, or refuses
+        UnansweredError       5   it is not known whether Redis has carried out a call
       NotFoundError           6   no such job or batch
       StorageError            7   the shared storage cannot be read or written
       CapacityError           8   no worker can ever hold the job
@@ -73,6 +74,10 @@ class ServerError(LoraqError):
     """Redis cannot be reached, or refuses."""
 
     exit_code = 5
+
+
+class UnansweredError(ServerError):
+    """Redis did not answer: whether it has carried out, or will, what it was asked is not known."""
 
 
 class NotFoundError(LoraqError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, CapacityError, NotFoundError, ServerError, StorageError
+from jobqueue.errors import BusyError, CapacityError, NotFoundError, ServerError, StorageError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import GIB, all_classes
@@ -117,8 +117,8 @@ class Client:
             while (made := self._submit_as(name, plan, key)) is None:
                 number += 1
                 name = f"{plan.sweep.name}-{number}"
-        except ServerError as error:
-            raise ServerError(error.what, f"{error.do} {then}") from error
+        except UnansweredError as error:
+            raise UnansweredError(error.what, f"{error.do} {then}") from error
         send_tokens(self._app, made.classes)
         if not made.on_disk:
             raise ServerError(

@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from jobqueue.durability import Keeping, look, wait_until_on_disk
-from jobqueue.errors import NotFoundError, ServerError, StaleAttemptError
+from jobqueue.errors import NotFoundError, ServerError, StaleAttemptError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.job import Batch, Claim, Job, JobState, Settlement, WorkerInfo
 
@@ -424,7 +424,7 @@ class Store:
                 "Check the password in LORAQ_REDIS_URL.",
             ) from error
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-            raise ServerError(
+            raise UnansweredError(
                 f"Redis at {self.where} does not answer: {error}",
                 "Check that the server runs and that LORAQ_REDIS_URL is right.",
             ) from error

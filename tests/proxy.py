@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class Proxy:
@@ -16,6 +16,7 @@ class Proxy:
         self.swallows = False
         self.swallowed = self.lost = 0  # pieces that were swallowed; answers that were lost
         self._lose_answer_to: tuple[bytes, ...] = ()
+        self._before: tuple[bytes, Callable[[], object]] | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
         self._open: set[socket.socket] = set()
@@ -24,6 +25,10 @@ class Proxy:
     def lose_answer_to(self, *words: str) -> None:
         """The next call with these words reaches the server; its answer does not come back: the connection breaks."""
         self._lose_answer_to = tuple(word.encode() for word in words)
+
+    def before(self, word: str, action: Callable[[], object]) -> None:
+        """The action is done when the next call with the word has come, before it is passed on."""
+        self._before = word.encode(), action
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -49,6 +54,9 @@ class Proxy:
                 if self.swallows:
                     self.swallowed += 1
                     continue
+                if asks and self._before and self._before[0] in piece:
+                    (_, action), self._before = self._before, None
+                    action()
                 if asks and self._lose_answer_to and all(word in piece for word in self._lose_answer_to):
                     self._lose_answer_to = ()
                     losing.set()
