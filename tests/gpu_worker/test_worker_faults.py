@@ -64,6 +64,7 @@ def test_when_the_supervisor_is_killed_everything_dies_and_the_next_one_runs_the
 
 @pytest.mark.parametrize("woken_by", ["token", "poll"])
 def test_sigterm_gives_the_job_back_without_a_failure_and_another_worker_finishes_it(here: Site, woken_by: str) -> None:
+    """skypilot#7117: a preemption went unnoticed. wandb#4237: a preempted trial did not start again."""
     only = {"LORAQ_POLL_S": 60} if woken_by == "token" else {"LORAQ_SWEEP_S": 60}
     worker = here.start(**only, LORAQ_GRACE_S=1)  # which it takes, being deaf
     here.submit("b.1", "deaf/sleep:2", device="cpu", queue="cpu")
@@ -83,6 +84,7 @@ def test_sigterm_gives_the_job_back_without_a_failure_and_another_worker_finishe
 
 
 def test_a_job_outlives_a_server_that_is_killed_and_started_again(here: Site, server: RestartableServer) -> None:
+    """celery#7185: a running job was marked as ended when the broker went away."""
     here.start()
     here.submit("b.1", "sleep:2")
     here.beating("b.1")
@@ -120,6 +122,7 @@ def test_a_worker_that_is_cut_off_ends_its_trainer_before_the_lease_and_takes_jo
 
 
 def test_jobs_that_were_cancelled_while_no_worker_was_there_are_not_run(here: Site) -> None:
+    """celery#8888: the cancel was forgotten."""
     here.submit("b.1", "sleep:0.1")
     here.submit("c.1", "sleep:0.1")
     here.store.cancel(["b.1"])

@@ -68,6 +68,7 @@ def test_after_a_restart_nothing_is_given_and_nothing_taken_for_one_lease(restar
 
 
 def test_an_attempt_that_renews_in_the_quiet_time_keeps_its_job(restartable: RestartableServer) -> None:
+    """optuna#4234: a live trial was marked as failed."""
     store = Store(restartable.url)
     submit(store, new_job("b.1"))
     running = must_claim(store, lease_s=LEASE_S)
