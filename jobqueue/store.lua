@@ -75,12 +75,14 @@ local function both(ids, woken)
   return ids
 end
 
--- A clock that went back: whoever is silent would be waited for longer by as much, and so would delays.
+-- A clock that went back: whoever is silent would pass for alive for as much longer, and delays would last longer.
 local function went_back(by, longest)
   for _, id in ipairs(redis.call('ZRANGE', P .. 'running', '(' .. longest, '+inf', 'BYSCORE')) do
     redis.call('ZADD', P .. 'running', longest, id)
   end
-  for _, id in ipairs(redis.call('ZRANGE', P .. 'delayed', 0, -1)) do redis.call('ZINCRBY', P .. 'delayed', -by, id) end
+  for _, name in ipairs({ 'delayed', 'gpu_workers' }) do
+    for _, member in ipairs(redis.call('ZRANGE', P .. name, 0, -1)) do redis.call('ZINCRBY', P .. name, -by, member) end
+  end
 end
 
 -- After another server process (which may have lost its last second), or a jump of the clock while something runs,

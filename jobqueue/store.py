@@ -293,7 +293,9 @@ class Store:
         for worker_id, record in sorted(records.items()):
             seen, _, text = record.partition(" ")
             info = json.loads(text)
-            silent_s = seconds + micros / 1e6 - float(seen) / 1000
+            silent_s = abs(
+                seconds + micros / 1e6 - float(seen) / 1000
+            )  # below 0: not heard of since the clock went back
             found.append(
                 WorkerInfo(
                     id=worker_id,

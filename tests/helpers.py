@@ -82,6 +82,15 @@ def snapshot(url: str) -> dict[str, bytes]:
         return {key: client.dump(key) or b"" for key in keys}  # type: ignore[misc]
 
 
+def preload(folder: Path, source: str) -> Path:
+    """C code as a library for LD_PRELOAD: what a server gets from the kernel, as a test wants it."""
+    (folder / "preload.c").write_text(source)
+    library = folder / "preload.so"
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", library, folder / "preload.c"], check=True)
+    return library
+
+
 class RestartableServer:
     """A server on a port of its own that keeps what it knows over kill -9; ends with this process."""
 

@@ -72,6 +72,19 @@ def test_a_server_that_is_killed_six_times_ends_no_job_and_leaves_no_worker_deaf
     assert succeeded_once(here.ended("c.1"))
 
 
+def test_a_worker_that_starts_while_the_server_is_away_works_when_it_is_there(
+    here: Site, server: RestartableServer
+) -> None:
+    server.end()
+    worker = here.start()
+    wait_for(lambda: "no heartbeat" in worker.log.read_text(), START_S, "it has asked in vain")
+    server.start()
+    here.submit("b.1", "sleep:0.1")
+
+    assert succeeded_once(here.ended("b.1"))
+    assert "started again" not in worker.log.read_text(), "its processes waited"
+
+
 def test_twenty_connections_that_are_cut_cost_no_memory_and_the_worker_still_hears(
     here: Site, admin: redis.Redis
 ) -> None:
@@ -98,10 +111,10 @@ def test_a_proxy_that_swallows_everything_for_longer_than_any_timeout_is_got_ove
 ) -> None:
     """celery#8091, #10502: after a minute in which nothing comes back, and no connection breaks, the worker is deaf."""
     worker = here.start(**TOKENS_ONLY, LORAQ_REDIS_URL=between.url, LORAQ_TIMEOUT_S=1, LORAQ_LEASE_S=20)
-    here.submit("b.1", "sleep:7", **BY_TOKEN)
+    here.submit("b.1", "sleep:5.5", **BY_TOKEN)
     here.beating("b.1")
     between.swallows = True
-    time.sleep(5)  # Celery waits 2 s for an answer, the store 1 s
+    time.sleep(4)  # Celery waits 2 s for an answer, the store 1 s
     between.swallows = False
 
     assert between.swallowed > 5

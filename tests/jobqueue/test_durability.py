@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from helpers import (
     claim,
     must_claim,
     new_job,
+    preload,
     restartable_server,
     snapshot,
     states,
@@ -108,10 +108,7 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self._log, self._held = folder / "log", folder / "held"
         self._log.touch()
-        (folder / "disk.c").write_text(SLOW_DISK)
-        library = folder / "disk.so"
-        compiler = os.environ.get("CC", "cc")
-        subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", library, folder / "disk.c"], check=True)
+        library = preload(folder, SLOW_DISK)
         ours = {"LD_PRELOAD": str(library), "DISK_LOG": str(self._log), "DISK_HELD": str(self._held)}
         self.environment = {**os.environ, **ours}
 
