@@ -54,8 +54,9 @@ def look(connection: redis.Redis) -> Keeping:
 
 
 def wait_until_on_disk(connection: redis.Redis, seconds: float) -> bool:
-    """Waits for what this connection wrote last to be on the server's disk; False: it was not within `seconds`.
+    """Waits for what this connection wrote last to be on the server's disk; False: it did not get there in time.
 
+    In time means: `seconds`, which must be below the connection's timeout, after the second that a server may take.
     True at once where the server keeps it in memory only, or leaves the time to the kernel: see `Keeping.warnings`.
 
     WAITAOF is asked where the server has it (7.2 and later). By itself it does not do: with `appendfsync everysec`,
@@ -63,6 +64,7 @@ def wait_until_on_disk(connection: redis.Redis, seconds: float) -> bool:
     for, and then until no such write is under way.
     """
     began = time.monotonic()
+    deadline = began + seconds + EVERY_S + 3 * LOOK_S
     try:
         keeping = look(connection)
         if not keeping.append_only or keeping.fsync != "everysec":  # with `always` nothing is answered before
@@ -72,7 +74,7 @@ def wait_until_on_disk(connection: redis.Redis, seconds: float) -> bool:
                 return False
         idle = 0
         while idle < 2:  # looks; between two of them the server begins what there is to write out
-            if time.monotonic() - began > seconds:
+            if time.monotonic() > deadline:
                 return False
             time.sleep(LOOK_S)
             state = connection.info("persistence")

@@ -117,15 +117,16 @@ class Client:
             while (made := self._submit_as(name, plan, key)) is None:
                 number += 1
                 name = f"{plan.sweep.name}-{number}"
+            send_tokens(self._app, made.classes)
+            batch = self.store.batch(made.batch)
         except UnansweredError as error:
             raise UnansweredError(error.what, f"{error.do} {then}") from error
-        send_tokens(self._app, made.classes)
         if not made.on_disk:
             raise ServerError(
                 f"{made.batch} is accepted, but Redis at {self.store.where} has not confirmed that it is on its disk",
                 "Look after the server's disk. " + (f"`loraq ls {made.batch}` shows the batch." if again else then),
             )
-        return self.store.batch(made.batch)
+        return batch
 
     def _key(self, plan: Plan) -> str:
         return f"{self.settings.owner}:{plan.key}"

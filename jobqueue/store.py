@@ -24,7 +24,7 @@ from jobqueue.job import Batch, Claim, Job, JobState, Settlement, WorkerInfo
 
 PREFIX = "{loraq}:"
 KEEP_EVENTS = 20_000  # entries of a job's stream; the whole log is a file in storage
-CONFIRMED = 0.8  # of a call's time may pass until the server's disk has a submit
+CONFIRMED = 0.8  # of a call's time may pass until a submit is on the server's disk, beside the second that it may take
 SILENT_HEARTBEATS = 3  # a worker that has missed so many is not alive
 
 
@@ -293,9 +293,8 @@ class Store:
         for worker_id, record in sorted(records.items()):
             seen, _, text = record.partition(" ")
             info = json.loads(text)
-            silent_s = abs(
-                seconds + micros / 1e6 - float(seen) / 1000
-            )  # below 0: not heard of since the clock went back
+            # what was said in the future was said before the clock went back
+            silent_s = abs(seconds + micros / 1e6 - float(seen) / 1000)
             found.append(
                 WorkerInfo(
                     id=worker_id,

@@ -141,8 +141,8 @@ def slow(disk: Disk, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resta
 def test_a_submit_is_confirmed_after_a_whole_writing_out_that_began_after_it(
     slow: RestartableServer, disk: Disk
 ) -> None:
-    store = Store(slow.url)
-    for name in ("b", "c"):
+    for name, timeout_s in (("b", 5), ("c", 0.3)):
+        store = Store(slow.url, timeout_s=timeout_s)
         before = len(disk.done)
         assert made(store, name)
         since = disk.done[before:]
