@@ -26,11 +26,13 @@ from helpers import (
     wait_for,
 )
 
+from jobqueue.broker import make_app
 from jobqueue.durability import EVERY_S, look
 from jobqueue.errors import ServerError
 from jobqueue.service import Client
 from jobqueue.settings import Settings
 from jobqueue.store import Store
+from jobqueue.sweeper import Sweeper
 
 ROW = {"question": "?", "options": {"A": "a", "B": "b"}, "answer": "a", "answer_idx": "A"}
 
@@ -229,6 +231,27 @@ def test_a_server_that_drops_any_key_at_its_limit_gets_no_job(
     assert "drops jobs at its memory limit (maxmemory-policy allkeys-lru); nothing was submitted" in error.value.what
     assert "noeviction" in error.value.do
     assert snapshot(client.store.url) == {}
+
+
+def test_the_control_worker_says_once_what_is_set_wrong_and_again_when_something_else_is(
+    store: Store, client: Client, server: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweeper = Sweeper(store, make_app(store.url, 5), client.settings)
+
+    def said() -> list[str]:
+        caplog.clear()
+        for _ in range(2):
+            sweeper._look_at = 0
+            sweeper.look_at_server()
+        return [record.getMessage() for record in caplog.records]
+
+    assert said() == []
+    server.config_set("maxmemory-policy", "allkeys-lfu")
+    [line] = said()
+    assert line.endswith("may drop keys at its memory limit: set maxmemory-policy noeviction, not allkeys-lfu")
+    server.config_set("appendfsync", "no")
+    [line] = said()
+    assert line.endswith("a power cut loses jobs; set appendfsync everysec, not no")
 
 
 def test_a_policy_that_spares_what_does_not_expire_is_warned_of_and_drops_no_record(
