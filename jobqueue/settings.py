@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     renew_s: float = Field(default=5.0, gt=0)
     """How often a running attempt renews."""
     sweep_s: float = Field(default=2.0, gt=0)
-    """How often the control worker sweeps."""
+    """How often the control worker sweeps; at most a third of `lease_s`, as `renew_s`."""
     poll_s: float = Field(default=2.0, gt=0)
     """How often an idle slot asks for work without being woken."""
     heartbeat_s: float = Field(default=5.0, gt=0)
@@ -87,9 +87,11 @@ class Settings(BaseSettings):
         return value if value is None or "://" in value else str(Path(value).expanduser().absolute())
 
     @model_validator(mode="after")
-    def _renewed_in_time(self) -> Self:
-        if self.renew_s > self.lease_s / 3:
-            raise ValueError(f"renew_s ({self.renew_s:g}) must be at most a third of lease_s ({self.lease_s:g})")
+    def _within_a_lease(self) -> Self:
+        """Whoever looks at the clock less often than twice a lease takes it for one that jumped: see store.lua."""
+        for name in ("renew_s", "sweep_s"):
+            if (value := getattr(self, name)) > self.lease_s / 3:
+                raise ValueError(f"{name} ({value:g}) must be at most a third of lease_s ({self.lease_s:g})")
         return self
 
     @cached_property

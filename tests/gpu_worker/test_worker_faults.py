@@ -65,7 +65,7 @@ def test_when_the_supervisor_is_killed_everything_dies_and_the_next_one_runs_the
 @pytest.mark.parametrize("woken_by", ["token", "poll"])
 def test_sigterm_gives_the_job_back_without_a_failure_and_another_worker_finishes_it(here: Site, woken_by: str) -> None:
     """skypilot#7117: a preemption went unnoticed. wandb#4237: a preempted trial did not start again."""
-    only = {"LORAQ_POLL_S": 60} if woken_by == "token" else {"LORAQ_SWEEP_S": 60}
+    only = {"LORAQ_POLL_S": 60} if woken_by == "token" else {"LORAQ_SWEEP_S": 60, "LORAQ_LEASE_S": 180}
     worker = here.start(**only, LORAQ_GRACE_S=1)  # which it takes, being deaf
     here.submit("b.1", "deaf/sleep:2", device="cpu", queue="cpu")
     here.beating("b.1")
