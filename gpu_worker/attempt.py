@@ -8,12 +8,15 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from gpu_worker.checkpoints import CheckpointKeeper
 from gpu_worker.confine import check_source
+from gpu_worker.health import Watch
 from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
 from gpu_worker.pool import TrainerPool
@@ -22,6 +25,7 @@ from gpu_worker.stop import Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
+from jobqueue.memory import GIB
 from jobqueue.retry import after_failure, with_less_memory
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage, attempt_folder
@@ -47,13 +51,14 @@ class Attempt:
         storage: Storage,
         settings: Settings,
         pool: TrainerPool,
+        watch: Watch,
         leaving: threading.Event,
         draining: Callable[[], bool],
         wake: Callable[[list[str]], None],
     ) -> None:
         self._claim = claim
         self._store, self._storage, self._settings = store, storage, settings
-        self._pool, self._leaving, self._draining, self._wake = pool, leaving, draining, wake
+        self._pool, self._watch, self._leaving, self._draining, self._wake = pool, watch, leaving, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at)
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
@@ -136,9 +141,14 @@ class Attempt:
                 self._keeper.close()
             self._lease.release()
             self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
+            stays = self._watch.freed(trainer.mark, self._settings.grace_s) if trainer.ended else 0
         if not isinstance(end, (Result, Lost)):
             self._keep_log()
-        return self._judge(end, request, journal.last_line)
+        settlement = self._judge(end, request, journal.last_line)
+        if settlement is not None and stays:
+            said = f"{stays / GIB:.1f} GiB of the GPU's memory did not come back"
+            settlement = replace(settlement, message="; ".join(filter(None, (settlement.message, said))))
+        return settlement
 
     def _keep_log(self) -> None:
         """Of an attempt that leaves nothing else behind."""
@@ -152,7 +162,7 @@ class Attempt:
         """Until the job's end: passes on what the trainer says, and ends it where that is due."""
         end: Result | Failed | None = None
         timeout_minutes = self._claim.spec["resources"].get("timeout_minutes")
-        stop = Stop(self._lease, self._draining, self._keeper, trainer, self._settings, timeout_minutes)
+        stop = Stop(self._lease, self._draining, self._keeper, trainer, self._watch, self._settings, timeout_minutes)
         while True:
             for message in trainer.messages(seconds=0.5):
                 stop.heard_at = time.monotonic()
@@ -183,6 +193,10 @@ class Attempt:
         match end:
             case Result():
                 return self._succeed(request, end.outcome)
+            case Failed(reason=FailureReason.INTERNAL) | Ended() if sick := self._watch.look().sick:
+                return self._failure(FailureReason.DEVICE, f"the GPU failed: {sick}")
+            case Failed(reason=FailureReason.OUT_OF_MEMORY) if taken := self._taken():
+                return self._failure(FailureReason.DEVICE, f"memory ran out: {taken}")
             case Failed(reason=FailureReason.OUT_OF_MEMORY) if self._smaller(1) is None:
                 message = f"{end.message} (nothing smaller is left: the micro-batch is one row)"
                 return Settlement(JobState.FAILED, FailureReason.OUT_OF_MEMORY, message, counts=True)
@@ -214,5 +228,15 @@ class Attempt:
         self._storage.publish(output, folder, manifest)
         return Settlement(JobState.SUCCEEDED, outcome=outcome)
 
+    def _taken(self) -> str:
+        """Who else holds memory of the card, where what is left is less than this job was admitted for."""
+        health = self._watch.look()
+        need = self._lease.insist(lambda: self._store.job(self._claim.job_id)).need_bytes
+        return health.foreign if health.usable_bytes < need else ""
+
     def _failure(self, reason: FailureReason, message: str) -> Settlement:
-        return after_failure(reason, message, self._claim.failures, self._settings.max_failures)
+        in_a_row = 1
+        if reason is FailureReason.DEVICE:
+            before = self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
+            in_a_row += sum(1 for _ in takewhile(lambda end: end["reason"] == reason, reversed(before)))
+        return after_failure(reason, message, self._claim.failures, self._settings.max_failures, in_a_row=in_a_row)

@@ -20,16 +20,18 @@ from celery.signals import setup_logging, worker_shutting_down
 
 from gpu_worker import guardian
 from gpu_worker.attempt import Attempt
-from gpu_worker.gpu import Device, free_bytes
+from gpu_worker.gpu import Device
+from gpu_worker.health import watch
 from gpu_worker.lease import Lease
-from gpu_worker.pool import TrainerPool
+from gpu_worker.pool import IDLE_S, TrainerPool
 from gpu_worker.report import make_report
 from gpu_worker.trainer_process import trainer_environment, worker_cache
+from gpu_worker.wakeups import Wakeups
 from jobqueue.broker import WAKE, make_app, queue_name, send_tokens
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
-from jobqueue.memory import classes_for
+from jobqueue.memory import all_classes, classes_for
 from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
@@ -62,14 +64,16 @@ class Worker:
         self._slots = threading.BoundedSemaphore(slots)
         self._running: set[str] = set()
         self._pause_s = self._well_at = 0.0
-        self._usable = free_bytes(device) if device.kind != "control" else 0
+        self._wakeups = Wakeups(self.app)
+        self._watch = watch(device, cache, alive=lambda: bool(self._running) or not self.pool.empty)
 
     @property
     def classes(self) -> list[str]:
         """The memory classes whose wake-ups it listens to."""
-        if self.device.kind == "gpu":
-            return classes_for(self._usable)
-        return [self.device.kind]
+        return classes_for(self._watch.health.usable_bytes) if self.device.kind == "gpu" else [self.device.kind]
+
+    def _well(self) -> bool:
+        return time.monotonic() >= self._well_at and not self._watch.health.sick
 
     def _draining(self) -> bool:
         return self.leaving.is_set() or self.drained.is_set()
@@ -78,28 +82,31 @@ class Worker:
         """Why it takes no job, where that is so."""
         if self.drained.is_set():
             return "drained"
-        return "its storage or a disk failed; it pauses" if time.monotonic() < self._well_at else ""
+        if time.monotonic() < self._well_at:
+            return "its storage or a disk failed; it pauses"
+        return self._watch.health.note
 
     def work(self, *, wait: bool) -> None:
         """Claims until it is refused. With `wait`, a slot that is busy is waited for, else left alone."""
         if not self._slots.acquire(blocking=wait):
             return
         try:
-            while not self._draining() and time.monotonic() >= self._well_at and self._work_once():
+            while not self._draining() and self._well() and self._work_once():
                 pass
         finally:
             self._slots.release()
 
     def _work_once(self) -> bool:
         """One claim and its job; False where there was none, or the server is away."""
-        if self.device.kind != "control" and self.pool.empty and not self._running:
-            self._usable = free_bytes(self.device)
+        health = self._watch.look()
+        if health.sick:
+            return False
         claimed_at = guardian.now()
         try:
             claim = self.store.claim(
                 self.id,
                 self.device.kind,
-                self._usable,
+                health.usable_bytes,
                 self.settings.lease_s,
                 secrets.token_hex(8),
                 self.classes,
@@ -132,6 +139,7 @@ class Worker:
             self.storage,
             self.settings,
             self.pool,
+            self._watch,
             self.leaving,
             self._draining,
             wake,
@@ -172,7 +180,7 @@ class Worker:
     def ask(self) -> None:
         """A wake-up may be eaten by the wrong worker: an idle slot asks by itself."""
         while not self.leaving.wait(self.settings.poll_s):
-            self.pool.expire()
+            self.pool.expire(IDLE_S if self._well() else 0)  # a resting trainer keeps a sick card from being reset
             if len(self._running) < self.slots:
                 threading.Thread(target=self.work, kwargs={"wait": False}, daemon=True).start()
 
@@ -183,7 +191,7 @@ class Worker:
                 "host": socket.gethostname(),
                 "device": self.device.name,
                 "uuid": self.device.uuid,
-                "usable_bytes": self._usable,
+                "usable_bytes": self._watch.health.usable_bytes,
                 "slots": self.slots,
                 "running": sorted(self._running),
                 "note": self._note(),
@@ -197,6 +205,7 @@ class Worker:
                     self.drained.clear()
             except ServerError as error:
                 log.warning("no heartbeat: %s", error.what)
+            self._wakeups.listen_to(self.classes if self._well() and not self._draining() else [])
             if self.leaving.wait(self.settings.heartbeat_s):
                 return
 
@@ -252,7 +261,7 @@ class Worker:
             "-c",
             str(self.slots),
             "-Q",
-            ",".join(map(queue_name, self.classes)),
+            ",".join(map(queue_name, self.classes or all_classes())),
         ]
         with contextlib.suppress(SystemExit):
             self.app.worker_main([*listen, "-n", f"{self.device.label}@%h", *options])

@@ -48,6 +48,7 @@ class FailureReason(StrEnum):
     LOST = "lost"  # the lease ended without a renewal
     TIMED_OUT = "timed_out"
     STORAGE = "storage"
+    DEVICE = "device"  # the GPU failed under it, or others took its memory; costs no failure
     PREEMPTED = "preempted"  # the worker was told to stop; costs no failure
     DEPENDENCY = "dependency"  # a job that this one needs did not succeed
     INTERNAL = "internal"  # an exception nobody foresaw; the log has it

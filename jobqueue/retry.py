@@ -18,6 +18,7 @@ class Rule:
     failures: int  # 1: never tried again
     delay_s: float = 0.0  # doubled with each failure
     counts: bool = True  # False: costs no failure, and is tried again however many there were
+    in_a_row: int = 0  # of a reason that does not count: so many attempts on end, and the job is to blame; 0: never
 
 
 TABLE = {
@@ -31,6 +32,7 @@ TABLE = {
     R.CRASHED: Rule(3, delay_s=5),
     R.LOST: Rule(3),
     R.STORAGE: Rule(5, delay_s=30),  # the worker pauses as well, see gpu_worker/serve.py
+    R.DEVICE: Rule(1, counts=False, in_a_row=3),  # on another GPU: this worker takes none
     R.PREEMPTED: Rule(1, counts=False),
 }
 
@@ -44,7 +46,7 @@ class Decision:
     counts: bool = True
 
 
-def decide(reason: R, failures: int, max_failures: int, jitter: float | None = None) -> Decision:
+def decide(reason: R, failures: int, max_failures: int, jitter: float | None = None, *, in_a_row: int = 1) -> Decision:
     """The decision after one more failure.
 
     Args:
@@ -53,19 +55,20 @@ def decide(reason: R, failures: int, max_failures: int, jitter: float | None = N
         max_failures: the user's cap, over all reasons; the table's own may be lower.
         jitter: 0 to 1, for tests; the delay is spread over 0.5 to 1.5 of its nominal length, so that jobs that
             failed together do not come back together.
+        in_a_row: how many attempts on end, this one included, ended for this reason.
     """
     rule = TABLE[reason]
     if not rule.counts:
-        return Decision(again=True, counts=False)
+        return Decision(again=not rule.in_a_row or in_a_row < rule.in_a_row, counts=False)
     if failures + 1 >= min(rule.failures, max_failures):
         return Decision(again=False)
     spread = 0.5 + (random.random() if jitter is None else jitter)
     return Decision(again=True, delay_s=rule.delay_s * 2**failures * spread)
 
 
-def after_failure(reason: R, message: str, failures: int, max_failures: int) -> Settlement:
+def after_failure(reason: R, message: str, failures: int, max_failures: int, *, in_a_row: int = 1) -> Settlement:
     """How an attempt ends that failed for this reason, `failures` being those that the job had before."""
-    decision = decide(reason, failures, max_failures)
+    decision = decide(reason, failures, max_failures, in_a_row=in_a_row)
     return Settlement(
         state=JobState.QUEUED if decision.again else JobState.FAILED,
         reason=reason,

@@ -2,10 +2,10 @@
 
 `base_model` is a path of words, e.g. `/stub/sleep:2/kill`: `sleep:2` seconds (in steps of 0.05, each reported; where
 the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
-when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file), `oom:2`
-(out of memory with micro-batches above 2), `fail:REASON`, `exit:CODE`, `kill` (itself, SIGKILL), `deaf` (ignores
-SIGTERM), `child` (starts a child in a session of its own). Every 0.05 s it writes a line into LORAQ_BEATS, if
-that is set: process id, time.
+when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file),
+`await:FILE` (waits for it), `oom:2` (out of memory with micro-batches above 2), `fail:REASON`, `exit:CODE`, `kill`
+(itself, SIGKILL), `deaf` (ignores SIGTERM), `child` (starts a child in a session of its own). Every 0.05 s it writes a
+line into LORAQ_BEATS, if that is set: process id, time.
 """
 
 import json
@@ -76,6 +76,9 @@ def work(request: dict) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         elif verb == "mute":
             time.sleep(float(value))
+        elif verb == "await":
+            while not os.path.exists(f"{os.environ['LORAQ_BEATS']}/{value}"):
+                time.sleep(0.02)
         elif verb == "unless" and not os.path.exists(f"{os.environ['LORAQ_BEATS']}/{value}"):
             return say(type="failed", reason="bad_data", message="as asked")
         elif verb == "deaf":
