@@ -23,8 +23,10 @@ from gpu_worker.attempt import Attempt
 from gpu_worker.gpu import Device
 from gpu_worker.health import watch
 from gpu_worker.lease import Lease
+from gpu_worker.patience import Patience
 from gpu_worker.pool import IDLE_S, TrainerPool
 from gpu_worker.report import make_report
+from gpu_worker.storage_watch import StorageWatch
 from gpu_worker.trainer_process import trainer_environment, worker_cache
 from gpu_worker.wakeups import Wakeups
 from jobqueue.broker import WAKE, make_app, queue_name, send_tokens
@@ -64,7 +66,9 @@ class Worker:
         self._slots = threading.BoundedSemaphore(slots)
         self._running: set[str] = set()
         self._pause_s = self._well_at = 0.0
+        self._paused_for = ""
         self._wakeups = Wakeups(self.app)
+        self._storage_watch = StorageWatch(self.storage, cache)
         self._watch = watch(device, cache, alive=lambda: bool(self._running) or not self.pool.empty)
 
     @property
@@ -73,7 +77,7 @@ class Worker:
         return classes_for(self._watch.health.usable_bytes) if self.device.kind == "gpu" else [self.device.kind]
 
     def _well(self) -> bool:
-        return time.monotonic() >= self._well_at and not self._watch.health.sick
+        return not (self._storage_watch.problem or self._watch.health.sick) and time.monotonic() >= self._well_at
 
     def _draining(self) -> bool:
         return self.leaving.is_set() or self.drained.is_set()
@@ -82,8 +86,10 @@ class Worker:
         """Why it takes no job, where that is so."""
         if self.drained.is_set():
             return "drained"
+        if problem := self._storage_watch.problem:
+            return f"sick: {problem}"
         if time.monotonic() < self._well_at:
-            return "its storage or a disk failed; it pauses"
+            return f"it pauses: {self._paused_for}"
         return self._watch.health.note
 
     def work(self, *, wait: bool) -> None:
@@ -122,7 +128,7 @@ class Worker:
             self._run(claim, claimed_at)
         except Exception:  # nothing that a job does may end its worker; the lease ends the job
             log.exception("%s: attempt %d broke its slot", claim.job_id, claim.attempt)
-            self._pause(sick=True)
+            self._pause("an attempt broke its slot")
         finally:
             self._running.discard(claim.job_id)
         return True
@@ -147,19 +153,21 @@ class Worker:
         attempt.run()
         self._pause(attempt.sick)
 
-    def _pause(self, sick: bool) -> None:
+    def _pause(self, sick: str) -> None:
         """A host whose storage or disk fails would spoil the whole queue, one job after the other: it rests, longer
-        each time, until an attempt shows that it is well again."""
+        each time, until an attempt shows that it is well again. (What is full for an adapter may hold a trial.)"""
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S) if sick else 0.0
-        self._well_at = time.monotonic() + self._pause_s
+        self._well_at, self._paused_for = time.monotonic() + self._pause_s, sick
         if sick:
-            log.warning("nothing is claimed for %g s: the storage or a disk of this host failed", self._pause_s)
+            self._storage_watch.try_again()
+            log.warning("nothing is claimed for %g s: %s", self._pause_s, sick)
 
     def _report(self, claim: Claim, claimed_at: float) -> None:
         lease = Lease(self.store, claim, self.settings, claimed_at)
         try:
             try:
-                made = lease.insist(partial(make_report, claim, self.store, self.storage))
+                make = partial(make_report, claim, self.store, self.storage)
+                made = lease.insist(partial(Patience(lease, self.settings, self.leaving), "make the report", make))
                 end = Settlement(JobState.SUCCEEDED, outcome=made)
             except StaleAttemptError:
                 raise

@@ -14,6 +14,8 @@ from gpu_worker.trainer_process import TrainerProcess
 from jobqueue.job import FailureReason
 from jobqueue.settings import Settings
 
+ON_REQUEST = "on request"
+
 
 @dataclass(frozen=True)
 class Stopped:
@@ -51,7 +53,7 @@ class Stop:
         if self.begun is not None:
             return
         if self._lease.cancelled.is_set():
-            self._end(Stopped(None, "on request"))
+            self._end(Stopped(None, ON_REQUEST))
         elif (health := self._watch.health).ends_jobs:
             self._end(Stopped(FailureReason.DEVICE, f"the GPU failed: {health.sick}"))
         elif now - self._began_at > self._timeout_s:
