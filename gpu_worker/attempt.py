@@ -153,10 +153,12 @@ class Attempt:
             stays = self._watch.freed(trainer.mark, self._settings.grace_s) if trainer.ended else 0
         if not isinstance(end, (Result, Lost)):
             self._keep_log()
-        settlement = self._judge(end, request, journal.last_line)
+        settlement = self._judge(end, request, list(journal.last_lines))
         if settlement is not None and stays:
             said = f"{stays / GIB:.1f} GiB of the GPU's memory did not come back"
             settlement = replace(settlement, message="; ".join(filter(None, (settlement.message, said))))
+        if settlement is not None and settlement.outcome is None and journal.last_lines:
+            settlement = replace(settlement, outcome={"last_lines": list(journal.last_lines)})
         return settlement
 
     def _finish_checkpoints(self) -> None:
@@ -207,7 +209,7 @@ class Attempt:
             journal.flush()
 
     def _judge(
-        self, end: Result | Failed | Ended | Stopped | Lost, request: Request, last_line: str
+        self, end: Result | Failed | Ended | Stopped | Lost, request: Request, last_lines: list[str]
     ) -> Settlement | None:
         match end:
             case Result():
@@ -224,7 +226,7 @@ class Attempt:
             case Ended() if self._lease.overran:  # it was the guardian, and not the trainer's fault
                 return self._failure(FailureReason.LOST, "its worker was cut off from the server and ended the trainer")
             case Ended():
-                return self._failure(FailureReason.CRASHED, f"{end}; its last words: {last_line or 'none'}")
+                return self._failure(FailureReason.CRASHED, f"{end}; its last words: {(last_lines or ['none'])[-1]}")
             case Stopped(reason=None):
                 return Settlement(JobState.CANCELLED, message=end.message)
             case Stopped(reason=reason) if reason is not None:

@@ -115,7 +115,9 @@ class Job:
     held: bool = False  # not to be claimed until it is released
     needs: tuple[str, ...] = ()  # jobs that had to succeed before it
     progress: dict[str, Any] = field(default_factory=dict)  # the last progress event
-    outcome: dict[str, Any] = field(default_factory=dict)  # what a succeeded job reports
+    outcome: dict[str, Any] = field(
+        default_factory=dict
+    )  # what a succeeded job reports; of another the `last_lines` of its log
     history: list[dict[str, Any]] = field(default_factory=list)  # ended attempts, oldest first
 
     @property

@@ -3,9 +3,9 @@
 `base_model` is a path of words, e.g. `/stub/sleep:2/kill`: `sleep:2` seconds (in steps of 0.05, each reported; where
 the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
 when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file),
-`await:FILE` (waits for it), `oom:2` (out of memory with micro-batches above 2), `fail:REASON`, `exit:CODE`, `kill`
-(itself, SIGKILL), `deaf` (ignores SIGTERM), `child` (starts a child in a session of its own). Every 0.05 s it writes a
-line into LORAQ_BEATS, if that is set: process id, time.
+`await:FILE` (waits for it), `say:WORD` (in its log), `oom:2` (out of memory with micro-batches above 2), `fail:REASON`,
+`exit:CODE`, `kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `child` (starts a child in a session of its own). Every
+0.05 s it writes a line into LORAQ_BEATS, if that is set: process id, time.
 """
 
 import json
@@ -66,6 +66,8 @@ def work(request: dict) -> None:
         verb, _, value = word.partition(":")
         if verb == "sleep":
             sleep(request, float(value), "save" in words)
+        elif verb == "say":
+            print(value)
         elif verb == "fail":
             return say(type="failed", reason=value, message="as asked")
         elif verb == "oom" and request["spec"]["training"]["per_device_train_batch_size"] > int(value):
