@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -33,7 +34,7 @@ from jobqueue.broker import WAKE, make_app, queue_name, send_tokens
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
-from jobqueue.memory import all_classes, classes_for
+from jobqueue.memory import classes_for
 from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
@@ -269,7 +270,7 @@ class Worker:
             "-c",
             str(self.slots),
             "-Q",
-            ",".join(map(queue_name, self.classes or all_classes())),
+            ",".join(map(queue_name, self.classes or classes_for(sys.maxsize))),
         ]
         with contextlib.suppress(SystemExit):
             self.app.worker_main([*listen, "-n", f"{self.device.label}@%h", *options])

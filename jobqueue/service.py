@@ -282,7 +282,7 @@ def _named(spec: TrainSpec | EvaluateSpec | ReportSpec, batch: str) -> TrainSpec
 
 def _check_capacity(plan: Plan, workers: Sequence[WorkerInfo]) -> None:
     """Refuses what would wait for ever: workers are alive, and none of them could hold a job of the plan."""
-    usable = [worker.usable_bytes for worker in workers if worker.alive and worker.device != "control"]
+    usable = [worker.usable_bytes for worker in workers if worker.alive and worker.usable_bytes]
     need = max((job.need_bytes for job in plan.jobs), default=0)
     if usable and need > max(usable):
         raise CapacityError(

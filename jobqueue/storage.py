@@ -1,6 +1,7 @@
 """Shared storage: one fsspec location, written so that nothing half-done is ever taken for done.
 
 storage.json                                       a mark: the empty folder below a mount has none
+trials/<random>                                    of workers that see whether they can write
 blobs/<sha256>/<name>                              data that was submitted, by content
 batches/<batch>/<job>/<attempt>-<nonce>/...        what one attempt made; only that attempt writes there
 evaluations/<job>/<attempt>-<nonce>/...            the same for evaluations of base models
