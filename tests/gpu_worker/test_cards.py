@@ -145,6 +145,21 @@ def test_memory_of_a_foreign_process_makes_the_card_smaller_while_the_worker_run
     assert succeeded_once(here.ended("large.1")), "the memory is free again, and nobody had to say so"
 
 
+def test_a_job_whose_memory_others_took_keeps_its_micro_batch(cards: Cards) -> None:
+    here = cards.here
+    run_on(cards, "taken.1", 0, "sleep:0.5/await:taken/fail:out_of_memory", need=8 * GIB)
+    cards.set(0, free=2 * GIB, held={os.getpid(): TOTAL - 2 * GIB})
+    cards.set(1, free=2 * GIB, held={os.getpid(): TOTAL - 2 * GIB})
+    (here.beats / "taken").write_text("")
+
+    wait_for(lambda: here.store.job("taken.1").history, START_S, "the first attempt ends")
+    here.store.cancel(["taken.1"])
+
+    job = here.store.job("taken.1")
+    assert (job.failures, job.ooms, job.history[0]["reason"]) == (0, 0, "device")
+    assert f"22.0 GiB held by other processes (pid {os.getpid()} " in job.history[0]["message"]
+
+
 def test_memory_of_our_own_trainer_is_not_foreign_until_it_outlives_its_process(cards: Cards) -> None:
     here = cards.here
     run_on(cards, "held.1", 0, "deaf/child/sleep:60")
