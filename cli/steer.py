@@ -153,7 +153,7 @@ def workers(as_json: bool) -> None:
         Column("worker"),
         Column("device", rank=2),
         Column("memory", right=True, rank=3),
-        Column("state"),
+        Column("state", wrap=True),
         Column("running", wrap=True),
         Column("seen", right=True, rank=1),
     ]
