@@ -215,14 +215,16 @@ class Client:
         send_tokens(self._app, classes)
         return self.store.jobs(released)
 
-    def retry(self, target: str) -> list[Job]:
+    def retry(self, target: str, *, failed_only: bool = False) -> list[Job]:
         """Runs again what failed or was cancelled: of a batch, or one job with what it needs and what waited for it.
 
+        With `failed_only`, what somebody cancelled stays so, unless a failed job needs it.
         Training goes on from the newest checkpoint. The batch's report is made anew. Returns the jobs that begin.
         """
         batch, jobs = self._own(target)
         siblings = self.jobs(jobs[0].batch) if jobs[0].batch else jobs
-        wanted = {job.id for job in (siblings if batch else jobs) if job.state in RETRIED}
+        begins = (JobState.FAILED,) if failed_only else RETRIED
+        wanted = {job.id for job in (siblings if batch else jobs) if job.state in begins}
         for job in siblings:  # each after those that it waits for
             if job.reason is FailureReason.DEPENDENCY and wanted & set(job.needs):
                 wanted.add(job.id)
@@ -306,7 +308,7 @@ def _named(spec: TrainSpec | EvaluateSpec | ReportSpec, batch: str) -> TrainSpec
 
 def _check_capacity(plan: Plan, workers: Sequence[WorkerInfo]) -> None:
     """Refuses what would wait for ever: workers are alive, and none of them could hold a job of the plan."""
-    usable = [worker.usable_bytes for worker in workers if worker.alive and worker.device != "control"]
+    usable = [worker.usable_bytes for worker in workers if worker.alive and worker.usable_bytes]
     need = max((job.need_bytes for job in plan.jobs), default=0)
     if usable and need > max(usable):
         raise CapacityError(

@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     """From SIGTERM to SIGKILL of a trainer."""
     stall_s: float = Field(default=1800.0, gt=0)
     """A trainer that has said nothing for so long hangs: it is ended, and the job tried again."""
+    storage_timeout_s: float = Field(default=1800.0, gt=0)
+    """What a worker asks of the storage (an adapter written, a checkpoint read) and takes longer hangs."""
     max_failures: int = Field(default=3, ge=1)
     """A job that has failed this often is not tried again."""
     model_roots: tuple[Path, ...] = (Path("/"),)

@@ -11,6 +11,15 @@ from jobqueue.errors import DataError, StorageError
 from jobqueue.job import FailureReason
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOENT}
+_NOT_WRITTEN = (  # in the words of safetensors (Rust) and of torch.save, whose exceptions carry no errno
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Stale file handle",
+    "Input/output error",
+    "PytorchStreamWriter failed",
+    "iostream error",
+)
 LONGEST_MESSAGE = 500  # characters
 
 
@@ -57,12 +66,20 @@ def failed(error: BaseException) -> Failed:
         reason, message = FailureReason.BAD_DATA, error.what
     elif isinstance(error, StorageError):
         reason, message = FailureReason.STORAGE, error.what
-    elif isinstance(error, OSError) and error.errno in _DISK:
+    elif _not_written(error):
         reason = FailureReason.STORAGE
     elif _out_of_memory(error):
         reason = FailureReason.OUT_OF_MEMORY
         message = str(error) or "memory ran out"
     return Failed(reason.value, one_line(message))
+
+
+def _not_written(error: BaseException) -> bool:
+    """A disk or a mount failed; torch.save tells it in the exception before the last only."""
+    if isinstance(error, OSError):
+        return error.errno in _DISK
+    texts = [str(one) for one in (error, error.__context__) if one is not None]
+    return any(words in text for text in texts for words in _NOT_WRITTEN)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from helpers import restartable_server, wait_for
 from worker_process import START_S, Site, Worker, gone, site, succeeded_once, train_job
 
+from cli.main import loraq
 from jobqueue.job import FailureReason, JobState
 from jobqueue.service import Client
 
@@ -115,16 +118,19 @@ def test_a_running_job_is_cancelled_though_its_trainer_is_deaf_and_has_a_child_e
 
 def test_a_poison_job_ends_at_its_cap_with_its_last_words(here: Site, worker: Worker) -> None:
     """celery#9082: such a job was redelivered without end."""
-    here.submit("poison.1", "sleep:0.1/kill")
+    here.submit("poison.1", "say:one/say:two/sleep:0.1/kill")
 
     job = here.ended("poison.1")
 
     assert (job.state, job.reason) == (JobState.FAILED, FailureReason.CRASHED)
     assert (job.attempt, job.failures, len(job.history)) == (3, 3, 3)
     assert job.message == (
-        "the trainer was ended by SIGKILL (by hand, or by the kernel for want of memory); "
-        "its last words: stub: poison.1"
+        "the trainer was ended by SIGKILL (by hand, or by the kernel for want of memory); its last words: two"
     )
+    assert job.outcome == {"last_lines": ["stub: poison.1", "one", "two"]}
+    shown = CliRunner().invoke(loraq, ["show", "poison.1"], env=here.environment()).stdout
+    assert "Last lines of the log\nstub: poison.1\none\ntwo\n" in shown
+    assert re.search(r"what to do +Read `loraq logs JOB`", shown)
     assert len(set(here.trainers_in_turn("poison.1"))) == 3
 
 

@@ -59,12 +59,13 @@ class Site:
         }
         return {**os.environ, **{name: str(value) for name, value in ours.items()}}
 
-    def start(self, **changes: object) -> Worker:
+    def start(self, *options: str, **changes: object) -> Worker:
+        """`loraq worker` with these options, else for the CPU."""
         self._started += 1
         log = self.folder / f"worker{self._started}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gpu_worker.main", "--cpu"],
+                [sys.executable, "-P", "-m", "gpu_worker.main", *(options or ["--cpu"])],
                 env=self.environment(**changes),
                 stdout=output,
                 stderr=output,
