@@ -34,16 +34,35 @@ DEMO_STOP_S = 10.0  # its jobs need not be saved
 @click.command()
 @click.option("--cpu", is_flag=True, help="Train on the CPU: slow, for trying things out.")
 @click.option("--gpu", "gpus", multiple=True, metavar="INDEX|UUID", help="Only this GPU; may be repeated.")
+@click.option(
+    "--slots",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many jobs may share a GPU, where their memory fits [default: by cores and main memory, at most 16].",
+)
+@click.option(
+    "--spares",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="How many trainers stand ready on each GPU before there is a job; each holds 0.8 GiB of it [default: 1].",
+)
 @click.option("--no-control", is_flag=True, help="Without this host's control worker.")
 @click.option("--control-only", is_flag=True, help="Only the control worker: sweeps and reports, trains nothing.")
-def worker(cpu: bool, gpus: tuple[str, ...], no_control: bool, control_only: bool) -> None:
+def worker(
+    cpu: bool,
+    gpus: tuple[str, ...],
+    slots: int | None,
+    spares: int | None,
+    no_control: bool,
+    control_only: bool,
+) -> None:
     """Work on jobs with this machine's GPUs, one worker for each, until it is told to stop.
 
     SIGTERM or Ctrl-C drains it: running jobs go back into the queue, which costs them no failure.
     """
     if cpu and gpus:
         raise click.UsageError("--cpu and --gpu exclude each other")
-    if control_only and (cpu or gpus or no_control):
+    if control_only and (cpu or gpus or no_control or slots or spares is not None):
         raise click.UsageError("--control-only goes with no other option")
     if control_only:
         machine.require_control_extra()
@@ -52,6 +71,8 @@ def worker(cpu: bool, gpus: tuple[str, ...], no_control: bool, control_only: boo
     settings = connect().settings
     environment = machine.worker_environment(settings, embedded.connect_url(settings))
     options = ["--cpu"] if cpu else [part for gpu in gpus for part in ("--gpu", gpu)]
+    options += [] if slots is None else ["--slots", str(slots)]
+    options += [] if spares is None else ["--spares", str(spares)]
     options += ["--no-control"] if no_control else ["--control-only"] if control_only else []
     command = machine.worker_command(options)
     os.execve(command[0], command, environment)

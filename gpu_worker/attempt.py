@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from gpu_worker.admission import Admission
 from gpu_worker.checkpoints import CheckpointKeeper
 from gpu_worker.confine import check_source
 from gpu_worker.health import Watch
@@ -24,15 +25,16 @@ from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
 from gpu_worker.stop import ON_REQUEST, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
-from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
+from jobqueue.errors import LoraqError, ServerError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
-from jobqueue.memory import GIB
-from jobqueue.retry import after_failure, with_less_memory
+from jobqueue.memory import CONTEXT, GIB, kind_of
+from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.storage import Published, Storage, attempt_folder
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
+MORE = 1.5  # times what a job was given, after it ran out of it
 
 
 class Lost(Enum):
@@ -53,18 +55,21 @@ class Attempt:
         settings: Settings,
         pool: TrainerPool,
         watch: Watch,
+        admission: Admission,
         leaving: threading.Event,
         draining: Callable[[], bool],
         wake: Callable[[list[str]], None],
     ) -> None:
         self._claim = claim
         self._store, self._storage, self._settings = store, storage, settings
-        self._pool, self._watch, self._leaving, self._draining, self._wake = pool, watch, leaving, draining, wake
+        self._pool, self._watch, self._admission = pool, watch, admission
+        self._leaving, self._draining, self._wake = leaving, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at)
         self._patience = Patience(self._lease, settings, leaving)
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
         self._keeper = CheckpointKeeper(storage, claim, keep)
+        self._budget = admission.budget(claim.job_id) if watch.limits else None
         self.sick = ""  # why this host, and not the job, is to blame for how it ended
 
     def run(self) -> None:
@@ -112,8 +117,7 @@ class Attempt:
 
     def _request(self) -> Request:
         """The job as this machine can do it: sources readable, the adapter in a folder."""
-        spec = self._smaller(0)
-        assert spec is not None  # else the attempt before would have ended the job
+        spec = dict(self._claim.spec)
         section = "data" if spec["kind"] == "train" else "evaluation"
         for source in (spec["base_model"], spec[section]["source"]):
             check_source(source, self._settings.model_roots)
@@ -128,24 +132,21 @@ class Attempt:
             adapter = str(fetched)
         output = self._scratch / "output"
         output.mkdir()
-        return Request(self._claim.job_id, spec, str(output), adapter, resume)
-
-    def _smaller(self, more: int) -> dict[str, Any] | None:
-        """The spec after the attempts, and so many more, that ran out of memory; None where nothing smaller is left."""
-        before = self._lease.insist(lambda: self._store.job(self._claim.job_id)).ooms
-        return with_less_memory(self._claim.spec, before + more)
+        return Request(
+            self._claim.job_id,
+            spec,
+            str(output),
+            adapter,
+            resume,
+            self._claim.rung,
+            self._budget,
+            self._lease.insist(lambda: self._store.correction(kind_of(spec))),
+        )
 
     def _work(self, request: Request) -> Settlement | None:
         with Journal(self._store, self._claim, self._scratch / "log.txt") as journal:
-            trainer = self._pool.take(request.spec["base_model"])
-            self._lease.guard(trainer)
             try:
-                with contextlib.suppress(BrokenPipeError):  # it has ended: `messages` will say how
-                    trainer.send(request)
-                end = self._follow(trainer, journal)
-            except BaseException:
-                trainer.kill()
-                raise
+                trainer, end = self._hand_over(request, journal)
             finally:
                 self._finish_checkpoints()
             self._lease.release()
@@ -160,6 +161,23 @@ class Attempt:
         if settlement is not None and settlement.outcome is None and journal.last_lines:
             settlement = replace(settlement, outcome={"last_lines": list(journal.last_lines)})
         return settlement
+
+    def _hand_over(
+        self, request: Request, journal: Journal
+    ) -> tuple[TrainerProcess, Result | Failed | Ended | Stopped | Lost]:
+        """The request to a trainer, and how that ends. One that had died at rest is no fault of the job's."""
+        while True:
+            trainer = self._pool.take(request.spec["base_model"])
+            self._lease.guard(trainer)
+            try:
+                with contextlib.suppress(BrokenPipeError):  # it has ended: `messages` will say how
+                    trainer.send(request)
+                end = self._follow(trainer, journal)
+            except BaseException:
+                trainer.kill()
+                raise
+            if not (isinstance(end, Ended) and trainer.rested and journal.silent) or self._lease.overran:
+                return trainer, end
 
     def _finish_checkpoints(self) -> None:
         try:
@@ -189,6 +207,8 @@ class Attempt:
                     journal.line(message.text)
                 elif isinstance(message, Progress):
                     journal.progress(message)
+                    if message.budget_bytes is not None:
+                        self._admission.lower(self._claim.job_id, message.budget_bytes)
                     stop.can_save = message.phase == "train"
                 elif isinstance(message, Checkpoint):
                     self._keeper.take(message)
@@ -218,9 +238,8 @@ class Attempt:
                 return self._failure(FailureReason.DEVICE, f"the GPU failed: {sick}")
             case Failed(reason=FailureReason.OUT_OF_MEMORY) if taken := self._taken():
                 return self._failure(FailureReason.DEVICE, f"memory ran out: {taken}")
-            case Failed(reason=FailureReason.OUT_OF_MEMORY) if self._smaller(1) is None:
-                message = f"{end.message} (nothing smaller is left: the micro-batch is one row)"
-                return Settlement(JobState.FAILED, FailureReason.OUT_OF_MEMORY, message, counts=True)
+            case Failed(reason=FailureReason.OUT_OF_MEMORY):
+                return self._without_memory(end)
             case Failed():
                 return self._failure(FailureReason(end.reason), end.message)
             case Ended() if self._lease.overran:  # it was the guardian, and not the trainer's fault
@@ -247,13 +266,35 @@ class Attempt:
             "published_at": time.time(),
         }
         self._patience("write the result", lambda: self._storage.publish(output, folder, manifest))
+        self._learn(outcome)
         return Settlement(JobState.SUCCEEDED, outcome=outcome)
+
+    def _without_memory(self, end: Failed) -> Settlement:
+        """Smaller micro-batches next time; where there are none, more memory, if this device has more than the job was
+        given; else the job has failed."""
+        again = self._failure(FailureReason.OUT_OF_MEMORY, end.message)
+        if end.rung is not None:
+            return replace(again, rung=end.rung)
+        usable = self._watch.look().usable_bytes
+        if self._budget is not None and self._budget < usable:
+            need = min(int(self._budget * MORE), usable)
+            message = f"{end.message} (with {self._budget / GIB:.1f} GiB of its own; it is given {need / GIB:.1f} next)"
+            return replace(again, message=message, rung=self._claim.rung, need_bytes=need)
+        message = f"{end.message} (nothing smaller is left: the micro-batch is one row)"
+        return Settlement(JobState.FAILED, FailureReason.OUT_OF_MEMORY, message, counts=True)
+
+    def _learn(self, outcome: dict[str, Any]) -> None:
+        """What the job took, for the estimates of those like it."""
+        memory = outcome.get("memory", {})
+        if memory.get("kind") == "gpu" and memory.get("estimated_bytes"):
+            ratio = (memory["peak_reserved_bytes"] + CONTEXT) / memory["estimated_bytes"]
+            with contextlib.suppress(ServerError):
+                self._store.learn(kind_of(self._claim.spec), ratio)
 
     def _taken(self) -> str:
         """Who else holds memory of the card, where what is left is less than this job was admitted for."""
         health = self._watch.look()
-        need = self._lease.insist(lambda: self._store.job(self._claim.job_id)).need_bytes
-        return health.foreign if health.usable_bytes < need else ""
+        return health.foreign if health.usable_bytes < self._claim.need_bytes else ""
 
     def _failure(self, reason: FailureReason, message: str) -> Settlement:
         in_a_row = 1

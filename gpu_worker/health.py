@@ -147,6 +147,9 @@ def _name(pid: int) -> str:
 class Watch(Protocol):
     """Looks after what a worker serves."""
 
+    limits: bool
+    """Whether jobs can be held to what they were promised: a GPU's memory can, a machine's is not."""
+
     @property
     def health(self) -> Health:
         """By the last look, a few seconds ago at most."""
@@ -160,6 +163,8 @@ class Watch(Protocol):
 
 class MainMemory:
     """A machine's own memory: what a worker of the CPU, or of nothing, serves."""
+
+    limits = False
 
     def __init__(self, usable_bytes: int) -> None:
         self.health = Health(usable_bytes)
@@ -178,6 +183,8 @@ class CardWatch:
         mark_of: the mark of a process that a trainer of this worker is, or has started; None for any other.
         alive: whether there are trainers now.
     """
+
+    limits = True
 
     def __init__(
         self,

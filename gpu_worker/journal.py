@@ -44,6 +44,11 @@ class Journal:
         self.flush(at_once=True)
         self._file.close()
 
+    @property
+    def silent(self) -> bool:
+        """Whether the attempt has said nothing."""
+        return not self._sent and not self._backlog
+
     def line(self, text: str) -> None:
         self.last_lines.append(text)
         self._file.write(text + "\n")

@@ -1,6 +1,6 @@
 """`loraq worker`: finds this host's GPUs, starts one pinned Celery process for each and one for control, keeps them up.
 
-    python -P -m gpu_worker.main [--cpu] [--gpu INDEX|UUID]... [--no-control] [--control-only]
+    python -P -m gpu_worker.main [--cpu] [--gpu INDEX|UUID]... [--slots N] [--spares N] [--no-control] [--control-only]
 
 SIGTERM drains all of them; when this process dies in any other way, they die with it.
 """
@@ -17,7 +17,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_worker.gpu import Device, choose
+import psutil
+
+from gpu_worker.gpu import RAM_SHARE, Device, choose
 from gpu_worker.trainer_process import end_leftovers, worker_cache
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError
@@ -25,6 +27,9 @@ from jobqueue.settings import Settings
 
 log = logging.getLogger(__name__)
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0  # before a process that ended is started again
+MOST_SLOTS = 16  # of one GPU: with more, small jobs gain nothing
+SPARES = 1  # trainers that stand ready on a GPU
+TRAINER_RAM = 5 * 2**30  # main memory of one trainer, its model on the way to the GPU included
 CALM_S = 60.0  # one that lived so long starts with the first delay again
 
 
@@ -65,9 +70,25 @@ def devices(options: argparse.Namespace) -> list[Device]:
     return found
 
 
-def served(device: Device, url: str, data_dir: Path) -> Served:
+def slots_for(device: Device, wanted: int | None, gpus: int) -> int:
+    """How many jobs a device runs side by side at most; their memory decides, too, see gpu_worker/admission.py.
+
+    Each needs a core that launches its kernels, and the main memory of a Python process with PyTorch in it.
+    """
+    if device.kind == "control":
+        return 1
+    if wanted is not None:
+        return wanted
+    if device.kind == "cpu":  # one training takes all cores
+        return 1
+    cores = (os.cpu_count() or 1) // gpus
+    trainers = int(psutil.virtual_memory().total * RAM_SHARE / gpus / TRAINER_RAM)
+    return max(1, min(MOST_SLOTS, cores, trainers))
+
+
+def served(device: Device, url: str, data_dir: Path, slots: int, spares: int) -> Served:
     command = [sys.executable, "-P", "-m", "gpu_worker.serve", "--kind", device.kind, "--name", device.name]
-    command += ["--uuid", device.uuid, "--index", str(device.index)]
+    command += ["--uuid", device.uuid, "--index", str(device.index), "--slots", str(slots), "--spares", str(spares)]
     # Pinned here, before the process exists: nothing in it can touch CUDA any earlier. By UUID, as indices change
     # with CUDA_DEVICE_ORDER; the control worker and a CPU worker see no GPU at all. The URL is no argument: it may
     # hold a password, and arguments are for everyone to read.
@@ -79,7 +100,15 @@ def served(device: Device, url: str, data_dir: Path) -> Served:
 def run(options: argparse.Namespace) -> None:
     settings = Settings()
     url = connect_url(settings)
-    workers = [served(device, url, settings.data_dir) for device in devices(options)]
+    found = devices(options)
+    gpus = sum(device.kind == "gpu" for device in found)
+    workers = []
+    for device in found:
+        slots = slots_for(device, options.slots, gpus)
+        spares = 0 if device.kind == "control" else options.spares
+        if spares is None:
+            spares = SPARES if device.kind == "gpu" else 0
+        workers.append(served(device, url, settings.data_dir, slots, spares))
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))
@@ -102,6 +131,8 @@ def main() -> None:
     parser.add_argument("--gpu", action="append", default=[])
     parser.add_argument("--no-control", action="store_true")
     parser.add_argument("--control-only", action="store_true")
+    parser.add_argument("--slots", type=int)
+    parser.add_argument("--spares", type=int)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
     try:

@@ -1,24 +1,45 @@
-"""The trainers of a worker: one is started for a job, and may go on with the next job of the same base model.
+"""The trainers of a worker: started for a job, or beforehand as spares; one may go on with the next job of its model.
 
-Importing Unsloth takes 13 s on two CPU cores and half a minute beside a GPU, so a trainer that ended its job well is
-kept for a while. It has freed its memory and checked that (gpu_worker/trainer/child.py), or it has left.
+Importing Unsloth takes 13 s on two CPU cores and half a minute beside a GPU. So a few trainers have it imported before
+there is a job, and a trainer that ended its job well is kept for a while. It has freed its memory and checked that
+(gpu_worker/trainer/child.py), or it has left.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_worker.trainer_process import TrainerProcess
 
-IDLE_S = 60.0  # how long a trainer waits for another job before it is ended
+log = logging.getLogger(__name__)
+IDLE_S = 60.0  # how long a trainer waits for another job of its model before it is ended
+FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0  # before a spare is started again, where one has ended by itself
+
+
+@dataclass(frozen=True)
+class Resting:
+    """A trainer without a job."""
+
+    trainer: TrainerProcess
+    base_model: str | None  # that it has worked with; None: a spare
+    since: float
 
 
 class TrainerPool:
-    """At most one resting trainer; several may be at work."""
+    """The trainers that rest; those at work are with their attempts.
+
+    Args:
+        environment, folder, grace_s: of the trainers.
+        command: what a trainer is; None: the one with Unsloth.
+        spares: how many are to stand ready before there is a job.
+        most: how many may rest now, the spares among them.
+    """
 
     def __init__(
         self,
@@ -26,21 +47,36 @@ class TrainerPool:
         folder: Path,
         grace_s: float,
         command: Sequence[str] | None = None,
+        spares: int = 0,
+        most: Callable[[], int] = lambda: 1,
     ) -> None:
         self._environment, self.folder, self._grace_s = environment, folder, grace_s
+        self._spares, self._most = spares, most
         self._command = list(command) if command else [sys.executable, "-P", "-m", "gpu_worker.trainer.child"]
-        self._resting: tuple[TrainerProcess, str, float] | None = None
+        self._resting: list[Resting] = []  # the one that began to rest last comes last
         self._lock = threading.Lock()
+        self._pause_s = self._start_at = 0.0
 
     def take(self, base_model: str) -> TrainerProcess:
-        """The resting trainer if it knows that base model, else a new one."""
+        """A resting trainer that knows the base model, else a spare, else a new one; what may not rest on is ended."""
+        while (resting := self._pick(base_model)) is not None and not resting.trainer.alive():
+            resting.trainer.kill()
         with self._lock:
-            resting, self._resting = self._resting, None
-        if resting is not None:
-            trainer, known, _ = resting
-            if known == base_model and trainer.alive():
-                return trainer
-            trainer.kill()
+            surplus = self._surplus()
+        for other in surplus:
+            other.trainer.kill()
+        return resting.trainer if resting is not None else self._start()
+
+    def _pick(self, base_model: str) -> Resting | None:
+        with self._lock:
+            for known in (base_model, None):
+                for resting in reversed(self._resting):
+                    if resting.base_model == known:
+                        self._resting.remove(resting)
+                        return resting
+        return None
+
+    def _start(self) -> TrainerProcess:
         return TrainerProcess(self._command, self._environment, self.folder, self._grace_s)
 
     def give_back(self, trainer: TrainerProcess, base_model: str, *, clean: bool) -> None:
@@ -50,22 +86,44 @@ class TrainerPool:
             return
         trainer.rest()
         with self._lock:
-            before, self._resting = self._resting, (trainer, base_model, time.monotonic())
-        if before is not None:
-            before[0].kill()
+            self._resting.append(Resting(trainer, base_model, time.monotonic()))
 
-    def expire(self, idle_s: float = IDLE_S) -> None:
-        """Ends a trainer that has rested for longer."""
+    def _surplus(self) -> list[Resting]:
+        """Those that have rested longest, as far as more rest than may; they are no longer the pool's."""
+        place = max(0, len(self._resting) - self._most())
+        surplus, self._resting = self._resting[:place], self._resting[place:]
+        return surplus
+
+    def tend(self, idle_s: float = IDLE_S) -> None:
+        """Ends what rests for long, is too many, or has ended by itself; starts the spares that lack."""
+        now = time.monotonic()
         with self._lock:
-            if self._resting is None or time.monotonic() - self._resting[2] < idle_s:
-                return
-            trainer, self._resting = self._resting[0], None
-        trainer.kill()
+            tired = [r for r in self._resting if r.base_model is not None and now - r.since >= idle_s]
+            spares = [r for r in self._resting if r.base_model is None]
+            dead = [r for r in spares if not r.trainer.alive()]
+            self._resting = [r for r in self._resting if r not in tired and r not in dead]
+            surplus = self._surplus()
+            lack = min(self._spares - len(spares) + len(dead), self._most() - len(self._resting))
+        for resting in (*tired, *dead, *surplus):
+            resting.trainer.kill()
+        if dead:
+            self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S)
+            self._start_at = now + self._pause_s
+            log.warning("a spare trainer has ended by itself; the next is started in %g s", self._pause_s)
+        for _ in range(lack if now >= self._start_at else 0):
+            spare = Resting(self._start(), None, time.monotonic())
+            spare.trainer.rest()
+            with self._lock:
+                self._resting.insert(0, spare)
 
     @property
-    def empty(self) -> bool:
-        """Whether no trainer rests here."""
-        return self._resting is None
+    def resting(self) -> int:
+        """How many rest."""
+        return len(self._resting)
 
     def close(self) -> None:
-        self.expire(idle_s=0)
+        """Ends all that rest."""
+        with self._lock:
+            resting, self._resting = self._resting, []
+        for one in resting:
+            one.trainer.kill()

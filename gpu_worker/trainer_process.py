@@ -93,6 +93,7 @@ class TrainerProcess:
         self._selector.register(self._log, selectors.EVENT_READ)
         self._rest = {self._events: b"", self._log: b""}
         self._ended = False
+        self.rested = False  # it has been without a job for a while
 
     # -- telling
 
@@ -106,7 +107,8 @@ class TrainerProcess:
         self._tell(f"deadline {seconds!r}")
 
     def rest(self) -> None:
-        """Between two jobs: no deadline."""
+        """Until the next job: no deadline."""
+        self.rested = True
         self.set_deadline(math.inf)
 
     def ask_checkpoint(self) -> None:

@@ -72,6 +72,8 @@ class Claim:
     failures: int
     lease_s: float
     submission: str = ""  # random, of the submit that made the job
+    need_bytes: int = 0  # what it was admitted for at least
+    rung: int = 0  # where this attempt begins in the ladder of splits
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Settlement:
     outcome: Mapping[str, Any] | None = None
     delay_s: float = 0.0
     counts: bool = False  # as one more failure
+    rung: int = 0  # after memory ran out: where the next attempt begins
+    need_bytes: int = 0  # after memory ran out: what the job needs, where that is more than was thought
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Job:
     message: str  # why it failed, one line
     cancel_requested: bool
     waits: int  # jobs that it still waits for
-    ooms: int = 0  # attempts that ran out of memory, since it was submitted or retried
+    rung: int = 0  # of its ladder of splits, where the next attempt begins; see jobqueue/microbatch.py
     held: bool = False  # not to be claimed until it is released
     needs: tuple[str, ...] = ()  # jobs that had to succeed before it
     progress: dict[str, Any] = field(default_factory=dict)  # the last progress event
@@ -166,7 +170,7 @@ class Job:
             message=record.get("message", ""),
             cancel_requested=record.get("cancel") == "1",
             waits=int(number("waits")),
-            ooms=int(number("ooms")),
+            rung=int(number("rung")),
             held=record.get("hold") == "1",
             needs=tuple(parsed("needs", [])),
             progress=parsed("progress", {}),

@@ -153,6 +153,12 @@ def evaluation_peak(config: Mapping[str, Any], spec: EvaluateSpec, row_tokens: i
     return int((shape.weight_bytes(spec.load_in_4bit) + max(cache, scores)) * FRAGMENTS + ROUNDING + CONTEXT)
 
 
+def kind_of(spec: Mapping[str, Any]) -> str:
+    """Jobs of one kind are wrong by the same factor: what is done, with which model, in how many bits."""
+    bits = spec["method"] if spec["kind"] == "train" else "4bit" if spec["load_in_4bit"] else "16bit"
+    return f"{spec['kind']}:{bits}:{spec['base_model']}"
+
+
 def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec, row_tokens: int | None = None) -> int:
     """Peak bytes of a job; what the user said in `resources.memory` goes first.
 

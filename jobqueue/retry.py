@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jobqueue.job import FailureReason as R
 from jobqueue.job import JobState, Settlement
@@ -35,7 +33,7 @@ TABLE = {
         "No usable row, missing columns, nothing left to train on.",
         "Correct the data and submit again; `--dry-run` checks it first.",
     ),
-    R.OUT_OF_MEMORY: Rule(  # until there is no smaller one: see `with_less_memory`
+    R.OUT_OF_MEMORY: Rule(  # until there is no smaller one: see jobqueue/microbatch.py
         1,
         "The GPU's memory, or the host's, was not enough.",
         "Lower `max_seq_length` or `lora.r`, train with `method: qlora`, or start a worker with a larger GPU.",
@@ -128,27 +126,3 @@ def after_failure(reason: R, message: str, failures: int, max_failures: int, *, 
         delay_s=decision.delay_s,
         counts=decision.counts,
     )
-
-
-def with_less_memory(spec: Mapping[str, Any], times: int) -> dict[str, Any] | None:
-    """A train or evaluate spec after it ran out of memory so many times; None where nothing smaller is left.
-
-    The micro-batch is the largest divisor of the effective batch that is at most half of what it was, and accumulation
-    makes up for it, so that every optimizer step still sees the same rows. An evaluation asks half as many at a time.
-    """
-    changed = dict(spec)
-    for _ in range(times):
-        if changed["kind"] == "train":
-            training = changed["training"]
-            micro, steps = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
-            smaller = next((size for size in range(micro // 2, 0, -1) if micro * steps % size == 0), None)
-            if smaller is None:
-                return None
-            split = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": micro * steps // smaller}
-            changed["training"] = {**training, **split}
-        else:
-            size = changed["evaluation"]["per_device_eval_batch_size"] // 2
-            if size == 0:
-                return None
-            changed["evaluation"] = {**changed["evaluation"], "per_device_eval_batch_size": size}
-    return changed

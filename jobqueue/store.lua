@@ -20,6 +20,7 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:held_classes        set     memory classes of which nothing is claimed
   {loraq}:drained             set     workers, and hosts, that claim nothing
   {loraq}:unsized             set     jobs whose memory a control worker must estimate
+  {loraq}:peaks               hash    kind of job -> its peak as measured over the estimate
   {loraq}:usage               hash    owner -> "<GPU seconds, decayed>:<T of that figure>"
   {loraq}:workers             hash    worker -> JSON as it described itself, with seen_at T
   {loraq}:gpu_workers         zset    GPU workers by the T of their last heartbeat
@@ -31,7 +32,7 @@ Fields of a record
   needs follows(JSON: jobs that must have succeeded, or ended, before)
   state(waiting held queued running succeeded failed cancelled) cancel("1" asked for) hold("1" not to be claimed)
   attempt(the fence) nonce(proof of the claim) settled(number, nonce and state of the last settled attempt) failures
-  ooms(attempts since the submit or retry that ran out of memory)
+  rung(of the job's ladder of splits, where the next attempt begins; grows when memory ran out)
   submission(of the submit that made it, random) said(entries of its stream that the attempt has appended)
   submitted_at queued_at claimed_at ended_at not_before (T) worker reason message progress(JSON) outcome(JSON)
 ]]
@@ -39,6 +40,7 @@ Fields of a record
 local P = '{loraq}:'
 local HALF_LIFE = 24 * 3600 * 1000 -- of GPU seconds in the fair share
 local PAGE, LOOK = 16, 1024 -- how many jobs of an owner and class a claim reads at once, and looks at in all
+local PATIENCE = 60 * 1000 -- a job that has waited for longer lets no other overtake it where it would fit
 local GPU_ALIVE = 30 * 1000 -- a GPU worker that has been silent for longer does not keep CPU workers away
 local FORGET = 24 * 3600 * 1000 -- of silent workers
 local FINAL = { succeeded = true, failed = true, cancelled = true }
@@ -192,7 +194,7 @@ local function add(job, now, woken)
   redis.call('HSET', key(id), 'id', id, 'kind', job.kind, 'batch', job.batch, 'trial', job.trial, 'owner', job.owner,
     'spec', job.spec, 'submission', job.submission, 'device', job.device, 'priority', job.priority, 'queue', job.queue, 'need', job.need, 'hold', '',
     'needs', cjson.encode(job.needs), 'follows', cjson.encode(job.follows), 'state', 'waiting',
-    'failures', 0, 'ooms', 0, 'submitted_at', now, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '', 'message', '',
+    'failures', 0, 'rung', 0, 'submitted_at', now, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '', 'message', '',
     'progress', '', 'outcome', '', 'seq', redis.call('INCR', P .. 'sequence'))
   redis.call('HSETNX', key(id), 'attempt', 0)
   begin(id, job.needs, job.follows, now, woken)
@@ -259,43 +261,49 @@ local function before(a, b)
 end
 
 -- The first job of that owner and class which the worker may and can hold; for a CPU worker none that wants a GPU.
-local function first_fit(queue, owner, device, free)
+-- One that has waited for long, and would fit if nothing else ran here, is `blocked`: nothing behind it may overtake it.
+local function first_fit(queue, owner, device, free, whole, now)
   local list = P .. 'queue:' .. queue .. ':' .. owner
   for start = 0, LOOK - PAGE, PAGE do
     local ids = redis.call('ZRANGE', list, start, start + PAGE - 1)
     if start == 0 and #ids == 0 then redis.call('SREM', P .. 'owners:' .. queue, owner) end
     for _, id in ipairs(ids) do
-      local need, priority, seq, meant = unpack(redis.call('HMGET', key(id), 'need', 'priority', 'seq', 'device'))
+      local need, priority, seq, meant, queued_at =
+        unpack(redis.call('HMGET', key(id), 'need', 'priority', 'seq', 'device', 'queued_at'))
+      need = tonumber(need)
       if not need then -- evicted, by a server that may do that
         redis.call('ZREM', list, id)
-      elseif tonumber(need) <= free and not (device == 'cpu' and meant == 'gpu') then
-        return { id = id, priority = tonumber(priority), seq = tonumber(seq) }
+      elseif not (device == 'cpu' and meant == 'gpu') then
+        local blocked = need > free and need <= whole and now - queued_at > PATIENCE
+        if need <= free or blocked then
+          return { id = id, priority = tonumber(priority), seq = tonumber(seq), blocked = blocked }
+        end
       end
     end
     if #ids < PAGE then return nil end
   end
 end
 
-local function best(device, free, queues, now)
+local function best(device, free, whole, queues, now)
   local chosen
   for _, queue in ipairs(served(device, queues, now)) do
     local held = redis.call('SISMEMBER', P .. 'held_classes', queue) == 1
     for _, owner in ipairs(held and {} or redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
-      local candidate = first_fit(queue, owner, device, free)
+      local candidate = first_fit(queue, owner, device, free, whole, now)
       if candidate then
         candidate.usage = usage(owner, now)
         if not chosen or before(candidate, chosen) then chosen = candidate end
       end
     end
   end
-  return chosen and chosen.id
+  return chosen and not chosen.blocked and chosen.id or nil
 end
 
--- claim(not after, worker, device gpu|cpu|control, free bytes, lease, nonce, class...)
---   -> {id, attempt, spec, batch, failures, submission} or {}
+-- claim(not after, worker, device gpu|cpu|control, free bytes, bytes if nothing ran there, lease, nonce, class...)
+--   -> {id, attempt, spec, batch, failures, submission, need, rung} or {}
 -- Asked again with the nonce of a claim that runs, since no answer came, it renews that claim and answers alike.
 local function claim(_, args)
-  local not_after, worker, device, free, lease, nonce = unpack(args, 1, 6)
+  local not_after, worker, device, free, whole, lease, nonce = unpack(args, 1, 7)
   local now = time()
   if too_late(not_after) then return {} end
   local id = redis.call('HGET', P .. 'claims', nonce)
@@ -303,7 +311,7 @@ local function claim(_, args)
     local host = string.match(worker, '^[^/]*')
     local drained = redis.call('SISMEMBER', P .. 'drained', worker) + redis.call('SISMEMBER', P .. 'drained', host)
     if drained > 0 or quiet(now, tonumber(lease)) then return {} end
-    id = best(device, tonumber(free), { unpack(args, 7) }, now)
+    id = best(device, tonumber(free), tonumber(whole), { unpack(args, 8) }, now)
     if not id then return {} end
     unplace(id)
     redis.call('HINCRBY', key(id), 'attempt', 1)
@@ -313,7 +321,8 @@ local function claim(_, args)
     event(id, 'state', 'running on ' .. worker)
   end
   redis.call('ZADD', P .. 'running', now + lease, id)
-  return { id, number(id, 'attempt'), field(id, 'spec'), field(id, 'batch'), number(id, 'failures'), field(id, 'submission') }
+  local spec, batch, submission = unpack(redis.call('HMGET', key(id), 'spec', 'batch', 'submission'))
+  return { id, number(id, 'attempt'), spec, batch, number(id, 'failures'), submission, number(id, 'need'), number(id, 'rung') }
 end
 
 local function runs_no_more(id)
@@ -350,11 +359,13 @@ local function append(_, args)
   return 1
 end
 
--- settle(id, attempt, nonce, state, reason, message, outcome, delay, counts, "expired" or "") -> {1, classes...} or {0}
+-- settle(id, attempt, nonce, state, reason, message, outcome, delay, counts, rung, need, class, "expired" or "")
+--   -> {1, classes...} or {0}
 -- state `queued` means: again, after `delay` ms; `counts` "1": as one more failure. "expired": only if the lease ended.
+-- After `out_of_memory` the next attempt begins at `rung`, and its job needs `need` (0: what it did) and so waits in `class`.
 -- Said twice by the same attempt it is done once and answered alike.
 local function settle(_, args)
-  local id, attempt, nonce, state, reason, message, outcome, delay, counts, only = unpack(args)
+  local id, attempt, nonce, state, reason, message, outcome, delay, counts, rung, need, queue, only = unpack(args)
   local now, woken, word = time(), nobody(), attempt .. ' ' .. nonce .. ' ' .. state
   if field(id, 'settled') == word then return { 1 } end
   if not owns(id, attempt, nonce) then return { 0 } end
@@ -369,7 +380,10 @@ local function settle(_, args)
     claimed_at = claimed / 1000, ended_at = now / 1000, state = state, reason = reason, message = message }))
   redis.call('HSET', key(id), 'settled', word, 'ended_at', now, 'outcome', outcome)
   if counts == '1' then redis.call('HINCRBY', key(id), 'failures', 1) end
-  if reason == 'out_of_memory' then redis.call('HINCRBY', key(id), 'ooms', 1) end
+  if state == 'queued' and reason == 'out_of_memory' then
+    redis.call('HSET', key(id), 'rung', rung)
+    if need ~= '0' then redis.call('HSET', key(id), 'need', need, 'queue', queue) end
+  end
   if state == 'queued' then
     redis.call('HSET', key(id), 'reason', reason, 'message', message)
     event(id, 'state', 'queued again: ' .. reason .. ': ' .. message)
@@ -378,6 +392,15 @@ local function settle(_, args)
     finish(id, now, state, reason, message, woken)
   end
   return answer(1, woken)
+end
+
+-- learn(kind, ratio) -> 1: what a job of that kind was measured to take, over what it was thought to
+-- It grows at once and falls slowly: a little too much is waste, a little too little a failed attempt.
+local function learn(_, args)
+  local kind, ratio = args[1], tonumber(args[2])
+  local known = tonumber(redis.call('HGET', P .. 'peaks', kind) or '')
+  redis.call('HSET', P .. 'peaks', kind, tostring(known and math.max(ratio, 0.75 * known + 0.25 * ratio) or ratio))
+  return 1
 end
 
 -- cancel(id...) -> the ids that it stopped or asked to stop, then the classes that woke behind a "|"
@@ -439,7 +462,7 @@ local function retry(_, ids)
     end
     if FINAL[state] then redis.call('HSET', key(id), 'hold', '') end
     if FINAL[state] or early then
-      redis.call('HSET', key(id), 'failures', 0, 'ooms', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',
+      redis.call('HSET', key(id), 'failures', 0, 'rung', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',
         'message', '', 'progress', '', 'outcome', '', 'state', 'waiting')
       event(id, 'state', 'to be run again, on request')
       changed[#changed + 1] = id
@@ -552,6 +575,7 @@ register('size', size, SETTLES)
 register('refuse', refuse, SETTLES)
 register('renew', renew, SETTLES)
 register('settle', settle, SETTLES)
+register('learn', learn, GROWS)
 register('cancel', cancel, SETTLES)
 register('release_base', release_base, SETTLES)
 register('hold', hold, SETTLES)

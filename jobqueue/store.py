@@ -21,6 +21,7 @@ from jobqueue.durability import Keeping, look, wait_until_on_disk
 from jobqueue.errors import NotFoundError, ServerError, StaleAttemptError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.job import Batch, Claim, Job, JobState, Settlement, WorkerInfo
+from jobqueue.memory import memory_class
 
 PREFIX = "{loraq}:"
 KEEP_EVENTS = 20_000  # entries of a job's stream; the whole log is a file in storage
@@ -309,17 +310,40 @@ class Store:
     # -- a worker's calls
 
     def claim(
-        self, worker: str, device: str, free_bytes: int, lease_s: float, nonce: str, queues: Sequence[str]
+        self,
+        worker: str,
+        device: str,
+        free_bytes: int,
+        lease_s: float,
+        nonce: str,
+        queues: Sequence[str],
+        *,
+        whole_bytes: int = 0,
     ) -> Claim | None:
-        """The best queued job that fits, or None: nothing for this worker now.
+        """The best queued job that fits into `free_bytes`, or None: nothing for this worker now.
+
+        A job that has waited for long and would fit into `whole_bytes`, what there is when nothing else runs, is not
+        overtaken: the worker is to run empty until it fits.
 
         Asked again with the nonce of a running claim, whose answer was lost, it answers with that claim, renewed.
         """
-        answer = self._call("claim", self._not_after(), worker, device, free_bytes, int(lease_s * 1000), nonce, *queues)
+        room = (free_bytes, max(whole_bytes, free_bytes))
+        answer = self._call("claim", self._not_after(), worker, device, *room, int(lease_s * 1000), nonce, *queues)
         if not answer:
             return None
-        job_id, attempt, spec, batch, failures, submission = answer
-        return Claim(job_id, int(attempt), nonce, json.loads(spec), batch, int(failures), lease_s, submission)
+        job_id, attempt, spec, batch, failures, submission, need, rung = answer
+        return Claim(
+            job_id,
+            int(attempt),
+            nonce,
+            json.loads(spec),
+            batch,
+            int(failures),
+            lease_s,
+            submission,
+            int(need),
+            int(rung),
+        )
 
     def renew(self, claim: Claim) -> bool:
         """Extends the lease; True: the user asked to cancel. Raises StaleAttemptError where it is lost."""
@@ -350,11 +374,23 @@ class Store:
             json.dumps(end.outcome) if end.outcome else "",
             int(end.delay_s * 1000),
             int(end.counts),
+            end.rung,
+            end.need_bytes,
+            memory_class(end.need_bytes),
             "expired" if only_expired else "",
         )
         if answer[0] == 0:
             raise self._stale(claim)
         return cast("list[str]", answer[1:])
+
+    def learn(self, kind: str, ratio: float) -> None:
+        """A job of that kind was measured to take so many times its estimate."""
+        self._call("learn", kind, ratio)
+
+    def correction(self, kind: str) -> float:
+        """What an estimate for that kind of job is to be multiplied with; 1 where none has been measured."""
+        with self._errors():
+            return float(self._redis.hget(f"{PREFIX}peaks", kind) or 1.0)
 
     def heartbeat(self, worker: str, device: str, info: Mapping[str, Any]) -> bool:
         """`info` is a WorkerInfo's fields, and `every_s`: how often it comes. True: the worker is to drain."""

@@ -4,7 +4,8 @@
 the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
 when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file),
 `await:FILE` (waits for it), `say:WORD` (in its log), `only:KIND` (what follows is for a train or evaluate job),
-`saving` (a checkpoint without end), `oom:2` (out of memory with micro-batches above 2), `fail:REASON`, `exit:CODE`,
+`saving` (a checkpoint without end), `oom:2` (out of memory with micro-batches above 2), `budget:2` (holds itself to 2
+GiB from now on), `fail:REASON`, `exit:CODE`,
 `kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `kill-worker` (SIGKILL to the process above its guardian), `gil:2`
 (seconds in native code that lets no other thread run), `child` (starts a child in a session of its own). Every 0.05 s
 it writes a line into LORAQ_BEATS, if that is set: process id, time.
@@ -84,8 +85,13 @@ def work(request: dict) -> None:
             print(value)
         elif verb == "fail":
             return say(type="failed", reason=value, message="as asked")
-        elif verb == "oom" and request["spec"]["training"]["per_device_train_batch_size"] > int(value):
-            return say(type="failed", reason="out_of_memory", message="as asked")
+        elif verb == "oom":
+            micro = request["spec"]["training"]["per_device_train_batch_size"] >> request["rung"]
+            if micro > int(value):
+                below = {"rung": request["rung"] + 1} if micro > 1 else {}
+                return say(type="failed", reason="out_of_memory", message="as asked", **below)
+        elif verb == "budget":
+            say(type="progress", phase="data", budget_bytes=int(float(value) * 2**30))
         elif verb == "exit":
             sys.exit(int(value))
         elif verb == "kill":
@@ -114,7 +120,8 @@ def work(request: dict) -> None:
         file.write(job)
     outcome = {"pid": os.getpid(), "adapter": request["adapter"], "resumed": request["resume"]}
     if training := request["spec"].get("training"):
-        outcome["split"] = [training["per_device_train_batch_size"], training["gradient_accumulation_steps"]]
+        micro, rung = training["per_device_train_batch_size"], request["rung"]
+        outcome["split"] = [micro >> rung, training["gradient_accumulation_steps"] << rung]
     return say(type="result", outcome=outcome)
 
 

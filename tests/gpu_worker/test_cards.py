@@ -156,7 +156,7 @@ def test_a_job_whose_memory_others_took_keeps_its_micro_batch(cards: Cards) -> N
     here.store.cancel(["taken.1"])
 
     job = here.store.job("taken.1")
-    assert (job.failures, job.ooms, job.history[0]["reason"]) == (0, 0, "device")
+    assert (job.failures, job.rung, job.history[0]["reason"]) == (0, 0, "device")
     assert f"22.0 GiB held by other processes (pid {os.getpid()} " in job.history[0]["message"]
 
 
@@ -215,6 +215,6 @@ def test_an_xid_that_is_the_cards_fault_stops_the_card_and_one_of_a_program_does
 
 def _stays(cards: Cards, memory_class: str) -> bool:
     """Whether a wake-up is still there after a time in which a listening worker takes dozens."""
-    send_tokens(make_app(cards.here.store.url), [memory_class])
+    send_tokens(make_app(cards.here.store.url, 5.0), [memory_class])
     time.sleep(1)
     return cards.here.store.tokens(f"loraq.{memory_class}") > 0

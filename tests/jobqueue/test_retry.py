@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobqueue.job import FailureReason
-from jobqueue.retry import TABLE, decide, with_less_memory
+from jobqueue.retry import TABLE, decide
 
 # The second ends with its micro-batches, the third after so many in a row.
 FREE = (FailureReason.PREEMPTED, FailureReason.OUT_OF_MEMORY, FailureReason.DEVICE)
@@ -72,35 +72,3 @@ def test_jobs_that_failed_together_do_not_come_back_together() -> None:
     assert len(delays) > 10
     assert all(2.5 <= delay <= 7.5 for delay in delays)
     assert decide(FailureReason.CRASHED, 0, 3, jitter=0).delay_s == 2.5
-
-
-@pytest.mark.parametrize(
-    ("micro", "steps", "splits"),
-    [
-        (8, 1, [(8, 1), (4, 2), (2, 4), (1, 8)]),
-        (2, 4, [(2, 4), (1, 8)]),
-        (6, 1, [(6, 1), (3, 2), (1, 6)]),
-        (5, 2, [(5, 2), (2, 5), (1, 10)]),
-        (1, 16, [(1, 16)]),
-    ],
-)
-def test_out_of_memory_makes_the_micro_batch_smaller_and_keeps_the_effective_batch(
-    micro: int, steps: int, splits: list[tuple[int, int]]
-) -> None:
-    training = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps, "seed": 1}
-    spec = {"kind": "train", "training": training, "lora": {"r": 8}}
-
-    found = [with_less_memory(spec, times) for times in range(len(splits) + 1)]
-
-    assert found.pop() is None, "never the same split twice"
-    assert [tuple(s["training"].values()) for s in found if s] == [(*split, 1) for split in splits]
-    assert all(s is not None and s["lora"] == {"r": 8} for s in found)
-    assert spec["training"] == training, "the spec itself stays as it was"
-
-
-def test_an_evaluation_that_ran_out_of_memory_asks_half_as_many_at_a_time() -> None:
-    spec = {"kind": "evaluate", "evaluation": {"per_device_eval_batch_size": 5}}
-
-    found = [with_less_memory(spec, times) for times in range(4)]
-
-    assert [s and s["evaluation"]["per_device_eval_batch_size"] for s in found] == [5, 2, 1, None]

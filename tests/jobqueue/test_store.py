@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import secrets
 
 import pytest
-from helpers import SUCCEEDED, claim, must_claim, new_job, snapshot, states, submit, wait_for
+from helpers import LEASE_S, SUCCEEDED, claim, must_claim, new_job, snapshot, states, submit, wait_for
 
 from jobqueue.errors import NotFoundError
 from jobqueue.job import JobState
@@ -246,3 +247,61 @@ def test_the_largest_batch_is_submitted_whole_and_wakes_no_more_slots_than_token
     assert store.job("big.report").waits == 10_000
     assert store.batch("big").states == {JobState.QUEUED: 10_000, JobState.WAITING: 1}
     assert must_claim(store).job_id == "big.0"
+
+
+# -- sharing a device
+
+
+def test_a_big_job_that_has_waited_for_long_is_not_overtaken_where_it_would_fit(store: Store) -> None:
+    submit(store, new_job("big.1", need=20 * GIB, queue="gpu24"))
+    submit(store, new_job("small.1"), new_job("small.2"), new_job("small.3"))
+    classes = ["gpu8", "gpu16", "gpu24"]
+
+    def next_one(free: int, whole: int) -> str | None:
+        found = store.claim("host/gpu0", "gpu", free, LEASE_S, secrets.token_hex(8), classes, whole_bytes=whole)
+        return found and found.job_id
+
+    assert next_one(10 * GIB, 24 * GIB) == "small.1", "it has not waited for long"
+    store._redis.hset("{loraq}:job:big.1", "queued_at", 0)
+    assert next_one(10 * GIB, 24 * GIB) is None, "the device is to run empty"
+    assert next_one(10 * GIB, 16 * GIB) == "small.2", "it would not fit there in any case"
+    assert next_one(24 * GIB, 24 * GIB) == "big.1"
+    assert next_one(4 * GIB, 24 * GIB) == "small.3"
+
+
+def test_what_goes_before_a_big_job_by_priority_does_not_wait_for_it(store: Store) -> None:
+    submit(store, new_job("big.1", need=20 * GIB, queue="gpu24"))
+    submit(store, new_job("urgent.1", priority=5))
+    store._redis.hset("{loraq}:job:big.1", "queued_at", 0)
+
+    found = store.claim("host/gpu0", "gpu", 10 * GIB, LEASE_S, "n", ["gpu8", "gpu24"], whole_bytes=24 * GIB)
+
+    assert found is not None
+    assert found.job_id == "urgent.1"
+
+
+def test_a_claim_says_what_the_job_needs_and_where_its_ladder_begins(store: Store) -> None:
+    submit(store, new_job("b.1", need=3 * GIB))
+    first = must_claim(store)
+    store.settle(first, Settlement(JobState.QUEUED, "out_of_memory", "full", rung=2))
+    second = must_claim(store)
+    store.settle(second, Settlement(JobState.QUEUED, "out_of_memory", "full", rung=2, need_bytes=12 * GIB))
+    third = must_claim(store)
+
+    assert [(c.need_bytes, c.rung) for c in (first, second, third)] == [(3 * GIB, 0), (3 * GIB, 2), (12 * GIB, 2)]
+    job = store.job("b.1")
+    assert (job.queue, job.rung) == ("gpu16", 2)
+    store.settle(third, Settlement(JobState.FAILED, "out_of_memory", "full", counts=True))
+    store.retry(["b.1"])
+    assert must_claim(store).rung == 0
+
+
+def test_a_correction_grows_at_once_and_falls_slowly(store: Store) -> None:
+    assert store.correction("train:qlora:m") == 1
+    seen = []
+    for ratio in (1.2, 0.8, 0.8, 1.5):
+        store.learn("train:qlora:m", ratio)
+        seen.append(store.correction("train:qlora:m"))
+
+    assert seen == pytest.approx([1.2, 1.1, 1.025, 1.5])
+    assert store.correction("train:qlora:other") == 1

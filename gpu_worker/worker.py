@@ -1,0 +1,234 @@
+"""One device's worker: claims what fits beside what it runs already, and runs it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+import socket
+import threading
+import time
+from functools import partial
+
+from gpu_worker import guardian
+from gpu_worker.admission import Admission
+from gpu_worker.attempt import Attempt
+from gpu_worker.gpu import Device
+from gpu_worker.health import watch
+from gpu_worker.lease import Lease
+from gpu_worker.patience import Patience
+from gpu_worker.pool import TrainerPool
+from gpu_worker.report import make_report
+from gpu_worker.storage_watch import StorageWatch
+from gpu_worker.trainer_process import trainer_environment, worker_cache
+from jobqueue.broker import make_app, send_tokens
+from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
+from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
+from jobqueue.memory import CONTEXT, GIB, classes_for
+from jobqueue.retry import after_failure
+from jobqueue.settings import Settings
+from jobqueue.storage import Storage
+from jobqueue.store import Store
+
+log = logging.getLogger(__name__)
+FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0  # of a host that cannot write
+
+
+class Worker:
+    """Serves one device: claims what fits, one job per slot at a time, until it is told to drain.
+
+    Args:
+        slots: how many jobs run side by side at most; their memory must fit as well.
+        spares: how many trainers stand ready for a job that is to come.
+    """
+
+    def __init__(self, device: Device, settings: Settings, url: str, slots: int = 1, spares: int = 0) -> None:
+        self.device, self.settings, self.slots = device, settings, slots
+        self.id = f"{socket.gethostname()}/{device.label}"
+        self.leaving = threading.Event()  # this process is to end
+        self.drained = threading.Event()  # somebody wants this worker to take nothing; it stays
+        self.store = Store(url, timeout_s=settings.timeout_s)
+        self.app = make_app(url, settings.timeout_s)
+        self.storage = Storage(settings.storage_url)
+        cache = worker_cache(settings.data_dir, device)
+        cache.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(cache / "scratch", ignore_errors=True)  # of attempts that ended with kill -9
+        self._admission, self._spares = Admission(slots, spares * CONTEXT), spares
+        environment = trainer_environment(device.kind, cache)
+        self.pool = TrainerPool(environment, cache, settings.grace_s, settings.trainer_command, spares, self._may_rest)
+        self._slots = threading.BoundedSemaphore(slots)
+        self._running: set[str] = set()
+        self._unanswered: list[str] = []  # nonces of claims that may have been given
+        self._pause_s = self._well_at = 0.0
+        self._paused_for = ""
+        self._storage_watch = StorageWatch(self.storage, cache)
+        self._watch = watch(device, cache, alive=lambda: bool(self._running or self.pool.resting))
+
+    @property
+    def classes(self) -> list[str]:
+        """The memory classes whose wake-ups it listens to."""
+        return classes_for(self._watch.health.usable_bytes) if self.device.kind == "gpu" else [self.device.kind]
+
+    def well(self) -> bool:
+        return not (self._storage_watch.problem or self._watch.health.sick) and time.monotonic() >= self._well_at
+
+    def draining(self) -> bool:
+        return self.leaving.is_set() or self.drained.is_set()
+
+    def note(self) -> str:
+        """Why it takes no job, where that is so."""
+        if self.drained.is_set():
+            return "drained"
+        if problem := self._storage_watch.problem:
+            return f"sick: {problem}"
+        if time.monotonic() < self._well_at:
+            return f"it pauses: {self._paused_for}"
+        return self._watch.health.note
+
+    def work(self, *, wait: bool) -> None:
+        """Claims until it is refused. With `wait`, a slot that is busy is waited for, else left alone."""
+        if not self._slots.acquire(blocking=wait):
+            return
+        try:
+            while not self.draining() and self.well() and self._work_once():
+                pass
+        finally:
+            self._slots.release()
+
+    def _work_once(self) -> bool:
+        """One claim and its job; False where there was none, or the server is away."""
+        with self._admission.claiming():
+            claimed_at = guardian.now()
+            claim = None if self.draining() else self._claim()
+        if claim is None:
+            return False
+        log.info("%s: attempt %d begins", claim.job_id, claim.attempt)
+        self._running.add(claim.job_id)
+        try:
+            self._run(claim, claimed_at)
+        except Exception:  # nothing that a job does may end its worker; the lease ends the job
+            log.exception("%s: attempt %d broke its slot", claim.job_id, claim.attempt)
+            self._pause("an attempt broke its slot")
+        finally:
+            self._running.discard(claim.job_id)
+            self._admission.release(claim.job_id)
+        return True
+
+    def _claim(self) -> Claim | None:
+        """The best job that fits into what is left; its memory is promised to it."""
+        health = self._watch.look()
+        if health.sick:
+            return None
+        nonce = self._unanswered.pop() if self._unanswered else secrets.token_hex(8)
+        usable = health.usable_bytes
+        try:
+            claim = self.store.claim(
+                self.id,
+                self.device.kind,
+                self._admission.room(usable),
+                self.settings.lease_s,
+                nonce,
+                self.classes,
+                whole_bytes=usable,
+            )
+        except ServerError as error:
+            log.warning("no claim: %s", error.what)
+            self._unanswered.append(nonce)  # a claim whose answer was lost is asked for again
+            return None
+        if claim is not None and self.device.kind != "control":
+            self._running.add(claim.job_id)
+            granted = self._admission.admit(claim.job_id, claim.need_bytes, usable)
+            log.info("%s: %.1f GiB of %.1f GiB are its own", claim.job_id, granted / GIB, usable / GIB)
+        return claim
+
+    def tend(self) -> None:
+        """Looks after the trainers that rest."""
+        if self.well() and not self.draining():
+            self.pool.tend()
+        else:  # a resting trainer keeps a sick card from being reset
+            self.pool.close()
+
+    def _may_rest(self) -> int:
+        """Trainers: one for each idle slot and the spares, as far as the memory that nobody was promised holds them."""
+        wanted = self.idle_slots + self._spares
+        if self.device.kind != "gpu":
+            return wanted
+        return min(wanted, self._admission.room(self._watch.health.usable_bytes) // CONTEXT)
+
+    def _run(self, claim: Claim, claimed_at: float) -> None:
+        if claim.spec["kind"] == JobKind.REPORT:
+            self._report(claim, claimed_at)
+            return
+        wake = partial(send_tokens, self.app)
+        attempt = Attempt(
+            claim,
+            claimed_at,
+            self.store,
+            self.storage,
+            self.settings,
+            self.pool,
+            self._watch,
+            self._admission,
+            self.leaving,
+            self.draining,
+            wake,
+        )
+        attempt.run()
+        self._pause(attempt.sick)
+
+    def _pause(self, sick: str) -> None:
+        """A host whose storage or disk fails would spoil the whole queue, one job after the other: it rests, longer
+        each time, until an attempt shows that it is well again. (What is full for an adapter may hold a trial.)"""
+        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S) if sick else 0.0
+        self._well_at, self._paused_for = time.monotonic() + self._pause_s, sick
+        if sick:
+            self._storage_watch.try_again()
+            log.warning("nothing is claimed for %g s: %s", self._pause_s, sick)
+
+    def _report(self, claim: Claim, claimed_at: float) -> None:
+        lease = Lease(self.store, claim, self.settings, claimed_at)
+        try:
+            try:
+                make = partial(make_report, claim, self.store, self.storage)
+                made = lease.insist(partial(Patience(lease, self.settings, self.leaving), "make the report", make))
+                end = Settlement(JobState.SUCCEEDED, outcome=made)
+            except StaleAttemptError:
+                raise
+            except Exception as error:
+                log.exception("%s: no report", claim.job_id)
+                reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
+                if isinstance(error, LoraqError):
+                    reason, message = FailureReason.STORAGE, error.what
+                end = after_failure(reason, message, claim.failures, self.settings.max_failures)
+            lease.settle(end, self.leaving)
+        except StaleAttemptError as error:
+            log.warning("%s", error.what)
+        finally:
+            lease.close()
+
+    def info(self) -> dict[str, object]:
+        """What the store is told of it, the fields of WorkerInfo."""
+        return {
+            "host": socket.gethostname(),
+            "device": self.device.name,
+            "uuid": self.device.uuid,
+            "usable_bytes": self._watch.health.usable_bytes,
+            "slots": self.slots,
+            "running": sorted(self._running),
+            "note": self.note(),
+            "every_s": self.settings.heartbeat_s,
+        }
+
+    @property
+    def idle_slots(self) -> int:
+        return self.slots - len(self._running)
+
+    def leave(self) -> None:
+        """Waits for what runs, ends the resting trainers, and tells the store."""
+        for _ in range(self.slots):
+            self._slots.acquire()
+        self.pool.close()
+        try:
+            self.store.leave(self.id)
+        except ServerError as error:
+            log.warning("left without a word: %s", error.what)

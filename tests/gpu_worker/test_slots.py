@@ -1,0 +1,130 @@
+"""Several jobs on one GPU: admission by memory, spare trainers, and what happens when an estimate was wrong.
+
+The card's NVML is simulated; worker and server are real.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from helpers import restartable_server, wait_for
+from test_cards import TOTAL, Cards
+from worker_process import ROOT, START_S, STUB, Site, site, succeeded_once
+
+from jobqueue.job import FailureReason, JobState
+from jobqueue.memory import GIB, memory_class
+
+SLOTS = 4
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    with restartable_server(folder / "server") as server, site(server.url, folder / "site") as opened:
+        cards = Cards(opened)
+        path = os.pathsep.join([str(ROOT / "tests" / "fake_nvml"), str(ROOT)])
+        options = ("--gpu", "0", "--slots", str(SLOTS), "--spares", "1")
+        opened.start(*options, PYTHONPATH=path, FAKE_NVML=cards.folder)
+        wait_for(lambda: len(opened.store.workers()) == 2, START_S, "a GPU and control")
+        yield opened
+
+
+def submit(here: Site, job_id: str, words: str, gib: float) -> None:
+    need = int(gib * GIB)
+    here.submit(job_id, words, need=need, queue=memory_class(need))
+
+
+def most_at_once(here: Site, jobs: list[str]) -> int:
+    """How many of the jobs' trainers were at work at the same time, by their beats."""
+    spans = []
+    for job in jobs:
+        beats = [float(at) for _, at in map(str.split, here.lines(job))]
+        spans.append((min(beats), max(beats)))
+    return max(sum(begin <= start <= end for begin, end in spans) for start, _ in spans)
+
+
+def trainers(here: Site) -> list[int]:
+    """The trainers, at work or not."""
+    found = []
+    for process in here.left(trainers_only=True):
+        command = process.cmdline()
+        if command[-1] == str(STUB) and "guardian" not in " ".join(command):
+            found.append(process.pid)
+    return found
+
+
+def test_a_spare_stands_ready_takes_the_next_job_and_is_replaced(here: Site) -> None:
+    spare = wait_for(lambda: trainers(here), START_S, "there is a trainer before there is a job")
+
+    submit(here, "ready.1", "sleep:0.3", gib=2)
+
+    assert succeeded_once(here.ended("ready.1"))
+    assert here.trainers_in_turn("ready.1")[0] in spare
+    wait_for(lambda: len(trainers(here)) >= 2, START_S, "another stands ready beside the one that rests")
+
+
+def test_as_many_jobs_run_side_by_side_as_there_are_slots(here: Site) -> None:
+    jobs = [f"side{number}.1" for number in range(SLOTS)]
+    for job in jobs:
+        submit(here, job, "sleep:0.2/await:go/sleep:0.2", gib=5)
+
+    wait_for(lambda: all(here.lines(job) for job in jobs), START_S, "all of them are at work")
+    (here.beats / "go").write_text("")
+
+    assert all(succeeded_once(here.ended(job)) for job in jobs)
+
+
+def test_what_the_jobs_were_promised_never_exceeds_the_card(here: Site) -> None:
+    jobs = [f"half{number}.1" for number in range(5)]
+    for job in jobs:
+        submit(here, job, "sleep:0.5", gib=11)
+
+    assert all(succeeded_once(here.ended(job)) for job in jobs)
+    assert most_at_once(here, jobs) <= 2
+
+
+def test_a_job_that_holds_itself_to_less_makes_room_for_others(here: Site) -> None:
+    submit(here, "first.1", "sleep:0.2/await:lower/budget:5/await:second/sleep:0.1", gib=20)
+    wait_for(lambda: here.lines("first.1"), START_S, "the first is at work")
+    submit(here, "second.1", "sleep:0.2", gib=10)
+    (here.beats / "lower").write_text("")
+
+    assert succeeded_once(here.ended("second.1")), "beside the first"
+    assert here.store.job("first.1").state is JobState.RUNNING
+    (here.beats / "second").write_text("")
+    assert succeeded_once(here.ended("first.1"))
+
+
+def test_a_job_that_ran_out_of_what_it_was_given_is_given_more_until_it_has_the_card(here: Site) -> None:
+    submit(here, "wrong.1", "oom:0", gib=1)
+
+    job = here.ended("wrong.1")
+
+    assert (job.state, job.reason) == (JobState.FAILED, FailureReason.OUT_OF_MEMORY)
+    assert "nothing smaller is left" in job.message
+    assert "is given" in job.history[1]["message"], "once the smallest split had failed"
+    assert job.need_bytes > 0.95 * TOTAL
+    assert job.rung == 1, "no split was tried twice with the same memory"
+    assert job.failures == 1
+
+
+def test_a_spare_that_was_killed_does_not_get_a_job_and_is_replaced(here: Site) -> None:
+    killed = wait_for(lambda: trainers(here), START_S, "there are trainers")
+    for pid in killed:
+        psutil.Process(pid).kill()
+
+    submit(here, "after.1", "sleep:0.2", gib=2)
+    assert succeeded_once(here.ended("after.1"))
+    assert here.store.job("after.1").failures == 0
+    wait_for(lambda: set(trainers(here)) - set(killed), START_S, "a new one stands ready")
+
+
+def test_a_drained_worker_keeps_no_trainer(here: Site) -> None:
+    gpu = next(worker.id for worker in here.store.workers() if worker.id.endswith("gpu0"))
+    here.store.mark("drained", gpu, True)
+    wait_for(lambda: not trainers(here), START_S, "none is left")
+    here.store.mark("drained", gpu, False)
+    wait_for(lambda: trainers(here), START_S, "one stands ready again")
