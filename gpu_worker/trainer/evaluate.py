@@ -24,7 +24,7 @@ from gpu_worker.trainer import usage
 from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.data import end_ids
 from gpu_worker.trainer.failures import bad_data
-from gpu_worker.trainer.likelihood import score
+from gpu_worker.trainer.likelihood import TIES, score
 from gpu_worker.trainer.questions import Question, padded, to_questions
 from jobqueue import rows
 from jobqueue.extraction import extract, has_asked_form
@@ -37,7 +37,6 @@ Report = Callable[[Progress], None]
 SCORED_PER_GENERATED = 4
 MOST_SCORED = 64  # in 16 bits the batch decides how numbers are rounded: from 16 answers on it is always the same
 INTERVAL = 0.95
-TIE_EPS = 1  # scores nearer to each other than so many units of rounding, relative to them, are a tie
 
 
 def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
     if "likelihood" in asked.metrics:
         plain_because = score(model, questions, min(batch * SCORED_PER_GENERATED, MOST_SCORED), progress)
         for question in questions:
-            question.choose(TIE_EPS * torch.finfo(model.dtype).eps)
+            question.choose(TIES[model.dtype])
         for metric in ("likelihood", "likelihood_normalised"):
             ties = sum(metric in question.ties for question in questions)
             outcome[metric] = _accuracy(questions, metric) | {"ties": ties}

@@ -38,10 +38,10 @@ class Question:
         pick, options = self.picks[metric], self.choice.options
         return pick is not None and options[pick].strip() == options[self.choice.answer].strip()
 
-    def choose(self, eps: float) -> None:
+    def choose(self, tie: float) -> None:
         """Pick by the scores: their sums, and per character of the option, as lm-evaluation-harness's acc_norm.
 
-        A pick is a tie where the best option of another text scores within a share `eps` of it.
+        A pick is a tie where the best option of another text scores within a share `tie` of it.
         """
         options = self.choice.options
         normalised = {letter: score / len(options[letter]) for letter, score in self.scores.items()}
@@ -49,7 +49,7 @@ class Question:
             pick = max(scores, key=scores.__getitem__)
             others = [score for letter, score in scores.items() if options[letter] != options[pick]]
             self.picks[metric] = pick
-            if others and scores[pick] - max(others) <= eps * abs(scores[pick]):
+            if others and scores[pick] - max(others) <= tie * abs(scores[pick]):
                 self.ties.append(metric)
 
     def line(self) -> dict[str, Any]:

@@ -82,6 +82,19 @@ def test_shared_scores_are_those_of_each_reply_alone(kind: str, batch: int) -> N
         assert max(question.scores, key=question.scores.__getitem__) == max(alone, key=alone.__getitem__)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_rounding_to_16_bits_is_not_taken_for_a_disagreement(kind: str) -> None:
+    model, questions = make(kind, SHARING[kind], torch.bfloat16), make_questions()
+    assert score(model, questions, 16, lambda _: None) is None
+    for question in questions:
+        assert question.scores == pytest.approx(expected(model, question), rel=0.1, abs=0.5)
+
+
+@pytest.mark.parametrize("kind", NOT_SHARING)
+def test_a_disagreement_is_not_taken_for_rounding_to_16_bits(kind: str) -> None:
+    assert score(make(kind, NOT_SHARING[kind], torch.bfloat16), make_questions(12), 7, lambda _: None)
+
+
 @pytest.mark.parametrize("kind", NOT_SHARING)
 def test_a_model_that_cannot_share_is_scored_plainly_and_says_why(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model, questions = make(kind, NOT_SHARING[kind]), make_questions(12)
@@ -100,7 +113,9 @@ def test_questions_beyond_the_attention_window_are_scored_plainly(kind: str) -> 
     lengths = [question.longest for question in questions]
     assert min(lengths) < 60 < max(lengths)
     reason = score(model, questions, 7, lambda _: None)
-    assert reason == f"{sum(length > 60 for length in lengths)} questions are longer than the model's attention window, 60"
+    assert (
+        reason == f"{sum(length > 60 for length in lengths)} questions are longer than the model's attention window, 60"
+    )
     for question in questions:
         assert question.scores == pytest.approx(expected(model, question), abs=1e-4)
 
