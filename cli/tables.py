@@ -12,7 +12,7 @@ from cli import render
 from cli.render import NONE, Column
 from cli.trials import Row, labels, shown, varied
 from jobqueue.job import JobState
-from jobqueue.results import METRICS, BaseResult, BatchReport, TrialResult
+from jobqueue.results import MEASURES, METRICS, BaseResult, BatchReport, Measure, TrialResult
 
 Cells = tuple[list[Column], list[list[str]]]
 
@@ -31,6 +31,8 @@ def cells(rows: Sequence[Row]) -> Cells:
         "scored": Column(scored, right=True),
         "interval": Column("95%", right=True, rank=3, below=scored),
         **{str(m): Column(m.replace("_", "\n"), right=True, rank=9 if "_" in m else 7) for m in METRICS if m != metric},
+        "perplexity": Column("perplexity", right=True, rank=3),
+        "bleu": Column("BLEU", right=True, rank=3),
         "points": Column("vs base", right=True, rank=1),
         "difference": Column("vs base\n95%", right=True, rank=6),
         "finding": Column("finding", right=True, wrap=True, rank=1, below="vs base"),
@@ -96,6 +98,7 @@ def _trial_cells(row: Row, label: str) -> dict[str, str]:
         "scored": f"{render.percent(before.accuracy)} → {tuned}" if before and primary else tuned,
         "interval": render.interval(primary.interval if primary else None),
         **{metric: render.percent(score.accuracy) for metric, score in trial.scores.items()},
+        **_measure_cells(trial),
         "points": render.points(versus.points if versus else None),
         "difference": render.points_interval(versus.interval if versus else None),
         "finding": versus.finding if versus else NONE,
@@ -121,7 +124,13 @@ def _base_cells(batches: str, base: BaseResult, report: BatchReport) -> dict[str
         "scored": render.percent(primary.accuracy if primary else None),
         "interval": render.interval(primary.interval if primary else None),
         **{metric: render.percent(score.accuracy) for metric, score in base.scores.items()},
+        **_measure_cells(base),
     }
+
+
+def _measure_cells(result: TrialResult | BaseResult) -> dict[str, str]:
+    digits: dict[Measure, int] = {"perplexity": 3, "bleu": 1}
+    return {measure: render.number(value, digits[measure]) for measure, value in result.measures.items()}
 
 
 def memory_cells(rows: Sequence[Row]) -> Cells:
@@ -171,7 +180,9 @@ def as_markdown(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str
 
 
 # What a line of the CSV has beside the settings that differ, the scores and the comparison with the base model.
-_PLAIN = [f.name for f in fields(TrialResult) if f.name not in ("differs", "scores", "versus_base", "losses")]
+_PLAIN = [
+    f.name for f in fields(TrialResult) if f.name not in ("differs", "scores", "versus_base", "losses", "measures")
+]
 _COMPARED = ("points", "gained", "lost", "p_value", "p_holm", "finding")
 
 
@@ -179,7 +190,18 @@ def as_csv(rows: Sequence[Row]) -> str:
     """Plain numbers in base units, one line per trial and per base model; the settings that differ in columns."""
     settings = varied(rows)
     scores = [f"{metric}{part}" for metric in METRICS for part in ("", "_low", "_high")]
-    header = ["kind", "batch", *settings, *_PLAIN, *scores, "questions", *_COMPARED, "points_low", "points_high"]
+    header = [
+        "kind",
+        "batch",
+        *settings,
+        *_PLAIN,
+        *scores,
+        *MEASURES,
+        "questions",
+        *_COMPARED,
+        "points_low",
+        "points_high",
+    ]
     file = io.StringIO()
     writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
     writer.writeheader()
@@ -196,6 +218,7 @@ def _plain(result: TrialResult | BaseResult) -> dict[str, Any]:
     for metric, score in result.scores.items():
         low, high = score.interval
         flat |= {metric: score.accuracy, f"{metric}_low": low, f"{metric}_high": high, "questions": score.questions}
+    flat |= {str(measure): value for measure, value in result.measures.items()}
     versus = result.versus_base if isinstance(result, TrialResult) else None
     if versus:
         flat |= {key: getattr(versus, key) for key in _COMPARED}

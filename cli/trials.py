@@ -65,6 +65,8 @@ def _times(factor: float, value: float | None) -> float | None:
 FIELDS: Mapping[str, _Field] = {
     "accuracy": _Field(lambda row: _times(100, row.accuracy), True),
     **{str(metric): _percent(metric) for metric in METRICS},
+    "perplexity": _Field(lambda row: row.trial.measures.get("perplexity")),
+    "bleu": _Field(lambda row: row.trial.measures.get("bleu"), True),
     "vs_base": _Field(lambda row: row.trial.versus_base and row.trial.versus_base.points, True),
     "p": _Field(lambda row: row.p_value),
     "finding": _Field(lambda row: row.trial.versus_base and row.trial.versus_base.finding),

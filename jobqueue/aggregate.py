@@ -11,7 +11,17 @@ from typing import Any
 from jobqueue.answers import Answers, changed, confusion
 from jobqueue.comparison import Comparison, compare, corrected
 from jobqueue.job import Batch, Job, JobKind, JobState
-from jobqueue.results import METRICS, PRIMARY, BaseResult, BatchReport, Metric, Score, TrialResult
+from jobqueue.results import (
+    MEASURES,
+    METRICS,
+    PRIMARY,
+    BaseResult,
+    BatchReport,
+    Measure,
+    Metric,
+    Score,
+    TrialResult,
+)  # fmt: skip
 from jobqueue.statistics import wilson
 from jobqueue.verdict import verdict
 
@@ -43,7 +53,9 @@ def build_report(
     ]
     versus_base = corrected([trial.versus_base for trial in trials])
     trials = [replace(trial, versus_base=versus) for trial, versus in zip(trials, versus_base, strict=True)]
-    if metric is not None:
+    if metric is None:
+        trials.sort(key=lambda trial: trial.by_measure)
+    else:
         trials.sort(key=lambda trial: -trial.scores[metric].accuracy if metric in trial.scores else math.inf)
 
     questions = {s[metric].questions for s in scored.values() if metric in s} if metric else set()
@@ -58,7 +70,7 @@ def build_report(
         bases=tuple(_base(job, scored[job.id]) for job in bases) if trains else (),
         trials=tuple(trials),
         versus_runner_up=versus_runner_up,
-        verdict=verdict(trials, metric, versus_runner_up, complete),
+        verdict=verdict(trials, metric, versus_runner_up, complete, {job.id: _measures(job) for job in bases}),
         settings=settings,
     )
     return _with_questions(report, answers)
@@ -95,6 +107,11 @@ def _scores(job: Job) -> dict[Metric, Score]:
             low, high = part.get("interval") or wilson(correct, questions)
             found[metric] = Score(correct, questions, correct / questions, (low, high))
     return found
+
+
+def _measures(job: Job | None) -> dict[Measure, float]:
+    parts = {measure: job.outcome.get(measure) or {} for measure in MEASURES} if job else {}
+    return {measure: part[measure] for measure, part in parts.items() if _finite(part.get(measure)) is not None}
 
 
 def _trial(
@@ -140,6 +157,7 @@ def _trial(
         training_percent=memory.get("peak_for_training_percent"),
         train_seconds=_finite(time.get("train_s")),
         gpu_minutes=_minutes(job, evaluation),
+        measures=_measures(asked),
         losses=thinned([(step, loss) for step, loss, *_ in job.outcome.get("losses") or ()], MOST_POINTS),
     )
 
@@ -164,6 +182,7 @@ def _base(job: Job, scores: Mapping[Metric, Score]) -> BaseResult:
         message=job.message,
         scores=scores,
         gpu_minutes=_minutes(job),
+        measures=_measures(job),
     )
 
 

@@ -12,11 +12,20 @@ from jobqueue import base_model, rows
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
-from jobqueue.spec import DataSpec, EvaluateSpec, EvaluationSpec, QuestionFormat, ReportSpec, RunSpec, TrainSpec
+from jobqueue.spec import (
+    BY_QUESTION,
+    DataSpec,
+    EvaluateSpec,
+    EvaluationSpec,
+    QuestionFormat,
+    ReportSpec,
+    RunSpec,
+    TrainSpec,
+)
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
-EVALUATOR = 1  # raised when the same answers would be scored otherwise: base models are then asked anew
+EVALUATOR = 2  # raised when the same answers would be scored otherwise: base models are then asked anew
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt")
 
@@ -88,15 +97,18 @@ class _Lookups:
             return spec
         if not path.is_file():
             raise DataError(f"there is no data file {path}", f"Correct `source: {spec.source}`, or give a hub id.")
-        reading = (path, type(spec), spec.format, spec.limit, *sorted(spec.columns.items()))
+        metrics = spec.metrics if isinstance(spec, EvaluationSpec) else ()
+        reading = (path, type(spec), spec.format, spec.limit, metrics, *sorted(spec.columns.items()))
         if reading not in self.checked:
             summary = rows.check_file(spec.model_copy(update={"source": str(path)}))
             self.checked.add(reading)
             if isinstance(spec, EvaluationSpec) and summary.format not in get_args(QuestionFormat):
-                raise DataError(
-                    f"{path} has the format {summary.format}, and an evaluation asks multiple-choice questions",
-                    "Give rows with a question, its options and the answer, or leave evaluation out.",
-                )
+                by_question = ", ".join(metric for metric in spec.metrics if metric in BY_QUESTION)
+                if by_question:
+                    raise DataError(
+                        f"{path} has the format {summary.format}, and {by_question} need questions with options",
+                        "Give rows with a question, its options and the answer, or write `metrics: [perplexity]`.",
+                    )
             for reason, skipped in summary.skipped.items():
                 lines = ", ".join(map(str, skipped.lines))
                 unusable = f"{skipped.count} of {summary.rows} rows cannot be used"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -14,6 +15,9 @@ Metric = Literal["likelihood", "likelihood_normalised", "generated"]
 METRICS: tuple[Metric, ...] = ("likelihood", "likelihood_normalised", "generated")
 PRIMARY: tuple[Metric, ...] = ("likelihood", "generated")
 """The order of trials follows the first of these that there is."""
+Measure = Literal["perplexity", "bleu"]
+MEASURES: tuple[Measure, ...] = ("perplexity", "bleu")
+"""Of whole texts, not of questions; where there is no metric, the order follows the first of them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class BaseResult:
     message: str
     scores: Mapping[Metric, Score]
     gpu_minutes: float = 0.0  # once, for all batches that are compared with it
+    measures: Mapping[Measure, float] = field(default_factory=dict)  # perplexity; BLEU, 0 to 100
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,12 @@ class TrialResult:
     gpu_minutes: float = 0.0  # of all attempts, loading and evaluation included
     cost: float | None = None  # of them, where a price per GPU hour is set
     losses: tuple[tuple[int, float], ...] = ()  # step, mean loss since the point before
+    measures: Mapping[Measure, float] = field(default_factory=dict)  # perplexity; BLEU, 0 to 100
+
+    @property
+    def by_measure(self) -> tuple[float, float]:
+        """Sorts the best first: a low perplexity, then a high BLEU."""
+        return (self.measures.get("perplexity", math.inf), -self.measures.get("bleu", -math.inf))
 
 
 @dataclass(frozen=True)

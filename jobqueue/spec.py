@@ -7,7 +7,7 @@ left out has the default of Unsloth's notebook for Llama-3.2-1B on MedQA.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,7 +23,9 @@ from pydantic import (
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 Device = Literal["auto", "gpu", "cpu"]
-Metric = Literal["likelihood", "generated"]
+Metric = Literal["likelihood", "generated", "perplexity", "bleu"]
+BY_QUESTION: tuple[Metric, ...] = ("likelihood", "generated")
+"""Metrics of multiple-choice questions; the others take any row with an answer."""
 Method = Literal["qlora", "lora", "full"]
 Format = Literal[
     "auto", "multiple_choice", "lettered", "messages", "sharegpt", "prompt_completion", "instruction"
@@ -136,9 +138,8 @@ class TrainingSpec(Part):
 
 
 class EvaluationSpec(DataSpec):
-    """Questions that the base model and each adapter are asked."""
+    """What the base model and each adapter are asked."""
 
-    format: Literal["auto"] | QuestionFormat = "auto"
     split: str = "test"
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("likelihood", "generated")
     compare_with_base: bool = True
@@ -146,6 +147,16 @@ class EvaluationSpec(DataSpec):
     """None: as it was trained (4 bits for qlora)."""
     per_device_eval_batch_size: PositiveInt = 16
     max_new_tokens: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _askable(self) -> Self:
+        by_question = [metric for metric in self.metrics if metric in BY_QUESTION]
+        if by_question and self.format not in ("auto", *get_args(QuestionFormat)):
+            raise ValueError(
+                f"{', '.join(by_question)} need questions with options, and format is {self.format}; "
+                "write metrics: [perplexity], or [perplexity, bleu]"
+            )
+        return self
 
 
 def _plain_number_is_gib(value: object) -> object:

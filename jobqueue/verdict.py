@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from jobqueue.job import JobState
 
 if TYPE_CHECKING:
     from jobqueue.comparison import Comparison
-    from jobqueue.results import Metric, TrialResult
+    from jobqueue.results import Measure, Metric, TrialResult
 
 
 def verdict(
-    trials: Sequence[TrialResult], metric: Metric | None, versus_runner_up: Comparison | None, complete: bool
+    trials: Sequence[TrialResult],
+    metric: Metric | None,
+    versus_runner_up: Comparison | None,
+    complete: bool,
+    bases: Mapping[str, Mapping[Measure, float]] = MappingProxyType({}),
 ) -> str:
-    """The report in a sentence or two: which trial is best, and by how much."""
+    """The report in a sentence or two: which trial is best, and by how much; `bases`: the base models' measures."""
     if metric is None:
-        return _verdict_without_scores(trials, complete)
+        return _verdict_by_measure(trials, complete, bases) or _verdict_without_scores(trials, complete)
     so_far = "" if complete else " so far"
     scored = [trial for trial in trials if metric in trial.scores]
     if not scored:
@@ -32,6 +37,21 @@ def verdict(
     if versus_runner_up:
         said += f", {_against(versus_runner_up, f'the runner-up {scored[1].label or scored[1].job}')}"
     return said + "."
+
+
+def _verdict_by_measure(
+    trials: Sequence[TrialResult], complete: bool, bases: Mapping[str, Mapping[Measure, float]]
+) -> str:
+    """Without questions there is no test, and none is claimed."""
+    best = trials[0] if trials else None
+    measure = next(iter(best.measures), None) if best else None
+    if best is None or measure is None:
+        return ""
+    name, value = "BLEU" if measure == "bleu" else measure, best.measures[measure]
+    said = f"{'Highest' if measure == 'bleu' else 'Lowest'} {name}{'' if complete else ' so far'}: {value:.2f}"
+    said += f", {best.label or best.job}" if len(trials) > 1 else ""
+    before = bases.get(best.base or "", {}).get(measure)
+    return f"{said} ({f'the base model: {before:.2f}; ' if before is not None else ''}not tested)."
 
 
 def _verdict_without_scores(trials: Sequence[TrialResult], complete: bool) -> str:

@@ -73,7 +73,9 @@ MEANINGS: Mapping[str, str] = {
     "training.dataset_num_proc": "Accepted for the sake of notebooks: rows are prepared by threads, however many.",
     "training.report_to": "Experiment trackers, by transformers' names.",
     "evaluation.split": "Of a hub data set; a file has no splits.",
-    "evaluation.metrics": "likelihood: the option with the highest log-probability; generated: the written answer.",
+    "evaluation.metrics": "likelihood: the option with the highest log-probability; generated: the written answer; "
+    "perplexity of the right answers; bleu: the written answer against the right one. The last two take rows of any "
+    "format.",
     "evaluation.compare_with_base": "Ask the base model too. It is asked once for the same questions, then reused.",
     "evaluation.per_device_eval_batch_size": "Questions at a time.",
     "evaluation.max_new_tokens": "Length of a written answer.",

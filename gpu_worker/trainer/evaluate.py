@@ -1,15 +1,15 @@
-"""Ask a base model, or a trained adapter, multiple-choice questions; reads top to bottom.
+"""Ask a base model, or a trained adapter, what the metrics need; reads top to bottom.
 
 Likelihood: each option's score is the exact log-probability of "The correct answer is X." after the question's
 prompt, the highest one is the pick; normalised, the score per character of the option's text. Generated: the
-greedy answer, from which the option is extracted.
+greedy answer, from which the option is extracted. Perplexity and BLEU need no options, only reference answers.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from gpu_worker.trainer.data import end_ids
 from gpu_worker.trainer.failures import bad_data
 from gpu_worker.trainer.likelihood import TIES, score
 from gpu_worker.trainer.questions import Question, padded, to_questions
-from jobqueue import rows
+from gpu_worker.trainer.texts import Text, add_losses, bleu, perplexity, to_texts
+from jobqueue import answers, rows
 from jobqueue.extraction import extract, has_asked_form
-from jobqueue.spec import EvaluateSpec
+from jobqueue.spec import BY_QUESTION, EvaluateSpec
 
 log = logging.getLogger("loraq.trainer")
 Report = Callable[[Progress], None]
@@ -40,20 +41,22 @@ INTERVAL = 0.95
 
 
 def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, Any]:
-    """Ask what `spec` says; one line per question goes into `request.output`/questions.jsonl.
+    """Ask what `spec` says; one line per question goes into `request.output`/questions.jsonl, one per reference answer
+    into answers.jsonl.
 
     Returns the outcome. Raises JobFailure, DataError, and whatever torch raises.
     """
-    asked = spec.evaluation
+    asked, metrics = spec.evaluation, spec.evaluation.metrics
     clock = Clock()
     usage.reset_peak()
 
     report(Progress("load"))
     file = rows.load(asked)
     choices = [(index, example.choice) for index, example in file.examples if example.choice is not None]
-    if not choices:
+    by_question = [metric for metric in metrics if metric in BY_QUESTION]
+    if by_question and not choices:
         raise bad_data(
-            f"the metrics {', '.join(asked.metrics)} need multiple-choice rows (question, options, answer); "
+            f"the metrics {', '.join(by_question)} need multiple-choice rows (question, options, answer); "
             f"{asked.source} has the format {file.summary.format}"
         )
     clock.lap("data_s")
@@ -67,53 +70,91 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
 
     report(Progress("data"))
     limit = min(spec.max_seq_length, getattr(model.config, "max_position_embeddings", spec.max_seq_length))
-    new_tokens = asked.max_new_tokens if "generated" in asked.metrics else 0
-    questions, too_long = to_questions(tokenizer, choices, limit, new_tokens)
+    new_tokens = asked.max_new_tokens if "generated" in metrics or "bleu" in metrics else 0
+    questions, texts = list[Question](), list[Text]()
+    dropped: dict[str, int] = {}
+    too_long = 0
+    if by_question:
+        questions, too_long = to_questions(tokenizer, choices, limit, new_tokens)
+    if len(by_question) < len(metrics):
+        texts, dropped = to_texts(tokenizer, file.examples, limit, new_tokens)
     clock.lap("data_s")
 
-    steps = len(questions) * len(asked.metrics)
+    batch = asked.per_device_eval_batch_size
+    scored = min(batch * SCORED_PER_GENERATED, MOST_SCORED)
+    steps = sum(len(questions if metric in BY_QUESTION else texts) for metric in metrics)
+    before = 0
 
     def progress(done: int) -> None:
-        report(Progress("evaluate", step=done, steps=steps, reserved_bytes=usage.reserved()))
+        report(Progress("evaluate", step=before + done, steps=steps, reserved_bytes=usage.reserved()))
 
-    batch = asked.per_device_eval_batch_size
     outcome: dict[str, Any] = {"questions": len(questions)}
-    if "likelihood" in asked.metrics:
-        plain_because = score(model, questions, min(batch * SCORED_PER_GENERATED, MOST_SCORED), progress)
-        for question in questions:
-            question.choose(TIES[model.dtype])
-        for metric in ("likelihood", "likelihood_normalised"):
-            ties = sum(metric in question.ties for question in questions)
-            outcome[metric] = _accuracy(questions, metric) | {"ties": ties}
-        outcome["likelihood"]["plain_because"] = plain_because
+    if "likelihood" in metrics:
+        plain_because = score(model, questions, scored, progress)
+        outcome |= _likelihood(questions, TIES[model.dtype], plain_because)
+        before += len(questions)
         clock.lap("likelihood_s")
-    if "generated" in asked.metrics:
-        done = len(questions) if "likelihood" in asked.metrics else 0
-        generate(model, tokenizer, questions, batch, new_tokens, lambda count: progress(done + count))
-        for question in questions:
-            question.picks["generated"] = extract(question.text or "", question.choice.options)
-        outcome["generated"] = _accuracy(questions, "generated") | {
-            "answer_form": sum(has_asked_form(q.text or "") for q in questions) / len(questions),
-            "parsed": sum(q.picks["generated"] is not None for q in questions) / len(questions),
-        }
+    if "generated" in metrics:
+        generate(model, tokenizer, questions, batch, new_tokens, progress)
+        outcome["generated"] = _generated(questions)
+        before += len(questions)
         clock.lap("generated_s")
+    if "perplexity" in metrics:
+        add_losses(model, texts, batch, progress)
+        outcome["perplexity"] = perplexity(texts)
+        before += len(texts)
+        clock.lap("perplexity_s")
+    if "bleu" in metrics:
+        written = {question.index: question.text for question in questions if question.text is not None}
+        for text in texts:
+            text.text = written.get(text.index)
+        generate(model, tokenizer, [text for text in texts if text.text is None], batch, new_tokens, progress)
+        outcome["bleu"] = bleu(texts)
+        clock.lap("bleu_s")
 
     memory = usage.memory(reserved_at_start)
-    with (Path(request.output) / "questions.jsonl").open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(question.line(), ensure_ascii=False) + "\n" for question in questions)
+    _write(request, answers.FILE, questions)
+    if texts:
+        _write(request, "answers.jsonl", texts)
     clock.lap("save_s")
     return outcome | {
         "memory": memory,
         "time": clock.report(),
-        "data": file.summary.report() | {"too_long": too_long},
+        "data": file.summary.report() | {"too_long": too_long, "dropped": dropped},
         "versions": usage.versions(),
     }
+
+
+def _likelihood(questions: list[Question], tie: float, plain_because: str | None) -> dict[str, Any]:
+    for question in questions:
+        question.choose(tie)
+    part = {metric: _accuracy(questions, metric) for metric in ("likelihood", "likelihood_normalised")}
+    for metric in part:
+        part[metric]["ties"] = sum(metric in question.ties for question in questions)
+    part["likelihood"]["plain_because"] = plain_because
+    return part
+
+
+def _generated(questions: list[Question]) -> dict[str, Any]:
+    for question in questions:
+        question.picks["generated"] = extract(question.text or "", question.choice.options)
+    unparsed = sum(question.picks["generated"] is None for question in questions)
+    return _accuracy(questions, "generated") | {
+        "answer_form": sum(has_asked_form(question.text or "") for question in questions) / len(questions),
+        "parsed": 1 - unparsed / len(questions),
+        "unparsed": unparsed,
+    }
+
+
+def _write(request: Request, name: str, items: Sequence[Question | Text]) -> None:
+    with (Path(request.output) / name).open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(item.line(), ensure_ascii=False) + "\n" for item in items)
 
 
 def generate(
     model: Any,
     tokenizer: Any,
-    questions: list[Question],
+    questions: Sequence[Question | Text],
     batch_size: int,
     new_tokens: int,
     progress: Callable[[int], None],

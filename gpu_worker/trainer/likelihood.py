@@ -148,7 +148,7 @@ def score_shared(model: Any, questions: list[Question], batch_size: int, progres
 
     done = 0
     waiting: tuple[list[tuple[Question, Tree]], torch.Tensor] | None = None
-    for batch in _batches(items, batch_size, most_bytes):
+    for batch in batches(items, batch_size, most_bytes):
         found = _edges(model, batch)
         if waiting:  # read while the GPU is at the next batch
             _sum(*waiting)
@@ -202,7 +202,7 @@ def _edges(model: Any, batch: list[tuple[Question, Tree]]) -> torch.Tensor:
             use_cache=False,
             logits_to_keep=nodes,
         ).logits  # (questions, nodes, vocabulary)
-        _check_shape(logits, len(batch), nodes)
+        check_shape(logits, len(batch), nodes)
         return torch.stack(
             [
                 row[node, token] - row.logsumexp(-1)[node]
@@ -228,7 +228,7 @@ def score_plainly(model: Any, questions: list[Question], batch_size: int, progre
         return len(batch) * kept * vocabulary * size
 
     done = 0
-    for batch in _batches(items, batch_size, most_bytes):
+    for batch in batches(items, batch_size, most_bytes):
         sequences = [question.prompt + question.replies[letter] for question, letter in batch]
         width = max(map(len, sequences))
         # Only the end of each row is needed, from the position that predicts the reply's first token.
@@ -241,7 +241,7 @@ def score_plainly(model: Any, questions: list[Question], batch_size: int, progre
                 use_cache=False,
                 logits_to_keep=kept,
             ).logits  # (batch, kept, vocabulary)
-        _check_shape(logits, len(batch), kept)
+        check_shape(logits, len(batch), kept)
         first = width - kept
         for row, (question, letter) in enumerate(batch):
             reply = torch.tensor(question.replies[letter], device=logits.device)
@@ -259,12 +259,13 @@ def _length(item: tuple[Question, str]) -> int:
     return len(question.prompt) + len(question.replies[letter])
 
 
-def _check_shape(logits: torch.Tensor, rows: int, kept: int) -> None:
+def check_shape(logits: torch.Tensor, rows: int, kept: int) -> None:
+    """Raises RuntimeError where a model does not know `logits_to_keep`."""
     if logits.shape[:2] != (rows, kept):
         raise RuntimeError(f"the model gave logits of shape {tuple(logits.shape)}, not {(rows, kept)}")
 
 
-def _batches(items: list[T], size: int, most_bytes: Callable[[Sequence[T]], int]) -> Iterator[list[T]]:
+def batches(items: list[T], size: int, most_bytes: Callable[[Sequence[T]], int]) -> Iterator[list[T]]:
     """Neighbours in length, `size` at a time, fewer where they would take more than LOGIT_BYTES."""
     start = 0
     while start < len(items):

@@ -228,3 +228,26 @@ def test_a_job_knows_its_memory_where_the_config_can_be_read(folder: Path) -> No
     assert plan(folder, resources={"memory": "20GiB"}).jobs[0].need_bytes == 20 * GIB
     assert plan(folder, resources={"memory": "20GiB"}).jobs[0].queue == "gpu24"
     assert plan(folder, resources={"device": "cpu"}).jobs[0].queue == "cpu"
+
+
+# -- metrics and rows
+
+
+@pytest.fixture
+def chat(folder: Path) -> Path:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (folder / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    return folder
+
+
+def test_conversations_are_evaluated_by_perplexity_and_bleu(chat: Path) -> None:
+    made = plan(chat, evaluation={"source": "chat.jsonl", "metrics": ["perplexity", "bleu"], "format": "messages"})
+    assert [job.kind.value for job in made.jobs] == ["train", "evaluate", "evaluate", "report"]
+
+
+def test_conversations_cannot_be_asked_for_their_options(chat: Path) -> None:
+    with pytest.raises(DataError, match=r"format messages, and likelihood need questions with options"):
+        plan(chat, evaluation={"source": "chat.jsonl", "metrics": ["perplexity", "likelihood"]})
+    with pytest.raises(SpecError) as refused:
+        plan(chat, evaluation={"source": "chat.jsonl", "format": "messages"})
+    assert "likelihood, generated need questions with options" in str(refused.value)

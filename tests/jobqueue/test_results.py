@@ -365,3 +365,37 @@ def test_the_same_jobs_make_the_same_report() -> None:
     again = json.dumps(report(jobs[::-1], dict(reversed(answers.items()))).to_dict())
 
     assert first == again
+
+
+# --- Perplexity and BLEU
+
+
+def measured(job_id: str, perplexity: float | None, bleu: float | None = None) -> Job:
+    outcome: dict[str, Any] = {"questions": 0}
+    outcome |= {"perplexity": {"perplexity": perplexity, "tokens": 9}}
+    outcome |= {"bleu": {"bleu": bleu, "signature": "nrefs:1"}} if bleu is not None else {}
+    return evaluate(job_id, 0, outcome=outcome)
+
+
+def test_without_questions_the_lowest_perplexity_is_first_and_nothing_is_called_tested() -> None:
+    jobs = [
+        train(1), measured("b.1.eval", 12.5), train(2, rate=2e-4), measured("b.2.eval", 7.25, 30.0),
+        train(3, rate=3e-4), measured("b.3.eval", None), measured("base-1", 20.0),
+    ]  # fmt: skip
+    made = report(jobs)
+    assert [trial.job for trial in made.trials] == ["b.2", "b.1", "b.3"]
+    assert [dict(trial.measures) for trial in made.trials] == [
+        {"perplexity": 7.25, "bleu": 30.0}, {"perplexity": 12.5}, {},
+    ]  # fmt: skip
+    assert dict(made.bases[0].measures) == {"perplexity": 20.0}
+    assert made.verdict == "Lowest perplexity: 7.25, rate=0.0002 (the base model: 20.00; not tested)."
+    assert BatchReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_the_highest_bleu_is_first_where_there_is_nothing_else() -> None:
+    def only_bleu(job_id: str, value: float) -> Job:
+        return evaluate(job_id, 0, outcome={"questions": 0, "bleu": {"bleu": value}})
+
+    made = report([train(1), only_bleu("b.1.eval", 10.0), train(2), only_bleu("b.2.eval", 11.0)])
+    assert [trial.job for trial in made.trials] == ["b.2", "b.1"]
+    assert made.verdict.startswith("Highest BLEU: 11.00")

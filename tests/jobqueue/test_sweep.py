@@ -205,7 +205,7 @@ def test_set_of_a_key_in_a_wrong_section_is_told_apart_from_the_file(problems: P
             "must be 'none', 'all' or 'lora_only'; several values to try belong under sweep.grid",
         ),
         ("resources: {memory: lots}", "must be a size such as 12GiB, not 'lots'"),
-        ("evaluation: {source: q, metrics: [x]}", "must be 'likelihood' or 'generated', not 'x'"),
+        ("evaluation: {source: q, metrics: [x]}", "must be 'likelihood', 'generated', 'perplexity' or 'bleu', not 'x'"),
         ("lora: 8", "must be a section, not 8"),
         ("training: {report_to: 3}", f"must be {TRACKERS} or a list, not 3"),
         ("training: {learning_rate: '2e-4'}", "must be a number, not '2e-4'"),

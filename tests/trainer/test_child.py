@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sacrebleu
 import torch
 from trainer_child import DEADLINE_S, DEMO, Child, Done, evaluate_spec, train_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,8 +111,11 @@ def test_an_evaluation_reports_accuracies_that_its_lines_bear_out(base: Done) ->
         correct = sum(line["picks"][metric] == line["answer"] for line in questions)
         low, high = outcome[metric]["interval"]
         assert outcome[metric]["correct"] == correct
+        if metric != "generated":
+            assert outcome[metric]["ties"] == sum(metric in line["ties"] for line in questions)
         assert outcome[metric]["accuracy"] == correct / 24
         assert low < outcome[metric]["accuracy"] < high
+    assert outcome["likelihood"]["plain_because"] is None
     assert outcome["generated"]["answer_form"] == sum("correct answer is" in line["text"] for line in questions) / 24
     assert all("<|end|>" not in line["text"] for line in questions)
     assert base.progress[-1].step == base.progress[-1].steps == 48
@@ -150,6 +154,54 @@ def test_four_bits_and_all_weights_are_trained_and_asked_too(child: Child) -> No
     assert "adapter_config.json" not in files
     asked = evaluate_spec(method="full", evaluation={"limit": 4, "metrics": ["likelihood"]})
     assert child.run(asked, full.folder / "adapter").outcome["questions"] == 4
+
+
+def test_reference_answers_have_a_perplexity_and_written_ones_a_bleu(child: Child, base: Done, tmp_path: Path) -> None:
+    """Against each conversation alone; the answers of two turns count, the tokens that end them too."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+    rows = [json.loads(line) for line in (DEMO / "test.jsonl").read_text().splitlines()[:6]]
+    conversations = [
+        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] * times
+        for row, times in zip(rows, (1, 2, 1, 2, 1, 1), strict=True)
+    ]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in conversations))
+    asked = {"source": str(file), "metrics": ["perplexity", "bleu"], "per_device_eval_batch_size": 4}
+    done = child.run(evaluate_spec(evaluation=asked))
+    loss, tokens = 0.0, 0
+    for turns in conversations:
+        ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            log_probabilities = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        answering = False
+        end = tokenizer.convert_tokens_to_ids("<|end|>")
+        start = tokenizer("<|assistant|>\n", add_special_tokens=False)["input_ids"]
+        for place, token in enumerate(ids):
+            if answering:
+                loss, tokens = loss - log_probabilities[place - 1, token].item(), tokens + 1
+                answering = token != end
+            answering = answering or ids[max(0, place - len(start) + 1) : place + 1] == start
+    found = done.outcome["perplexity"]
+    assert (found["rows"], found["tokens"]) == (6, tokens)
+    assert found["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+    assert done.outcome["questions"] == 0
+    written = [json.loads(line) for line in (done.folder / "answers.jsonl").read_text().splitlines()]
+    assert [line["reference"] for line in written] == [row["answer"] for row in rows]
+    bleu = sacrebleu.corpus_bleu([line["text"] for line in written], [[line["reference"] for line in written]])
+    assert done.outcome["bleu"]["bleu"] == pytest.approx(bleu.score)
+    assert "tok:13a" in done.outcome["bleu"]["signature"]
+    assert done.progress[-1].step == done.progress[-1].steps == 12
+
+
+def test_written_answers_to_questions_serve_both_metrics(child: Child, base: Done) -> None:
+    done = child.run(evaluate_spec(evaluation={"metrics": ["generated", "bleu"]}))
+    written = [json.loads(line) for line in (done.folder / "answers.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in written] == [line["text"] for line in lines(base)]
+    assert written[0]["reference"].startswith("The correct answer is ")
+    assert done.outcome["bleu"]["bleu"] > 0
+    unparsed = sum(line["picks"]["generated"] is None for line in lines(done))
+    assert done.outcome["generated"]["unparsed"] == unparsed
 
 
 def test_conversations_are_trained_on_and_cannot_be_asked(child: Child, tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""Reference answers and what a model makes of them: perplexity, and BLEU of the answers that it writes itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpu_worker.trainer.data import IGNORED, BadTurn, Tokens, prompt_ids, tokenise
+from gpu_worker.trainer.failures import JobFailure, bad_data
+from gpu_worker.trainer.likelihood import Progress, batches, check_shape
+from gpu_worker.trainer.questions import padded
+from jobqueue.formats import Example
+from jobqueue.job import FailureReason
+
+POSITIONS = 512  # whose log-probabilities are computed at a time, in 32 bits
+
+
+@dataclass
+class Text:
+    """One row and what became of it."""
+
+    index: int  # row of the file, from 0
+    prompt: list[int]  # token ids of everything before the last answer
+    reference: str  # the last answer
+    row: Tokens  # the conversation; its labels are the answers, with the tokens that end them, as in training
+    loss: float | None = None  # summed over the labels, in nats
+    text: str | None = None  # the answer that the model wrote
+
+    @property
+    def labels(self) -> int:
+        """Tokens that the loss is of."""
+        return sum(label != IGNORED for label in self.row.labels)
+
+    def line(self) -> dict[str, Any]:
+        loss = None if self.loss is None else round(self.loss, 6)
+        tokens = None if self.loss is None else self.labels
+        return {"index": self.index, "reference": self.reference, "text": self.text, "loss": loss, "tokens": tokens}
+
+
+def to_texts(
+    tokenizer: Any, examples: Sequence[tuple[int, Example]], limit: int, new_tokens: int
+) -> tuple[list[Text], dict[str, int]]:
+    """The rows as token ids, and how many were left out by reason. Raises JobFailure where none is left."""
+    texts: list[Text] = []
+    left_out: dict[str, int] = {}
+    for index, example in examples:
+        conversation = example.conversation
+        last = max(turn for turn, message in enumerate(conversation) if message["role"] == "assistant")
+        try:
+            prompt = prompt_ids(tokenizer, conversation[:last])
+            (row,), _ = tokenise(tokenizer, [conversation], max_seq_length=2**31)
+        except BadTurn as error:
+            left_out[str(error)] = left_out.get(str(error), 0) + 1
+            continue
+        except JobFailure as error:
+            if error.reason is not FailureReason.BAD_DATA:
+                raise
+            left_out[str(error)] = left_out.get(str(error), 0) + 1
+            continue
+        if max(len(row.input_ids), len(prompt) + new_tokens) > limit:
+            reason = f"longer than {limit} tokens"
+            left_out[reason] = left_out.get(reason, 0) + 1
+            continue
+        texts.append(Text(index, prompt, conversation[last]["content"].strip(), row))
+    if not texts:
+        raise bad_data("no row is left to evaluate: " + "; ".join(f"{n} rows: {why}" for why, n in left_out.items()))
+    return texts, left_out
+
+
+def add_losses(model: Any, texts: list[Text], batch_size: int, progress: Progress) -> None:
+    """Fill in the loss of every text."""
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    size: int = model.dtype.itemsize
+
+    def kept_of(batch: Sequence[Text]) -> int:
+        """Columns from the first that predicts a label on."""
+        return max(len(text.row.labels) for text in batch) - min(_first(text) for text in batch) + 1
+
+    done = 0
+    ordered = sorted(texts, key=lambda text: len(text.row.labels))
+    for batch in batches(ordered, batch_size, lambda batch: len(batch) * kept_of(batch) * vocabulary * size):
+        width, kept = max(len(text.row.labels) for text in batch), kept_of(batch)
+        ids, mask = padded([text.row.input_ids for text in batch], width, left=False)
+        with torch.inference_mode():
+            logits = model(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                use_cache=False,
+                logits_to_keep=kept,
+            ).logits  # (texts, kept, vocabulary)
+            check_shape(logits, len(batch), kept)
+            for text, row in zip(batch, logits, strict=True):
+                text.loss = _loss(row, text.row.labels, width - kept)
+        done += len(batch)
+        progress(done)
+
+
+def _first(text: Text) -> int:
+    return next(place for place, label in enumerate(text.row.labels) if label != IGNORED)
+
+
+def _loss(logits: torch.Tensor, labels: list[int], first: int) -> float:
+    """Summed over the labels; `logits`: (columns from `first` on, vocabulary), each of which predicts the next."""
+    places = [place for place, label in enumerate(labels) if label != IGNORED and place > 0]
+    total = 0.0
+    for start in range(0, len(places), POSITIONS):
+        some = places[start : start + POSITIONS]
+        rows = logits[torch.tensor(some, device=logits.device) - 1 - first].float()
+        wanted = torch.tensor([labels[place] for place in some], device=logits.device)
+        total += torch.nn.functional.cross_entropy(rows, wanted, reduction="sum").item()
+    return total
+
+
+def perplexity(texts: list[Text]) -> dict[str, Any]:
+    """exp of the mean loss over all tokens of all reference answers: a long answer counts for more than a short one."""
+    tokens = sum(text.labels for text in texts)
+    loss = math.fsum(text.loss or 0.0 for text in texts) / tokens
+    value = math.exp(loss) if loss < 700 else None  # beyond what a float holds
+    return {"perplexity": value, "loss": loss, "tokens": tokens, "rows": len(texts)}
+
+
+def bleu(texts: list[Text]) -> dict[str, Any]:
+    """Of the whole corpus, 0 to 100, with sacrebleu's own settings (Post 2018), which its signature names."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    metric = BLEU()
+    found = metric.corpus_score([text.text or "" for text in texts], [[text.reference for text in texts]])
+    return {"bleu": found.score, "signature": str(metric.get_signature()), "rows": len(texts)}
