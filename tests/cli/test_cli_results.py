@@ -322,3 +322,29 @@ def test_a_laptop_without_scipy_shows_the_tests(
     shown = (tmp_path / "page.html").read_text() if "--html" in form else done.stdout
     assert "--plot" in form or "no difference shown" in shown
     assert "learning_rate=0.0002 r=8" in shown
+
+
+def test_perplexity_and_bleu_have_columns_and_fields(command: Command, client: FakeClient) -> None:
+    texts = {"chat.1.eval": (12.5, 20.04), "chat.2.eval": (7.25, 31.0), "base-0": (40.0, 3.0)}
+    outcomes = {
+        job: {"questions": 0, "perplexity": {"perplexity": perplexity}, "bleu": {"bleu": bleu}}
+        for job, (perplexity, bleu) in texts.items()
+    }
+    client.known["chat"] = [
+        *(make_job(f"chat.{n}", batch="chat", trial=f"r={n}", outcome=trained()) for n in (1, 2)),
+        *(make_job(job, batch="chat" * job.startswith("chat"), outcome=outcome) for job, outcome in outcomes.items()),
+    ]
+
+    text = command("results", "chat").stdout
+
+    header, best, second, base = (line.split() for line in text.splitlines()[2:6])
+    assert header[2:4] == ["perplexity", "BLEU"]
+    assert best[:4] == ["r=2", "chat.2", "7.250", "31.0"]
+    assert second[:4] == ["r=1", "chat.1", "12.500", "20.0"]
+    assert base[4:6] == ["40.000", "3.0"]
+    assert "Lowest perplexity: 7.25, r=2 (the base model: 40.00; not tested)." in text
+    table = list(csv.DictReader(command("results", "chat", "--csv", "--sort", "bleu").stdout.splitlines()))
+    assert [(row["kind"], row["perplexity"], row["bleu"]) for row in table] == [
+        ("trial", "7.25", "31.0"), ("trial", "12.5", "20.04"), ("base", "40.0", "3.0"),
+    ]  # fmt: skip
+    assert len(command("results", "chat", "--filter", "perplexity<10", "--csv").stdout.splitlines()) == 3
