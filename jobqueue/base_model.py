@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+HUB_S = 5.0  # how long the hub may take to say what a model's commit is
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -35,17 +40,52 @@ def is_path(located: str) -> bool:
     return located.startswith("/")
 
 
-def fingerprint(located: str) -> str:
-    """Changes when the model does: for a path, of its files' names, sizes and times; for a hub id, the id."""
+def fingerprint(located: str, revision: str | None = None) -> str:
+    """Changes when the model does: for a path, of its files' names, sizes and times; for a hub id, with the commit that
+    the revision is now, where that can be told."""
     path = Path(located)
-    if not is_path(located) or not path.exists():
+    if not is_path(located):
+        return f"{located}@{commit(located, revision) or revision or 'main'}"
+    if not path.exists():
         return located
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{located}#{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]}"
 
 
-def read_config(located: str) -> Mapping[str, Any] | None:
+def commit(hub_id: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a hub model is now; None where the hub does not say.
+
+    Asked over HTTP, so that a machine without huggingface_hub can; offline, the hub's cache says what is loaded.
+    """
+    revision = revision or "main"
+    if COMMIT.match(revision):
+        return revision
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+        file = cache / f"models--{hub_id.replace('/', '--')}" / "refs" / revision
+        return file.read_text().strip() if file.is_file() else None
+    token = os.environ.get("HF_TOKEN") or _text_of(home / "token")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/api/models/{hub_id}/revision/{urllib.parse.quote(revision, safe='')}"
+    try:
+        asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+        with urllib.request.urlopen(asked, timeout=HUB_S) as answer:
+            found = json.load(answer).get("sha")
+    except (OSError, ValueError, AttributeError):  # no network, no such model, no access: the worker will say which
+        return None
+    return found if isinstance(found, str) and COMMIT.match(found) else None
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def read_config(located: str, revision: str | None = None) -> Mapping[str, Any] | None:
     """The model's config.json, or None where this machine cannot read it.
 
     A hub model's is read from the hub's cache or the hub where huggingface_hub is installed (workers have it).
@@ -58,7 +98,7 @@ def read_config(located: str) -> Mapping[str, Any] | None:
         except ImportError:
             return None
         try:
-            file = Path(hf_hub_download(located, "config.json"))
+            file = Path(hf_hub_download(located, "config.json", revision=revision))
         except Exception:  # offline, no such model, no access: the worker that loads it will say which
             return None
     try:

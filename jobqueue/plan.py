@@ -87,6 +87,7 @@ class _Lookups:
     files: dict[str, Path] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
+    versions: dict[tuple[str, str | None], str] = field(default_factory=dict)
     checked: set[tuple[Any, ...]] = field(default_factory=set)
 
     def data(self, spec: AnyData) -> AnyData:
@@ -134,6 +135,18 @@ class _Lookups:
             self.models[name] = located
         return self.models[name]
 
+    def check_revision(self, revision: str | None, located: str) -> None:
+        """Raises SpecError where the model is no hub model."""
+        if revision is not None and base_model.is_path(located):
+            message = f"only a hub model has one, and {located} is a path"
+            raise SpecError([Problem(message, str(self.sweep.file), path="revision")])
+
+    def version(self, located: str, revision: str | None) -> str:
+        """The model as it is now."""
+        if (located, revision) not in self.versions:
+            self.versions[located, revision] = base_model.fingerprint(located, revision)
+        return self.versions[located, revision]
+
 
 def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     """The jobs of a sweep, each after those that it waits for.
@@ -158,10 +171,12 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
     """Train, evaluation of the base model, evaluation of the adapter: those of them that the configuration has."""
     run = trial.run
     model = look.model(run.base_model)
+    look.check_revision(run.revision, model)
     jobs = []
     if run.data is not None:
         train = TrainSpec(
             base_model=model,
+            revision=run.revision,
             method=run.method,
             data=look.data(run.data),
             lora=run.lora,
@@ -174,7 +189,9 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
     base = _evaluation(run, model, look)
     if run.data is None or run.evaluation.compare_with_base:
         label = "" if run.data is not None else trial.label
-        jobs.append(PlannedJob(_base_id(base), JobKind.EVALUATE, label, base, _need(base)))
+        jobs.append(
+            PlannedJob(_base_id(base, look.version(model, run.revision)), JobKind.EVALUATE, label, base, _need(base))
+        )
     if run.data is not None:
         adapter = base.model_copy(update={"adapter_job": f"{BATCH}.{number}"})
         job_id = f"{number}.eval"
@@ -186,6 +203,7 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
     assert run.evaluation is not None
     return EvaluateSpec(
         base_model=model,
+        revision=run.revision,
         method=run.method,
         adapter_job=None,
         load_in_4bit=run.load_in_4bit,
@@ -195,10 +213,11 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
     )
 
 
-def _base_id(spec: EvaluateSpec) -> str:
-    """The same for all that must give the same scores: by model, precision, questions and how they are asked."""
+def _base_id(spec: EvaluateSpec, model: str) -> str:
+    """The same for all that must give the same scores: by model and its version, precision, questions and how they
+    are asked."""
     asked = spec.evaluation.model_dump(exclude={"compare_with_base", "per_device_eval_batch_size", "load_in_4bit"})
-    key = [EVALUATOR, base_model.fingerprint(spec.base_model), spec.load_in_4bit, spec.max_seq_length, asked]
+    key = [EVALUATOR, model, spec.load_in_4bit, spec.max_seq_length, asked]
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 

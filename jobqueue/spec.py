@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+Revision = Annotated[str, Field(min_length=1)]
 Device = Literal["auto", "gpu", "cpu"]
 Metric = Literal["likelihood", "generated", "perplexity", "bleu"]
 BY_QUESTION: tuple[Metric, ...] = ("likelihood", "generated")
@@ -189,6 +190,8 @@ class RunSpec(Part):
     name: Name
     base_model: Annotated[str, Field(min_length=1)]
     """A hub id, a local folder, or a .gguf file."""
+    revision: Revision | None = None
+    """Branch, tag or commit of a hub model; None: its main branch."""
     method: Method = "qlora"
     data: DataSpec | None = None
     """Without it nothing is trained: the base model itself is evaluated."""
@@ -230,6 +233,7 @@ class TrainSpec(Part):
 
     kind: Literal["train"] = "train"
     base_model: str
+    revision: str | None = None
     method: Method
     data: DataSpec
     lora: LoraSpec
@@ -242,6 +246,7 @@ class EvaluateSpec(Part):
 
     kind: Literal["evaluate"] = "evaluate"
     base_model: str
+    revision: str | None = None
     method: Method
     adapter_job: str | None
     """The train job whose adapter (or, for method full, whose model) is asked; None: the base model."""

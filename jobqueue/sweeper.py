@@ -101,7 +101,7 @@ class Sweeper:
             except Exception:
                 log.exception("%s: no estimate", job.id)
 
-    def _size(self, job: Job, read_config: Callable[[str], Mapping[str, Any] | None]) -> None:
+    def _size(self, job: Job, read_config: Callable[[str, str | None], Mapping[str, Any] | None]) -> None:
         """Estimates the memory of a job whose submitter could not."""
         try:
             spec = PARSE.validate_python(job.spec, strict=False)
@@ -110,7 +110,7 @@ class Sweeper:
             send_tokens(self._app, self._store.refuse(job.id, FailureReason.BAD_SPEC, wrong))
             return
         assert isinstance(spec, (TrainSpec, EvaluateSpec))
-        config = read_config(spec.base_model)
+        config = read_config(spec.base_model, spec.revision)
         try:
             need = estimate(config, spec) if config else base_model.guess_from_size(spec.base_model)
         except (KeyError, TypeError, LoraqError):

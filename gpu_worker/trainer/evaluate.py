@@ -63,7 +63,7 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
     if spec.method == "full" and request.adapter:  # what it trained is a whole model
         base = models.load_for_asking(request.adapter, spec.load_in_4bit, None)
     else:
-        base = models.load_for_asking(spec.base_model, spec.load_in_4bit, request.adapter)
+        base = models.load_for_asking(spec.base_model, spec.load_in_4bit, request.adapter, spec.revision)
     model, tokenizer = base.model, base.tokenizer
     reserved_at_start = usage.reserved()
     clock.lap("load_s")
@@ -118,6 +118,7 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
         _write(request, "answers.jsonl", texts)
     clock.lap("save_s")
     return outcome | {
+        "commit": getattr(model.config, "_commit_hash", None),  # of a hub model
         "memory": memory,
         "time": clock.report(),
         "data": file.summary.report() | {"too_long": too_long, "dropped": dropped},

@@ -36,14 +36,16 @@ class Loaded:
     """The folder (absolute) or hub id that it came from."""
 
 
-def load(base_model: str, method: Method, max_seq_length: int, load_in_4bit: bool) -> Loaded:
-    """Load a base model: 4 bits, 16 bits, or all weights trainable (`method` full).
+def load(
+    base_model: str, method: Method, max_seq_length: int, load_in_4bit: bool, revision: str | None = None
+) -> Loaded:
+    """Load a base model: 4 bits, 16 bits, or all weights trainable (`method` full). `revision`: of a hub model.
 
     Raises JobFailure: bad_spec where there is no such model or it cannot be trained here.
     """
     name = resolve(base_model)
-    tokenizer = _tokenizer(name)
-    _check_causal(name)
+    tokenizer = _tokenizer(name, revision)
+    _check_causal(name, revision)
     # Unsloth's own tokenizer is not used: on a GPU it exchanges a pad token that equals eos, where needed by a
     # new one. Padding is masked by the attention mask here, so the tokenizer can stay as it was published.
     with _refusals(f"{base_model} cannot be loaded"):
@@ -56,6 +58,7 @@ def load(base_model: str, method: Method, max_seq_length: int, load_in_4bit: boo
             full_finetuning=method == "full",
             use_exact_model_name=True,  # else known names become their -bnb-4bit repositories
             trust_remote_code=False,
+            revision=revision,
         )
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
@@ -84,7 +87,7 @@ def add_lora(model: Any, lora: LoraSpec, max_seq_length: int) -> Any:
         )
 
 
-def load_for_asking(base_model: str, load_in_4bit: bool, adapter: str | None) -> Loaded:
+def load_for_asking(base_model: str, load_in_4bit: bool, adapter: str | None, revision: str | None = None) -> Loaded:
     """Load a base model, and an adapter on it, as transformers and PEFT themselves run them.
 
     Without Unsloth's kernels: they round differently in 16 bits, which turns the pick of one question in a
@@ -92,9 +95,13 @@ def load_for_asking(base_model: str, load_in_4bit: bool, adapter: str | None) ->
     there is no such model, storage where there is no adapter.
     """
     name = resolve(base_model)
-    tokenizer = _tokenizer(name)
-    config = _check_causal(name)
-    options: dict[str, Any] = {"dtype": _dtype(), "device_map": {"": 0 if ON_GPU else "cpu"}}
+    tokenizer = _tokenizer(name, revision)
+    config = _check_causal(name, revision)
+    options: dict[str, Any] = {
+        "revision": revision or "main",
+        "dtype": _dtype(),
+        "device_map": {"": 0 if ON_GPU else "cpu"},
+    }
     if load_in_4bit and not getattr(config, "quantization_config", None):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -183,9 +190,9 @@ def _check_folder(path: Path) -> None:
         raise bad_spec(f"base_model {path} has no weights (*.safetensors)")
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str, revision: str | None) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision or "main")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(name, "tokenizer", error) from error
     if not tokenizer.is_fast:
@@ -193,10 +200,10 @@ def _tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def _check_causal(name: str) -> Any:
+def _check_causal(name: str, revision: str | None) -> Any:
     """The model's config."""
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(name, "config", error) from error
     causal = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ["ForCausalLM"])

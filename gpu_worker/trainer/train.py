@@ -51,7 +51,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     report(Progress("load"))
     file = rows.load(spec.data)  # before the model: a bad file costs seconds, not minutes
     clock.lap("data_s")
-    base = models.load(spec.base_model, spec.method, training.max_seq_length, spec.method == "qlora")
+    base = models.load(spec.base_model, spec.method, training.max_seq_length, spec.method == "qlora", spec.revision)
     clock.lap("load_s")
 
     report(Progress("data"))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from jobqueue.base_model import commit, fingerprint
 from jobqueue.errors import DataError, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import GIB
@@ -123,6 +127,7 @@ def test_what_does_not_change_the_scores_does_not_change_the_base_evaluation(
         {"evaluation": {"source": "test.jsonl", "max_new_tokens": 8}},
         {"evaluation": {"source": "test.jsonl", "load_in_4bit": False}},
         {"base_model": "owner/name"},
+        {"base_model": "owner/name", "revision": "v2"},
     ],
 )
 def test_what_may_change_the_scores_makes_another_base_evaluation(folder: Path, changes: dict[str, object]) -> None:
@@ -251,3 +256,68 @@ def test_conversations_cannot_be_asked_for_their_options(chat: Path) -> None:
     with pytest.raises(SpecError) as refused:
         plan(chat, evaluation={"source": "chat.jsonl", "format": "messages"})
     assert "likelihood, generated need questions with options" in str(refused.value)
+
+
+# -- which version of a hub model is meant
+
+
+def test_a_revision_goes_to_every_job_and_is_refused_for_a_path(folder: Path) -> None:
+    made = plan(folder, base_model="owner/name", revision="v2")
+    specs = [job.spec for job in made.jobs if isinstance(job.spec, (TrainSpec, EvaluateSpec))]
+    assert [spec.revision for spec in specs] == ["v2"] * 3
+    with pytest.raises(SpecError, match="only a hub model has one"):
+        plan(folder, revision="v2")
+
+
+def test_base_evaluations_differ_by_revision(folder: Path) -> None:
+    ids = {base_id(plan(folder, base_model="owner/name", revision=name)) for name in (None, "v2", "v3")}
+    assert len(ids) == 3
+    assert base_id(plan(folder, base_model="owner/name", revision="main")) in ids
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Says what the commit of `main` is, to those who have the token."""
+
+    sha = "a" * 40
+
+    def do_GET(self) -> None:
+        known = self.path == "/api/models/owner/name/revision/main" and self.headers["Authorization"] == "Bearer secret"
+        self.send_response(200 if known else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps({"sha": self.sha}).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        yield Hub
+        server.shutdown()
+        thread.join()
+
+
+def test_a_base_model_whose_branch_moved_is_asked_anew(
+    folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = base_id(plan(folder, base_model="owner/name"))
+    assert base_id(plan(folder, base_model="owner/name")) == before
+    assert base_id(plan(folder, base_model="owner/name", revision="a" * 40)) == before  # the commit that main is
+    monkeypatch.setattr(hub, "sha", "b" * 40)
+    assert base_id(plan(folder, base_model="owner/name")) != before
+    assert commit("owner/other", None) is None
+
+
+def test_offline_the_cache_says_what_a_branch_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert commit("owner/name", None) is None
+    (tmp_path / "models--owner--name" / "refs").mkdir(parents=True)
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("c" * 40)
+    assert commit("owner/name", None) == "c" * 40
+    assert fingerprint("owner/name") == f"owner/name@{'c' * 40}"

@@ -213,7 +213,7 @@ def test_a_hub_that_does_not_answer_holds_up_no_round(
 ) -> None:
     release, asked = threading.Event(), []
 
-    def read_config(name: str) -> None:
+    def read_config(name: str, revision: str | None) -> None:
         asked.append(name)
         release.wait(20)
 
