@@ -18,7 +18,7 @@ from jobqueue.sweep import Sweep, Trial
 
 EVALUATOR = 1  # raised when the same answers would be scored otherwise: base models are then asked anew
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".txt")
 
 AnyData = TypeVar("AnyData", bound=DataSpec)
 
@@ -80,6 +80,10 @@ class _Lookups:
     models: dict[str, str] = field(default_factory=dict)
     checked: set[tuple[Any, ...]] = field(default_factory=set)
 
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
     def data(self, spec: AnyData) -> AnyData:
         """With the source of a local file replaced by its content's address. Raises DataError."""
         path = Path(spec.source).expanduser()
@@ -88,7 +92,7 @@ class _Lookups:
             return spec
         if not path.is_file():
             raise DataError(f"there is no data file {path}", f"Correct `source: {spec.source}`, or give a hub id.")
-        reading = (path, type(spec), spec.format, spec.limit, *sorted(spec.columns.items()))
+        reading = (path, type(spec), spec.model_dump_json(exclude={"source"}))
         if reading not in self.checked:
             summary = rows.check_file(spec.model_copy(update={"source": str(path)}))
             self.checked.add(reading)
@@ -106,6 +110,27 @@ class _Lookups:
             source = blob_source(path)
             self.files[source] = path
         return spec.model_copy(update={"source": source})
+
+    def chat_template(self, given: str | None) -> str | None:
+        """A name, or Jinja: what a file of that name holds. Raises SpecError."""
+        if given is None:
+            return None
+        from jobqueue.templates import NAMED, syntax_error  # Jinja: only where it is needed
+
+        if given in NAMED:
+            return given
+        wrong, source = None, given
+        if "{{" not in given and "{%" not in given:
+            path = Path(given).expanduser()
+            path = path if path.is_absolute() else self.sweep.file.parent / path
+            try:
+                source = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                wrong = f"{given!r} is neither {', '.join(NAMED)}, nor a file that can be read, nor Jinja"
+        wrong = wrong or syntax_error(source)
+        if wrong:
+            raise SpecError([Problem(wrong, str(self.sweep.file), path="chat_template")])
+        return source
 
     def model(self, name: str) -> str:
         """The base model as the workers are to look for it. Raises SpecError."""
@@ -151,6 +176,7 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
         train = TrainSpec(
             base_model=model,
             method=run.method,
+            chat_template=look.chat_template(run.chat_template),
             data=look.data(run.data),
             lora=run.lora,
             training=run.training,
@@ -159,6 +185,8 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
         jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, _need(train)))
     if run.evaluation is None:
         return jobs
+    if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
+        look.warn("data and evaluation have different system prompts: the answers are asked for in another setting")
     base = _evaluation(run, model, look)
     if run.data is None or run.evaluation.compare_with_base:
         label = "" if run.data is not None else trial.label
@@ -175,6 +203,7 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
     return EvaluateSpec(
         base_model=model,
         method=run.method,
+        chat_template=look.chat_template(run.chat_template),
         adapter_job=None,
         load_in_4bit=run.load_in_4bit,
         max_seq_length=run.training.max_seq_length,
@@ -185,8 +214,11 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
 
 def _base_id(spec: EvaluateSpec) -> str:
     """The same for all that must give the same scores: by model, precision, questions and how they are asked."""
-    asked = spec.evaluation.model_dump(exclude={"compare_with_base", "per_device_eval_batch_size", "load_in_4bit"})
-    key = [EVALUATOR, base_model.fingerprint(spec.base_model), spec.load_in_4bit, spec.max_seq_length, asked]
+    asked = spec.evaluation.model_dump(
+        exclude={"compare_with_base", "per_device_eval_batch_size", "load_in_4bit"}, exclude_none=True
+    )
+    model = [base_model.fingerprint(spec.base_model), spec.chat_template or ""]
+    key = [EVALUATOR, *model, spec.load_in_4bit, spec.max_seq_length, asked]
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 

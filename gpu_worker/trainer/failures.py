@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from gpu_worker.protocol import Failed
-from jobqueue.errors import DataError, StorageError
+from jobqueue.errors import ChatTemplateError, DataError, StorageError
 from jobqueue.job import FailureReason
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOENT}
@@ -39,6 +39,8 @@ def failed(error: BaseException) -> Failed:
     reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
     if isinstance(error, JobFailure):
         reason, message = error.reason, str(error)
+    elif isinstance(error, ChatTemplateError):
+        reason, message = FailureReason.BAD_SPEC, f"{error.what}; {error.do}"
     elif isinstance(error, DataError):
         reason, message = FailureReason.BAD_DATA, error.what
     elif isinstance(error, StorageError):
