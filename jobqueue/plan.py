@@ -6,21 +6,19 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
-from jobqueue import base_model, rows
+from jobqueue import base_model, rows, sources
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
-from jobqueue.spec import DataSpec, EvaluateSpec, EvaluationSpec, QuestionFormat, ReportSpec, RunSpec, TrainSpec
+from jobqueue.sources import AnyData
+from jobqueue.spec import EvaluateSpec, EvaluationSpec, QuestionFormat, ReportSpec, RunSpec, TrainSpec
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
 EVALUATOR = 1  # raised when the same answers would be scored otherwise: base models are then asked anew
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".txt")
-
-AnyData = TypeVar("AnyData", bound=DataSpec)
 
 
 @dataclass(frozen=True)
@@ -86,12 +84,9 @@ class _Lookups:
 
     def data(self, spec: AnyData) -> AnyData:
         """With the source of a local file replaced by its content's address. Raises DataError."""
-        path = Path(spec.source).expanduser()
-        path = path if path.is_absolute() else self.sweep.file.parent / path
-        if "://" in spec.source or not (path.is_file() or spec.source.endswith(DATA_SUFFIXES)):
+        path = sources.data_file(spec, self.sweep.file.parent)
+        if path is None:
             return spec
-        if not path.is_file():
-            raise DataError(f"there is no data file {path}", f"Correct `source: {spec.source}`, or give a hub id.")
         reading = (path, type(spec), spec.model_dump_json(exclude={"source"}))
         if reading not in self.checked:
             summary = rows.check_file(spec.model_copy(update={"source": str(path)}))
@@ -110,27 +105,6 @@ class _Lookups:
             source = blob_source(path)
             self.files[source] = path
         return spec.model_copy(update={"source": source})
-
-    def chat_template(self, given: str | None) -> str | None:
-        """A name, or Jinja: what a file of that name holds. Raises SpecError."""
-        if given is None:
-            return None
-        from jobqueue.templates import NAMED, syntax_error  # Jinja: only where it is needed
-
-        if given in NAMED:
-            return given
-        wrong, source = None, given
-        if "{{" not in given and "{%" not in given:
-            path = Path(given).expanduser()
-            path = path if path.is_absolute() else self.sweep.file.parent / path
-            try:
-                source = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
-                wrong = f"{given!r} is neither {', '.join(NAMED)}, nor a file that can be read, nor Jinja"
-        wrong = wrong or syntax_error(source)
-        if wrong:
-            raise SpecError([Problem(wrong, str(self.sweep.file), path="chat_template")])
-        return source
 
     def model(self, name: str) -> str:
         """The base model as the workers are to look for it. Raises SpecError."""
@@ -176,7 +150,7 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
         train = TrainSpec(
             base_model=model,
             method=run.method,
-            chat_template=look.chat_template(run.chat_template),
+            chat_template=sources.chat_template(run.chat_template, look.sweep.file),
             data=look.data(run.data),
             lora=run.lora,
             training=run.training,
@@ -203,7 +177,7 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
     return EvaluateSpec(
         base_model=model,
         method=run.method,
-        chat_template=look.chat_template(run.chat_template),
+        chat_template=sources.chat_template(run.chat_template, look.sweep.file),
         adapter_job=None,
         load_in_4bit=run.load_in_4bit,
         max_seq_length=run.training.max_seq_length,

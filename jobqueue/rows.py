@@ -56,9 +56,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Rows:
-    """The usable rows of a file, each with its place in it (from 0), and what the file holds."""
+    """The usable rows of a file, each with its place in it (from 0), why the others are not, and what it holds."""
 
     examples: list[tuple[int, Example]]
+    unusable: dict[int, str]
     summary: Summary
 
 
@@ -75,6 +76,7 @@ def load(data: DataSpec) -> Rows:
     name, row_format, reason = _format(data, columns)
 
     examples: list[tuple[int, Example]] = []
+    unusable: dict[int, str] = {}
     skipped: dict[str, Skipped] = {}
     count = 0
     for index, (line, row) in enumerate(chain(first, numbered)):
@@ -82,6 +84,7 @@ def load(data: DataSpec) -> Rows:
         try:
             examples.append((index, row_format.convert(_renamed(row, data)).with_system(data.system_prompt)))
         except SkipRow as why:
+            unusable[index] = str(why)
             entry = skipped.setdefault(str(why), Skipped())
             entry.count += 1
             if len(entry.lines) < SHOWN_LINES:
@@ -93,7 +96,7 @@ def load(data: DataSpec) -> Rows:
             f"{data.source}: none of its {count} rows can be used as {name}: {reasons}",
             "Correct the rows, or say under `columns` and `format` how the file is laid out.",
         )
-    return Rows(examples, summary)
+    return Rows(examples, unusable, summary)
 
 
 def split(data: TrainDataSpec, examples: list[Example]) -> tuple[list[Example], list[Example]]:

@@ -22,6 +22,15 @@ class Tokens:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def trained(self) -> int:
+        """How many tokens the loss falls on."""
+        return sum(label != IGNORED for label in self.labels)
+
+    def cut(self, length: int) -> Tokens:
+        """Its first tokens."""
+        return self if len(self.labels) <= length else Tokens(self.input_ids[:length], self.labels[:length])
+
 
 @dataclass
 class DataReport:
@@ -51,6 +60,19 @@ def tokenise(chat: Chat, examples: Sequence[Example], max_seq_length: int) -> tu
     A longer row loses its end; one that keeps no part of an answer is dropped. Raises DataError where nothing is
     left, ChatTemplateError where a conversation needs a template and there is none.
     """
+    rows, report = survey(chat, examples, max_seq_length)
+    if not rows:
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in report.dropped.items())
+        raise DataError(
+            f"no row is left to train on ({reasons}); the longest has {report.longest} tokens",
+            "Raise max_seq_length, correct the rows, or give another `chat_template`.",
+        )
+    report.preview = "".join(f"<<{text}>>" if trained else text for text, trained in segments(chat, rows[0]))
+    return rows, report
+
+
+def survey(chat: Chat, examples: Sequence[Example], max_seq_length: int) -> tuple[list[Tokens], DataReport]:
+    """The same, also where no row is left."""
     report = DataReport(rows=len(examples), notes=_notes(chat, examples))
     rows: list[Tokens] = []
     lengths: list[int] = []
@@ -60,9 +82,9 @@ def tokenise(chat: Chat, examples: Sequence[Example], max_seq_length: int) -> tu
             report.dropped[row] = report.dropped.get(row, 0) + 1
             continue
         lengths.append(len(row.input_ids))
-        cut = Tokens(row.input_ids[:max_seq_length], row.labels[:max_seq_length])
-        if all(label == IGNORED for label in cut.labels):
-            reason = "no answer within max_seq_length" if len(row.labels) > max_seq_length else "an empty answer"
+        cut = row.cut(max_seq_length)
+        if not cut.trained:
+            reason = "no answer within max_seq_length" if row.trained else "an empty answer"
             report.dropped[reason] = report.dropped.get(reason, 0) + 1
             continue
         report.truncated += len(row.input_ids) > max_seq_length
@@ -70,18 +92,11 @@ def tokenise(chat: Chat, examples: Sequence[Example], max_seq_length: int) -> tu
         report.duplicates += key in seen
         seen.add(key)
         rows.append(cut)
+    report.used = len(rows)
     report.longest = max(lengths, default=0)
     report.histogram = histogram(lengths)
-    if not rows:
-        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in report.dropped.items())
-        raise DataError(
-            f"no row is left to train on ({reasons}); the longest has {report.longest} tokens",
-            "Raise max_seq_length, correct the rows, or give another `chat_template`.",
-        )
-    report.used = len(rows)
     report.tokens = sum(len(row.input_ids) for row in rows)
-    report.trained_tokens = sum(label != IGNORED for row in rows for label in row.labels)
-    report.preview = "".join(f"<<{text}>>" if trained else text for text, trained in segments(chat, rows[0]))
+    report.trained_tokens = sum(row.trained for row in rows)
     return rows, report
 
 
@@ -115,10 +130,14 @@ def histogram(lengths: Sequence[int], bins: int = BINS) -> list[tuple[int, int, 
 
 
 def _notes(chat: Chat, examples: Sequence[Example]) -> list[str]:
-    has_system = any(example.conversation[0]["role"] == "system" for example in examples if example.conversation)
-    if has_system and not chat.takes_system:
-        return ["the chat template has no system turn: what it says is put before the first user turn"]
-    return []
+    conversations = [example.conversation for example in examples if example.conversation]
+    notes = []
+    if any(turns[0]["role"] == "system" for turns in conversations) and not chat.takes_system:
+        notes.append("the chat template has no system turn: what it says is put before the first user turn")
+    if conversations and chat.turn_end is None:
+        eos = chat.special_tokens.get("eos_token", "no token")
+        notes.append(f"the chat template ends no answer with a special token: {eos} is put after the last one")
+    return notes
 
 
 def _located(chat: Chat, example: Example) -> tuple[str, list[Span]] | str:
