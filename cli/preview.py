@@ -22,7 +22,7 @@ BAR = 40  # characters of the longest bar
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option("--row", type=click.IntRange(min=1), metavar="N", help="Show row N of the data; without it, the first.")
 @click.option("--base-model", metavar="MODEL", help="Whose tokenizer to take: a hub id or a folder.")
 @click.option(
@@ -33,19 +33,19 @@ BAR = 40  # characters of the longest bar
     help="Override a key of the sweep file, e.g. training.max_seq_length=512. May be given several times.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def preview(file: Path, row: int | None, base_model: str | None, sets: tuple[str, ...], as_json: bool) -> None:
+def preview(file: str, row: int | None, base_model: str | None, sets: tuple[str, ...], as_json: bool) -> None:
     """Show what a training would read, and what of it is trained on.
 
-    FILE is a sweep file, of which the first configuration is shown, or a data file. Nothing is submitted and no
-    server is needed. Tokens need `pip install 'loraq[data]'` and the base model's tokenizer, which is fetched from
-    the hub where the model is no folder of this machine; of a data file alone, give --base-model.
+    FILE is a sweep file, of which the first configuration is shown, or data: a file, a URL or a hub id. Nothing is
+    submitted and no server is needed. Tokens need `pip install 'loraq[data]'` and the base model's tokenizer, which
+    is fetched from the hub where the model is no folder of this machine; of data alone, give --base-model.
     """
     from cli.render import console, print_json
     from jobqueue.preview import preview as make
     from jobqueue.sweep import read_sweep, sweep_of_data
 
-    if file.suffix in (".yaml", ".yml"):
-        sweep = read_sweep(file, (*sets, f"base_model={base_model}") if base_model else sets)
+    if file.endswith((".yaml", ".yml")):
+        sweep = read_sweep(Path(file), (*sets, f"base_model={base_model}") if base_model else sets)
         shown = make(sweep, _chat(sweep), row)
     else:
         sweep = sweep_of_data(file, base_model or "none", sets)

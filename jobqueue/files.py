@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -20,10 +20,13 @@ from typing import Any, BinaryIO, cast
 
 from jobqueue.errors import DataError, StorageError
 from jobqueue.example import Row
+from jobqueue.formats import detect
 
 SHOWN_PROBLEMS = 10  # of one file
+BUFFER = 1 << 16  # bytes
 HEAD = 4096  # bytes by which a file is recognised
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # first bytes
+NEWLINE = b"\n"
 UTF8_MARK = b"\xef\xbb\xbf"
 # What others pack files with: the first bytes, and what unpacks them.
 UNREADABLE = {
@@ -57,10 +60,8 @@ def read_file(source: str) -> Iterator[tuple[int, Row]]:
             )
         elif _is_csv(source, text):
             yield from _csv(source, file)
-        elif text[:1] == b"[" or (
-            text[:1] == b"{" and _plain_name(source).endswith(".json") and not _is_json_line(text)
-        ):
-            yield from _json_document(source, file)
+        elif text[:1] == b"[" or (text[:1] == b"{" and _plain_name(source).endswith(".json")):
+            yield from _json(source, file)
         else:
             yield from _jsonl(source, file)
 
@@ -68,15 +69,14 @@ def read_file(source: str) -> Iterator[tuple[int, Row]]:
 @contextmanager
 def _opened(source: str) -> Iterator[io.BufferedReader]:
     """The plain bytes of a file, unpacked where it is packed; what goes wrong in reading is a DataError."""
-    raw = _raw(source)
-    with raw:
-        magic = raw.read(4)
-        raw.seek(0)
+    with _raw(source) as raw:
+        packed = io.BufferedReader(cast(io.RawIOBase, raw), BUFFER)  # peeks, as not every URL can be sought in
+        magic = packed.peek(4)[:4]
         try:
-            yield io.BufferedReader(cast(io.RawIOBase, _unpacked(source, raw, magic)), 1 << 16)
+            yield io.BufferedReader(cast(io.RawIOBase, _unpacked(source, cast(BinaryIO, packed), magic)), BUFFER)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            packed = "zstd" if magic == ZSTD else "gzip"
-            raise DataError(f"{source} is a damaged {packed} file: {error}", "Write or copy it again.") from error
+            kind = "zstd" if magic == ZSTD else "gzip"
+            raise DataError(f"{source} is a damaged {kind} file: {error}", "Write or copy it again.") from error
         except OSError as error:
             raise StorageError(f"{source} cannot be read: {error}", AGAIN) from error
         except Exception as error:
@@ -140,18 +140,6 @@ def _is_csv(source: str, text: bytes) -> bool:
     return text[:1] not in (b"{", b"[", b"")
 
 
-def _is_json_line(text: bytes) -> bool:
-    """Whether a file that begins with an object has it on one line (or in a line longer than what is seen)."""
-    line, end, _ = text.partition(b"\n")
-    if not end:
-        return False
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
 class _Problems:
     """What is wrong with the lines of a file; the first of them are said all at once."""
 
@@ -174,8 +162,11 @@ class _Problems:
         raise DataError("\n".join([*self.lines, *([f"and {more} more lines"] if more else [])]), self.do)
 
 
-def _not_utf8(source: str, line: int, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"{source}:{line}: {_bad_byte(error)}", CONVERT)
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.removeprefix(UTF8_MARK)), dict)
+    except ValueError:
+        return False
 
 
 def _bad_byte(error: UnicodeDecodeError) -> str:
@@ -186,7 +177,7 @@ AGAIN = "Try again once its storage answers."
 CONVERT = "Convert the file, e.g. `iconv -f latin1 -t utf-8 FILE > NEW`."
 
 
-def _jsonl(source: str, file: io.BufferedReader) -> Iterator[tuple[int, Row]]:
+def _jsonl(source: str, file: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
     problems = _Problems(source, "One JSON object per line is expected; correct or remove these lines.")
     for number, raw in enumerate(file, start=1):
         try:
@@ -210,20 +201,27 @@ def _jsonl(source: str, file: io.BufferedReader) -> Iterator[tuple[int, Row]]:
     problems.check()
 
 
-def _json_document(source: str, file: io.BufferedReader) -> Iterator[tuple[int, Row]]:
-    """A list of objects, or an object that holds one such list."""
+def _json(source: str, file: io.BufferedReader) -> Iterator[tuple[int, Row]]:
+    """A list of objects, an object that holds one such list, or objects line by line under the wrong name."""
+    content = file.read()
     try:
-        document = json.loads(file.read().decode("utf-8-sig"))
+        rows = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise _not_utf8(source, error.object[: error.start].count(b"\n") + 1, error) from error
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
         raise DataError(
-            f"{source}:{line}: not JSON: {error}", "The file begins as a JSON document; correct it there."
+            f"{source}:{error.object[: error.start].count(NEWLINE) + 1}: {_bad_byte(error)}", CONVERT
         ) from error
-    rows = document
-    if isinstance(document, dict):
-        lists = {key: value for key, value in document.items() if isinstance(value, list) and value}
+    except (ValueError, RecursionError) as error:
+        if _is_object(content.partition(NEWLINE)[0]):
+            yield from _jsonl(source, io.BytesIO(content))
+            return
+        raise DataError(
+            f"{source}:{getattr(error, 'lineno', 1)}: not JSON: {error}",
+            "The file begins as a JSON document; correct it there.",
+        ) from error
+    if isinstance(rows, dict) and detect(rows):
+        rows = [rows]
+    elif isinstance(rows, dict):
+        lists = {key: value for key, value in rows.items() if isinstance(value, list) and value}
         if len(lists) != 1:
             held = f"the lists {', '.join(lists)}" if lists else "no list"
             raise DataError(
@@ -259,7 +257,7 @@ def _csv(source: str, file: io.BufferedReader) -> Iterator[tuple[int, Row]]:
             elif cells:
                 yield reader.line_num, dict(zip(header, (cell or None for cell in cells), strict=False))
     except UnicodeDecodeError as error:
-        raise _not_utf8(source, reader.line_num + 1, error) from error
+        raise DataError(f"{source}:{reader.line_num + 1}: {_bad_byte(error)}", CONVERT) from error
     except csv.Error as error:
         raise DataError(f"{source}:{reader.line_num}: not CSV: {error}", "Correct this line.") from error
     problems.check()

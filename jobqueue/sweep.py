@@ -97,10 +97,10 @@ def read_sweep(path: Path, sets: Sequence[str] = ()) -> Sweep:
     return _checked(_read(path), sets)
 
 
-def sweep_of_data(file: Path, base_model: str, sets: Sequence[str] = ()) -> Sweep:
-    """A data file as a sweep of one configuration that trains on it; `sets` as above. Raises SpecError."""
-    root = CommentedMap(name="preview", base_model=base_model, data=CommentedMap(source=str(file.absolute())))
-    return _checked(_Document(file, root), sets)
+def sweep_of_data(source: str, base_model: str, sets: Sequence[str] = ()) -> Sweep:
+    """A file, URL or hub id as a sweep of one configuration that trains on it; `sets` as above. Raises SpecError."""
+    root = CommentedMap(name="preview", base_model=base_model, data=CommentedMap(source=source))
+    return _checked(_Document(Path("preview"), root), sets)
 
 
 def _checked(document: _Document, sets: Sequence[str]) -> Sweep:

@@ -335,8 +335,11 @@ def test_every_kind_of_file_is_read_packed_or_not(kind: str, suffix: str, tmp_pa
 def test_a_json_document_may_hold_the_list_of_rows_in_an_object(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text(json.dumps({"version": 1, "data": [ROW, ROW]}, indent=2))
     assert check_file(spec(tmp_path / "d.json")).usable == 2
-    (tmp_path / "lines.json").write_text((json.dumps(ROW) + "\n") * 3)
+    long = {**ROW, "context": "word " * 5000}
+    (tmp_path / "lines.json").write_text((json.dumps(long) + "\n") * 3)
     assert check_file(spec(tmp_path / "lines.json")).usable == 3
+    (tmp_path / "one.json").write_text(json.dumps(CHAT))
+    assert load(spec(tmp_path / "one.json")).examples[0][1].conversation == CHAT["messages"]
     (tmp_path / "two.json").write_text(json.dumps({"train": [ROW], "test": [ROW]}, indent=2))
     with pytest.raises(DataError, match="one JSON object with the lists train, test"):
         check_file(spec(tmp_path / "two.json"))
