@@ -187,6 +187,24 @@ def test_a_template_that_knows_no_tools_drops_such_rows_with_the_reason() -> Non
     assert report.dropped == {"the chat template knows no tools": 2}
 
 
+@pytest.mark.parametrize("prompt", ["{{ messages | length }} turns. ", "{{ messages[0].content | length }} letters. "])
+def test_an_answer_begins_after_the_generation_prompt_whatever_else_the_template_writes(prompt: str) -> None:
+    """Both put something before the conversation: one that changes with later turns, one with the words themselves."""
+    model = chat(MISTRAL, chat_template=prompt + MISTRAL.template)
+    assert trained(model, one(model, TALK)) == [" pliers.</s>", " An oak!</s>"]
+
+
+def test_marks_for_other_trainers_change_nothing() -> None:
+    marked = CHATML.template.replace("{{- '<|im_start|>'", "{% generation %}{{- '<|im_start|>'")
+    marked = marked.replace("'\\n' }}{% endfor %}", "'\\n' }}{% endgeneration %}{% endfor %}")
+    assert one(chat(CHATML, chat_template=marked), TALK) == one(chat(CHATML), TALK)
+
+
+def test_a_token_that_is_only_partly_an_answer_is_not_trained() -> None:
+    model = chat(CHATML, chat_template=PLAIN)
+    assert trained(model, one(model, TALK)) == ["pliers", "An oak!<|im_end|>"]  # the first full stop is in ".\n\n"
+
+
 def test_an_answer_that_the_template_does_not_end_gets_the_end_token_and_keeps_its_last_character() -> None:
     model = chat(CHATML, chat_template=PLAIN)
     row = one(model, TALK[:2])
