@@ -35,6 +35,7 @@ from jobqueue.settings import Settings
 from jobqueue.storage import Storage
 from jobqueue.store import Store
 from jobqueue.sweeper import Sweeper
+from jobqueue.transfer import Mover
 
 log = logging.getLogger(__name__)
 LISTEN_AGAIN_S = 2.0  # after Celery has ended by itself
@@ -226,6 +227,7 @@ class Worker:
         if self.device.kind == "control":
             sweeper = Sweeper(self.store, self.app, self.settings)
             side.append(partial(sweeper.run, self.leaving))
+            side.append(partial(Mover(self.store, self.storage, self.id).run, self.leaving))
         for task in side:
             threading.Thread(target=task, daemon=True).start()
         try:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
@@ -23,6 +23,7 @@ from jobqueue.job import Batch, Claim, Job, JobState, Settlement, WorkerInfo
 
 PREFIX = "{loraq}:"
 KEEP_EVENTS = 20_000  # entries of a job's stream; the whole log is a file in storage
+BINARY_TIMEOUT_S = 60.0
 SILENT_HEARTBEATS = 3  # a worker that has missed so many is not alive
 
 
@@ -104,6 +105,18 @@ class Store:
 
     def close(self) -> None:
         self._redis.close()
+
+    @contextmanager
+    def binary(self) -> Iterator[redis.Redis]:
+        """A connection for bytes, with time for megabytes; what goes wrong on it is a ServerError."""
+        with self._errors():
+            yield redis.Redis(connection_pool=self._binary_pool)
+
+    @cached_property
+    def _binary_pool(self) -> redis.ConnectionPool:
+        pool = self._redis.connection_pool
+        options = {**pool.connection_kwargs, "decode_responses": False, "socket_timeout": BINARY_TIMEOUT_S}
+        return redis.ConnectionPool(pool.connection_class, **options)
 
     # -- a client's calls
 

@@ -174,7 +174,7 @@ class FakeClient:
     def find(self, plan: Plan) -> Batch | None:
         return self.batch(plan.sweep.name) if plan.key in [before.key for before in self.submitted] else None
 
-    def submit(self, plan: Plan, *, force: bool = False, again: bool = False) -> Batch:
+    def submit(self, plan: Plan, *, force: bool = False, again: bool = False, progress: Any = None) -> Batch:
         self.submitted.append(plan)
         self.forced = force
         if not self.known:
