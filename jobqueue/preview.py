@@ -10,7 +10,7 @@ from jobqueue import advice, rows, sources
 from jobqueue.chat import Chat
 from jobqueue.errors import DataError, LoraqError, Problem, SpecError
 from jobqueue.example import Example, Message
-from jobqueue.spec import DataSpec
+from jobqueue.spec import RowsSpec
 from jobqueue.sweep import Sweep
 from jobqueue.tokens import DataReport, Tokens, label, segments, survey
 
@@ -78,7 +78,7 @@ def preview(sweep: Sweep, chat: Chat | str, number: int | None, data_alone: bool
     )
 
 
-def _row(loaded: rows.Rows, data: DataSpec, number: int | None, chat: Chat | str, limit: int) -> RowPreview:
+def _row(loaded: rows.Rows, data: RowsSpec, number: int | None, chat: Chat | str, limit: int) -> RowPreview:
     examples = dict(loaded.examples)
     index = loaded.examples[0][0] if number is None else number - 1
     if not 0 <= index < loaded.summary.rows:
@@ -104,7 +104,7 @@ def _parts(chat: Chat, row: Tokens, limit: int) -> Iterator[tuple[str, Part]]:
         yield chat.decode(row.input_ids[limit:]), "cut"
 
 
-def _leaks(trained: Sequence[Example], asked: DataSpec) -> Iterator[str]:
+def _leaks(trained: Sequence[Example], asked: RowsSpec) -> Iterator[str]:
     """Questions that are asked after they were trained on; a source that cannot be read here is not looked at."""
     try:
         questions = [example for _, example in rows.load(asked).examples]

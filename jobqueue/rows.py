@@ -15,7 +15,7 @@ from jobqueue.errors import DataError, StorageError
 from jobqueue.example import Example, Row, SkipRow
 from jobqueue.files import read_file
 from jobqueue.formats import FORMATS, RowFormat, detect, templated
-from jobqueue.spec import DataSpec, TrainDataSpec
+from jobqueue.spec import DataSpec, RowsSpec
 
 log = logging.getLogger("loraq.data")
 SHOWN_LINES = 5  # of the rows skipped for one reason
@@ -63,7 +63,7 @@ class Rows:
     summary: Summary
 
 
-def load(data: DataSpec) -> Rows:
+def load(data: RowsSpec) -> Rows:
     """Read and convert all rows that `data` asks for. Raises DataError where none is usable."""
     numbered = islice(read(data), data.limit)
     first = list(islice(numbered, DETECT_ROWS))
@@ -99,7 +99,7 @@ def load(data: DataSpec) -> Rows:
     return Rows(examples, unusable, summary)
 
 
-def split(data: TrainDataSpec, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+def split(data: DataSpec, examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """The examples to train on, and those kept back for validation.
 
     A row's side follows from what it says and from the seed alone: the order of the file does not matter, rows that
@@ -126,15 +126,15 @@ def split(data: TrainDataSpec, examples: list[Example]) -> tuple[list[Example], 
     return sides
 
 
-def check_file(data: DataSpec) -> Summary:
+def check_file(data: RowsSpec) -> Summary:
     """What a file holds, for a check before anything is submitted. Raises DataError."""
     loaded = load(data)
-    if isinstance(data, TrainDataSpec):
+    if isinstance(data, DataSpec):
         split(data, [example for _, example in loaded.examples])
     return loaded.summary
 
 
-def read(data: DataSpec) -> Iterator[tuple[int, Row]]:
+def read(data: RowsSpec) -> Iterator[tuple[int, Row]]:
     """Every row with its line number (from 1), as the file has it. Raises DataError."""
     source = data.source
     if "://" not in source and not Path(source).expanduser().exists():
@@ -150,11 +150,11 @@ def _columns(numbered: list[tuple[int, Row]]) -> list[str]:
     return list(dict.fromkeys(str(key) for _, row in numbered for key in row))
 
 
-def _renamed(row: Row, data: DataSpec) -> Row:
+def _renamed(row: Row, data: RowsSpec) -> Row:
     return {**row, **{name: row.get(column) for name, column in data.columns.items()}} if data.columns else row
 
 
-def _format(data: DataSpec, columns: list[str]) -> tuple[str, RowFormat, str]:
+def _format(data: RowsSpec, columns: list[str]) -> tuple[str, RowFormat, str]:
     """The format of the rows, and why; DataError where a column that it needs is not there."""
     listed = ", ".join(columns) or "none"
     absent = [column for column in data.columns.values() if column not in columns]
@@ -183,7 +183,7 @@ def _format(data: DataSpec, columns: list[str]) -> tuple[str, RowFormat, str]:
     return name, FORMATS[name], f"{name}: columns {', '.join(FORMATS[name].found(present))}{doubt}"
 
 
-def _checked(row_format: RowFormat, data: DataSpec, present: list[str]) -> RowFormat:
+def _checked(row_format: RowFormat, data: RowsSpec, present: list[str]) -> RowFormat:
     """The format, if the file has the columns that it needs."""
     missing = row_format.missing(present)
     if not missing:
@@ -196,7 +196,7 @@ def _checked(row_format: RowFormat, data: DataSpec, present: list[str]) -> RowFo
     )
 
 
-def _hub(data: DataSpec) -> Iterator[tuple[int, Row]]:
+def _hub(data: RowsSpec) -> Iterator[tuple[int, Row]]:
     """A data set of the Hugging Face hub, through its own library (workers have it)."""
     try:
         from datasets import load_dataset
@@ -209,7 +209,7 @@ def _hub(data: DataSpec) -> Iterator[tuple[int, Row]]:
         yield from enumerate(_from_hub(load_dataset, data, own), start=1)
 
 
-def _from_hub(load_dataset: Callable[..., Any], data: DataSpec, own_cache: str) -> Iterable[Row]:
+def _from_hub(load_dataset: Callable[..., Any], data: RowsSpec, own_cache: str) -> Iterable[Row]:
     """The rows. Jobs share the library's cache, and its locks do nothing on some network file systems: where another
     job is in the way, they are read once more into a cache of this reading's own."""
     try:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from jobqueue.errors import DataError, Problem, SpecError
-from jobqueue.spec import DataSpec
+from jobqueue.spec import RowsSpec
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".txt")
 
-AnyData = TypeVar("AnyData", bound=DataSpec)
+AnyData = TypeVar("AnyData", bound=RowsSpec)
 
 
-def data_file(spec: DataSpec, folder: Path) -> Path | None:
+def data_file(spec: RowsSpec, folder: Path) -> Path | None:
     """The file of this machine that a source names, None for a URL or a hub id. Raises DataError."""
     path = _path(spec.source, folder)
     if "://" in spec.source or not (path.is_file() or spec.source.endswith(DATA_SUFFIXES)):

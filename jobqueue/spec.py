@@ -87,7 +87,7 @@ class RowTemplate(Part):
         return self
 
 
-class DataSpec(Part):
+class RowsSpec(Part):
     """Rows to train on or to ask about."""
 
     source: Annotated[str, Field(min_length=1)]
@@ -115,7 +115,7 @@ class DataSpec(Part):
         return self
 
 
-class TrainDataSpec(DataSpec):
+class DataSpec(RowsSpec):
     """Rows to train on."""
 
     validation_split: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -189,7 +189,7 @@ class TrainingSpec(Part):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
-class EvaluationSpec(DataSpec):
+class EvaluationSpec(RowsSpec):
     """Questions that the base model and each adapter are asked."""
 
     format: Literal["auto"] | QuestionFormat = "auto"
@@ -235,7 +235,7 @@ class RunSpec(Part):
     method: Method = "qlora"
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     """Instead of the base model's own: alpaca, chatml, gemma, llama-3, mistral, a .jinja file, or Jinja itself."""
-    data: TrainDataSpec | None = None
+    data: DataSpec | None = None
     """Without it nothing is trained: the base model itself is evaluated."""
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
@@ -279,7 +279,7 @@ class TrainSpec(Part):
     base_model: str
     method: Method
     chat_template: str | None = None
-    data: TrainDataSpec
+    data: DataSpec
     lora: LoraSpec
     training: TrainingSpec
     resources: ResourcesSpec

@@ -29,7 +29,7 @@ NOTE = "<!-- Written by ops/generate_docs.py: change the code, then run `make do
 
 SECTIONS = (
     ("", spec.SweepFile),
-    ("data", spec.TrainDataSpec),
+    ("data", spec.DataSpec),
     ("data.template", spec.RowTemplate),
     ("lora", spec.LoraSpec),
     ("training", spec.TrainingSpec),

@@ -12,7 +12,7 @@ from jobqueue.errors import DataError
 from jobqueue.example import Example, SkipRow
 from jobqueue.formats import FORMATS, conversation, detect
 from jobqueue.rows import check_file, load, split
-from jobqueue.spec import DataSpec, RowTemplate, TrainDataSpec
+from jobqueue.spec import DataSpec, RowTemplate
 
 MEDMCQA = {
     "question": "Which is a fish?",
@@ -289,7 +289,7 @@ def examples(count: int) -> list[Example]:
 
 def test_a_split_keeps_its_share_back_by_what_rows_say_and_by_the_seed() -> None:
     rows = examples(1000)
-    data = TrainDataSpec(source="x", validation_split=0.2)
+    data = DataSpec(source="x", validation_split=0.2)
     trained, kept = split(data, rows)
     assert 160 <= len(kept) <= 240
     assert sorted(example.key for example in trained + kept) == sorted(example.key for example in rows)
@@ -300,11 +300,11 @@ def test_a_split_keeps_its_share_back_by_what_rows_say_and_by_the_seed() -> None
     assert not {e.key for e in later_trained} & {e.key for e in later_kept}
     other = split(data.model_copy(update={"validation_seed": 1}), rows)[1]
     assert len({e.key for e in other} & {e.key for e in kept}) < 100
-    assert split(TrainDataSpec(source="x"), rows) == (rows, [])
+    assert split(DataSpec(source="x"), rows) == (rows, [])
 
 
 def test_a_split_that_leaves_one_side_empty_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(PROMPT))
     with pytest.raises(DataError, match=r"validation_split 0\.1 of 1 rows leaves none to validate on"):
-        check_file(TrainDataSpec(source=str(file), validation_split=0.1))
+        check_file(DataSpec(source=str(file), validation_split=0.1))
