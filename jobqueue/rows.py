@@ -15,7 +15,7 @@ from jobqueue.errors import DataError, StorageError
 from jobqueue.example import Example, Row, SkipRow
 from jobqueue.files import read_file
 from jobqueue.formats import FORMATS, RowFormat, detect, templated
-from jobqueue.spec import DataSpec, RowsSpec
+from jobqueue.spec import DataSpec, RowsSpec, RowTemplate
 
 log = logging.getLogger("loraq.data")
 SHOWN_LINES = 5  # of the rows skipped for one reason
@@ -68,7 +68,7 @@ def load(data: RowsSpec) -> Rows:
     numbered = islice(read(data), data.limit)
     first = list(islice(numbered, DETECT_ROWS))
     columns = _columns(first)
-    if data.format == "auto" and not data.template and not detect([*columns, *data.columns]):
+    if data.format == "auto" and not _template(data) and not detect([*columns, *data.columns]):
         first += numbered  # a column may come late
         columns = _columns(first)
     if not first:
@@ -164,8 +164,9 @@ def _format(data: RowsSpec, columns: list[str]) -> tuple[str, RowFormat, str]:
             "Correct the names on the right side of `columns`.",
         )
     present = [*columns, *data.columns]
-    if data.template:
-        return "template", _checked(templated(data.template), data, present), "template: as data.template says"
+    template = _template(data)
+    if template:
+        return "template", _checked(templated(template), data, present), "template: as data.template says"
     if data.format != "auto":
         return data.format, _checked(FORMATS[data.format], data, present), f"{data.format}: as data.format says"
     name = detect(present)
@@ -183,6 +184,10 @@ def _format(data: RowsSpec, columns: list[str]) -> tuple[str, RowFormat, str]:
     return name, FORMATS[name], f"{name}: columns {', '.join(FORMATS[name].found(present))}{doubt}"
 
 
+def _template(data: RowsSpec) -> RowTemplate | None:
+    return data.template if isinstance(data, DataSpec) else None
+
+
 def _checked(row_format: RowFormat, data: RowsSpec, present: list[str]) -> RowFormat:
     """The format, if the file has the columns that it needs."""
     missing = row_format.missing(present)
@@ -192,7 +197,7 @@ def _checked(row_format: RowFormat, data: RowsSpec, present: list[str]) -> RowFo
     advice = f"Say which column it is, e.g. `columns: {{{column}: {present[0]}}}`."
     raise DataError(
         f"{data.source} lacks the column {', '.join(missing)}; its columns are {', '.join(present)}",
-        "Correct the names in `template`." if data.template else advice,
+        "Correct the names in `template`." if _template(data) else advice,
     )
 
 

@@ -101,27 +101,27 @@ class RowsSpec(Part):
     format: Format = "auto"
     columns: dict[Column, str] = {}
     """What the file calls a column, where it is not the name on the left."""
-    template: RowTemplate | None = None
-    """Instead of a format: what a row says, in Jinja."""
     system_prompt: str | None = None
     """A system turn for every conversation that has none."""
     limit: PositiveInt | None = None
     """Take the first so many rows."""
+
+
+class DataSpec(RowsSpec):
+    """Rows to train on."""
+
+    template: RowTemplate | None = None
+    """Instead of a format: what a row says, in Jinja."""
+    validation_split: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the rows that is kept back: they are not trained on, and the loss on them is reported."""
+    validation_seed: NonNegativeInt = 3407
+    """Another seed keeps others back. Equal rows are always on one side."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.template and (self.format != "auto" or self.columns):
             raise ValueError("template says how a row is read; format and columns go without it")
         return self
-
-
-class DataSpec(RowsSpec):
-    """Rows to train on."""
-
-    validation_split: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the rows that is kept back: they are not trained on, and the loss on them is reported."""
-    validation_seed: NonNegativeInt = 3407
-    """Another seed keeps others back. Equal rows are always on one side."""
 
 
 class LoraSpec(Part):

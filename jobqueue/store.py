@@ -105,6 +105,8 @@ class Store:
 
     def close(self) -> None:
         self._redis.close()
+        if "_binary_pool" in self.__dict__:
+            self._binary_pool.disconnect()
 
     @contextmanager
     def binary(self) -> Iterator[redis.Redis]:

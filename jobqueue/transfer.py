@@ -68,12 +68,8 @@ class Piece:
     HEAD = 72
 
     def pack(self) -> bytes:
-        return self.head + hashlib.sha256(self.content).digest() + self.content
-
-    @property
-    def head(self) -> bytes:
-        """What tells it from other pieces."""
-        return self.file + self.number.to_bytes(8, "big")
+        digest = hashlib.sha256(self.content).digest()
+        return b"".join((self.file, self.number.to_bytes(8, "big"), digest, self.content))
 
     @classmethod
     def unpack(cls, packed: bytes) -> Piece | None:
@@ -90,24 +86,24 @@ class Sender:
     path: Path
     source: str
     progress: Progress = lambda arrived, size: None
-    _sent: dict[int, tuple[int, float]] = field(default_factory=dict)  # number -> (slot, when), not arrived yet
+    _sent: dict[int, float] = field(default_factory=dict)  # number -> when, of pieces that have not arrived yet
 
     def send(self) -> None:
         """Returns once the file is there. Raises ServerError, and StorageError where no control worker takes it."""
         self._size = self.path.stat().st_size
-        self._sha256, _, name = self.source.removeprefix(BLOB).partition("/")
+        self._sha256, _, self._name = self.source.removeprefix(BLOB).partition("/")
         count = -(-self._size // PIECE_BYTES)
-        self._begin(name)
+        self._begin()
         arrived, changed_at = -1, time.monotonic()
         while True:
-            state, message, have, joining = self._look()
-            if state == "done":
+            state, name, message, have, joining = self._look()
+            if state == "done" and name == self._name:
                 self.progress(self._size, self._size)
                 return
             if state == "failed":
                 raise StorageError(f"{self.path.name} did not reach the workers' storage: {message}", "Submit again.")
-            if state == "":
-                self._begin(name)  # it expired while this machine slept
+            if state in ("", "done"):
+                self._begin()  # it expired while this machine slept, or the same content came under another name
             if len(have) != arrived or joining:
                 arrived, changed_at = len(have), time.monotonic()
                 self.progress(min(arrived * PIECE_BYTES, self._size), self._size)
@@ -120,26 +116,28 @@ class Sender:
                 self._fill(have, count)
             time.sleep(LOOK_S)
 
-    def _begin(self, name: str) -> None:
+    def _begin(self) -> None:
         with self.store.binary() as redis:
             pipe = redis.pipeline()
-            pipe.hset(_key(self._sha256), mapping={"name": name, "size": self._size, "state": "asked", "message": ""})
+            asked = {"name": self._name, "size": self._size, "state": "asked", "message": ""}
+            pipe.hset(_key(self._sha256), mapping=cast(Any, asked))
             pipe.expire(_key(self._sha256), TRANSFER_TTL_S)
             pipe.sadd(TRANSFERS, self._sha256)
             pipe.expire(TRANSFERS, TRANSFER_TTL_S)
             pipe.execute()
 
-    def _look(self) -> tuple[str, str, set[int], bool]:
-        """(state, message, pieces that have arrived, whether they are being joined), and a sign of life."""
+    def _look(self) -> tuple[str, str, str, set[int], bool]:
+        """(state, name, message, pieces that have arrived, whether they are being joined), and a sign of life."""
         with self.store.binary() as redis:
             pipe = redis.pipeline()
-            pipe.hmget(_key(self._sha256), "state", "message")
+            pipe.hmget(_key(self._sha256), "state", "name", "message")
             pipe.smembers(f"{_key(self._sha256)}:have")
             pipe.exists(f"{_key(self._sha256)}:joins")
             pipe.expire(_key(self._sha256), TRANSFER_TTL_S)
             pipe.expire(TRANSFERS, TRANSFER_TTL_S)
-            (state, message), have, joining, *_ = pipe.execute()
-        return (state or b"").decode(), (message or b"").decode(), {int(number) for number in have}, bool(joining)
+            record, have, joining, *_ = pipe.execute()
+        state, name, message = ((value or b"").decode() for value in record)
+        return state, name, message, {int(number) for number in have}, bool(joining)
 
     def _fill(self, have: set[int], count: int) -> None:
         """Puts pieces that have not arrived into the free slots."""
@@ -147,7 +145,7 @@ class Sender:
             heads = _heads(redis)
         on_server = {head[32:40] for head in heads if head[:32] == bytes.fromhex(self._sha256)}
         now = time.monotonic()
-        for number, (_, sent_at) in list(self._sent.items()):
+        for number, sent_at in list(self._sent.items()):
             lost = number.to_bytes(8, "big") not in on_server and now - sent_at > LOST_S
             if number in have or lost:
                 del self._sent[number]
@@ -161,7 +159,7 @@ class Sender:
                 piece = Piece(bytes.fromhex(self._sha256), number, file.read(PIECE_BYTES))
             with self.store.binary() as redis:
                 if redis.set(_slot(slot), piece.pack(), nx=True, ex=PIECE_TTL_S):
-                    self._sent[number] = slot, time.monotonic()
+                    self._sent[number] = time.monotonic()
 
 
 def _heads(redis: Redis) -> list[bytes]:

@@ -29,7 +29,7 @@ from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
 from jobqueue import rows
 from jobqueue.job import FailureReason
 from jobqueue.spec import TrainSpec
-from jobqueue.tokens import Tokens, tokenise
+from jobqueue.tokens import Tokens, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")
 Report = Callable[[Progress | Checkpoint], None]
@@ -61,7 +61,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     chat = chat_of(tokenizer, spec.chat_template)
     trained, kept_back = rows.split(spec.data, [example for _, example in file.examples])
     tokens, data = tokenise(chat, trained, training.max_seq_length)
-    validation = tokenise(chat, kept_back, training.max_seq_length)[0] if kept_back else []
+    validation = survey(chat, kept_back, training.max_seq_length)[0]
     for reason, skipped in file.summary.skipped.items():
         log.warning("%d of %d rows cannot be used: %s", skipped.count, file.summary.rows, reason)
     log.info("the layout is %s", file.summary.reason)

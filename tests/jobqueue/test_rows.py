@@ -80,6 +80,7 @@ def test_an_options_text_goes_before_its_letter(tmp_path: Path) -> None:
     ],
 )
 def test_a_row_that_lacks_something_is_skipped_and_counted(change: Any, reason: str, tmp_path: Path) -> None:
+    """datasets#6641 among others: a null, a number, or a lone surrogate in one row ended the whole job."""
     loaded = load(spec(write(tmp_path / "d.jsonl", ROW, {**ROW, **change}, ROW, {**ROW, **change})))
     assert [index for index, _ in loaded.examples] == [0, 2]
     assert loaded.summary.report() == {
@@ -135,6 +136,7 @@ def test_bom_blank_lines_and_windows_line_ends_are_tolerated(tmp_path: Path) -> 
     ],
 )
 def test_a_broken_file_is_refused_with_its_line_and_with_advice(content: bytes, message: str, tmp_path: Path) -> None:
+    """datasets#7092, #6641: a Latin-1 byte, UTF-16, an empty file ended in errors without a place."""
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(DataError) as error:
         check_file(spec(tmp_path / "d.jsonl"))

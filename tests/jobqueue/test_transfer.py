@@ -207,6 +207,21 @@ def test_several_senders_and_control_workers_share_the_work(
     assert arrived(storage, other) == other.read_bytes()
 
 
+def test_the_same_content_under_two_names_at_once_arrives_under_both(
+    redis_url: str, storage: Storage, file: Path, start: Start, tmp_path: Path
+) -> None:
+    twin = tmp_path / "twin.jsonl"
+    twin.write_bytes(file.read_bytes())
+    start(Mover(Store(redis_url), storage, "control"))
+    senders = [threading.Thread(target=Sender(Store(redis_url), f, blob_source(f)).send) for f in (file, twin)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join(DEADLINE_S)
+        assert not sender.is_alive()
+    assert arrived(storage, file) == arrived(storage, twin) == file.read_bytes()
+
+
 def test_a_file_that_changes_on_its_way_is_refused(store: Store, storage: Storage, file: Path, start: Start) -> None:
     source = blob_source(file)
     content = file.read_bytes()
