@@ -79,9 +79,11 @@ def _chat(sweep: Sweep) -> Chat | str:
 def _print(out: Console, shown: Preview, trials: int) -> None:
     from rich.text import Text
 
+    from cli.render import counted
+
     summary = shown.rows
     lines = [
-        ("data", f"{shown.source}: {summary.rows:,} rows, {summary.usable:,} usable"),
+        ("data", f"{shown.source}: {counted(summary.rows, 'row')}, {summary.usable:,} usable"),
         ("layout", summary.reason),
         *(
             ("left out", f"{s.count:,}: {reason} (line {', '.join(map(str, s.lines))})")
@@ -89,7 +91,7 @@ def _print(out: Console, shown: Preview, trials: int) -> None:
         ),
     ]
     if shown.kept_back:
-        lines.append(("validation", f"{shown.kept_back:,} rows are kept back"))
+        lines.append(("validation", f"{counted(shown.kept_back, 'row')} kept back"))
     if trials > 1:
         lines.append(("sweep", f"the first of {trials} configurations"))
     if shown.tokens:
