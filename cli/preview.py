@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,4 +152,5 @@ def _print_row(out: Console, row: RowPreview, limit: int) -> None:
         out.print(text, soft_wrap=True)
     else:
         for turn in row.conversation:
-            out.print(Text(f"{turn['role']}: ", style="dim") + Text(str(turn["content"])), soft_wrap=True)
+            calls = f" {json.dumps(turn['tool_calls'], ensure_ascii=False)}" if turn.get("tool_calls") else ""
+            out.print(Text(f"{turn['role']}: ", style="dim") + Text(f"{turn['content']}{calls}"), soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from chat_families import CHATML, FAMILIES, GEMMA_2, GEMMA_3, LLAMA_3, MISTRAL, QWEN_3, SMOLLM2, SYSTEM, TALK, chat
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from jobqueue.chat import Chat
 from jobqueue.errors import ChatTemplateError, DataError
@@ -192,6 +193,30 @@ def test_an_answer_begins_after_the_generation_prompt_whatever_else_the_template
     """Both put something before the conversation: one that changes with later turns, one with the words themselves."""
     model = chat(MISTRAL, chat_template=prompt + MISTRAL.template)
     assert trained(model, one(model, TALK)) == [" pliers.</s>", " An oak!</s>"]
+
+
+@pytest.mark.parametrize("kind", ["prepend", "replace", "first", "always", "never"])
+def test_the_space_before_an_answer_is_trained_whatever_a_tokenizer_makes_of_spaces(kind: str) -> None:
+    """Tokenizers that come from SentencePiece (Llama 2, Mistral, Gemma) write spaces as part of words."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "replace":
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([message["content"] for message in TALK] + [" pliers.", " An oak!"], trainer)
+    model = Chat(tokenizer, MISTRAL.template, {"bos_token": "<s>", "eos_token": "</s>"}, False)
+    tokens, labels = names(model, one(model, TALK))
+    inside, answers = False, []
+    for token in tokens:  # an answer is all that stands between [/INST] and </s>
+        answers.append(token if inside else None)
+        inside = token == "[/INST]" or (inside and token != "</s>")
+    assert labels == answers
+    assert "".join(token for token in labels if token).replace("▁", "") == "pliers.</s>Anoak!</s>"
+    assert one(model, TALK[:2]).input_ids[: len(model.prompt_ids(TALK[:1]))] == model.prompt_ids(TALK[:1])
 
 
 def test_marks_for_other_trainers_change_nothing() -> None:
