@@ -20,6 +20,7 @@ from jobqueue.templates import DATE, NAMED, RenderError, render, syntax_error
 # Around an answer in a second rendering; private to Unicode's users, so that no data has them.
 BEGINS, ENDS = "\U000f5a1e", "\U000f5a1f"
 THOUGHT = "</think>"  # what stands before it, templates keep, move or leave out
+_BLANK = re.compile(r"\s*")
 Tools = Sequence[Mapping[str, Any]]
 
 
@@ -93,7 +94,8 @@ class Chat:
         """The last answer as the template writes it after the generation prompt, without its end token."""
         text = self.render(conversation)
         start = self.answer_spans(conversation, text)[-1].start
-        return text[start : self._places(self._fitting(conversation), None, text)[-1][1]]
+        places = self._places(self._fitting(conversation), None, text)
+        return text[start : places[max(places)][1]]
 
     def render(self, conversation: list[Message], tools: Tools | None = None, generation_prompt: bool = False) -> str:
         """The conversation as the model reads it. Raises BadTurn; ChatTemplateError where there is no template."""
@@ -145,48 +147,64 @@ class Chat:
 
     @cached_property
     def turn_end(self) -> str | None:
-        """The special token that ends an answer; None where the template writes none."""
-        text = self._render(EXAMPLE, None)
-        found = self._end.match(text, self._places(EXAMPLE, None, text)[-1][1])
+        """The special token, or tokens, that end the last answer; None where the template writes none."""
+        return self._after(EXAMPLE, rf"\s*((?:{self._special.pattern})+)")
+
+    @cached_property
+    def _turn_ends(self) -> tuple[str, ...]:
+        """What ends the last answer, and what ends an earlier one where that is another token."""
+        if self.turn_end is None:
+            return ()  # what follows an earlier answer then begins the next turn
+        earlier = self._after([*EXAMPLE, *EXAMPLE], rf"\s*({self._special.pattern})")
+        return (self.turn_end, earlier) if earlier else (self.turn_end,)
+
+    def _after(self, conversation: list[Message], pattern: str) -> str | None:
+        """What of `pattern` follows the first answer."""
+        try:
+            text = self._render(conversation, None)
+            found = re.compile(pattern).match(text, self._places(conversation, None, text)[1][1])
+        except BadTurn:
+            return None
         return found[1] if found else None
 
     @cached_property
-    def _end(self) -> re.Pattern[str]:
+    def _special(self) -> re.Pattern[str]:
         longest_first = sorted(self.specials, key=len, reverse=True)
-        return re.compile(rf"\s*({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def answer_spans(self, conversation: list[Message], text: str, tools: Tools | None = None) -> list[Span]:
         """The answers in `text`, which is the conversation rendered. Raises BadTurn where one cannot be found."""
         conversation = self._fitting(conversation)
         if "tool" not in self._template(tools) and (tools or any(_is_tool(message) for message in conversation)):
             raise BadTurn("the chat template knows no tools")
-        places = iter(self._places(conversation, tools, text))
+        places = self._places(conversation, tools, text)
         spans: list[Span] = []
         for turn, message in enumerate(conversation):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not (turn in places or message.get("tool_calls")):
                 continue
             begun = spans[-1].end if spans else 0
-            place = next(places) if _visible(message) else None
-            start = self._answer_start(conversation[:turn], tools, text, begun, place)
+            start = self._answer_start(conversation[:turn], tools, text, begun, places.get(turn))
+            words_end = places[turn][1] if turn in places else start
             if message.get("tool_calls"):
-                spans.append(self._call(text, start, place[1] if place else start))
-            elif place:
-                spans.append(self._ended(text, start, place[1], last=turn == len(conversation) - 1))
+                until = min((place[0] for other, place in places.items() if other > turn), default=len(text))
+                spans.append(self._call(text, start, _shown(message, text, words_end, until), until))
+            else:
+                spans.append(self._ended(text, start, words_end, last=turn == len(conversation) - 1))
         return spans
 
-    def _places(self, conversation: list[Message], tools: Tools | None, text: str) -> list[tuple[int, int]]:
-        """From where to where in `text` each answer's own words are."""
-        answers = [_visible(message) != "" for message in conversation if message["role"] == "assistant"]
-        marked = self._render([_marked(m) if m["role"] == "assistant" else m for m in conversation], tools)
+    def _places(self, conversation: list[Message], tools: Tools | None, text: str) -> dict[int, tuple[int, int]]:
+        """From where to where in `text` the words of each turn of the assistant, and of a tool, are."""
+        turns = [t for t, m in enumerate(conversation) if m["role"] in ("assistant", "tool") and _visible(m)]
+        marked = self._render([_marked(m) if t in turns else m for t, m in enumerate(conversation)], tools)
         plain, *pieces = marked.split(BEGINS)
         places: list[tuple[int, int]] = []
         for piece in pieces:
             words, _, rest = piece.partition(ENDS)
             places.append((len(plain), len(plain) + len(words)))
             plain += words + rest
-        if plain != text or len(places) != sum(answers):
+        if plain != text or len(places) != len(turns):
             raise BadTurn("the chat template does not show an answer as it is written")
-        return places
+        return dict(zip(turns, places, strict=True))
 
     def _answer_start(
         self, before: list[Message], tools: Tools | None, text: str, begun: int, place: tuple[int, int] | None
@@ -196,12 +214,15 @@ class Chat:
         if prefix and text.startswith(prefix) and (place is None or len(prefix) <= place[0]):
             return len(prefix)
         # Some templates write earlier turns differently once later ones follow. What stands between the words before
-        # and the answer is the same.
+        # and the answer is the same, but for an opened thought at its end.
         marked = self._prompt([*before[:-1], _marked(before[-1])], tools) if prefix else ""
         header = marked.rpartition(ENDS)[2] if marked.replace(BEGINS, "").replace(ENDS, "") == prefix else ""
-        found = (text.rfind(header, begun, place[0]) if place else text.find(header, begun)) if header else -1
-        if found >= 0:
-            return found + len(header)
+        shortest = max((token.end() for token in self._special.finditer(header)), default=len(header) or 1)
+        for length in range(len(header), shortest - 1, -1):
+            part = header[:length]
+            found = text.rfind(part, begun, place[0]) if place else text.find(part, begun)
+            if found >= 0:
+                return found + length
         if place is None:
             raise BadTurn("the chat template does not show a tool call")
         return place[0]
@@ -214,21 +235,38 @@ class Chat:
             return ""
 
     def _ended(self, text: str, start: int, words_end: int, last: bool) -> Span:
-        """An answer in words, with the token that ends it."""
-        found = self._end.match(text, words_end)
-        if found and (last or found[1] == self.turn_end):
-            return Span(start, found.end())
+        """An answer in words, with what ends it."""
+        after = _BLANK.match(text, words_end).end()  # type: ignore[union-attr]
+        for end in self._turn_ends:
+            if text.startswith(end, after):
+                return Span(start, after + len(end))
         return Span(start, words_end, append_eos=last)
 
-    def _call(self, text: str, start: int, words_end: int) -> Span:
-        """An answer that calls tools: in whatever notation the template has."""
-        end = text.find(self.turn_end, words_end) if self.turn_end else -1
-        if end < 0 or not text[words_end:end].strip():
-            raise BadTurn("the chat template does not show a tool call")
-        return Span(start, end + len(self.turn_end or ""))
+    def _call(self, text: str, start: int, shown: int, until: int) -> Span:
+        """An answer that calls tools, in whatever notation the template has: up to its end, or to a special token that
+        hands over to the tool."""
+        ends = [found + len(end) for end in self._turn_ends if (found := text.find(end, shown, until)) >= 0]
+        handed_over = self._special.search(text, shown, until)
+        if not ends and not handed_over:
+            raise BadTurn("the chat template does not end a tool call")
+        return Span(start, min(ends) if ends else handed_over.end() if handed_over else shown)
 
 
 EXAMPLE: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
+def _shown(message: Message, text: str, begin: int, until: int) -> int:
+    """Where the names and arguments of a turn's calls end. Raises BadTurn where a name is not there."""
+    end = begin
+    for call in message["tool_calls"]:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        found = text.find(name, begin, until)
+        if found < 0:
+            raise BadTurn("the chat template does not show a tool call")
+        end = max(end, found + len(name))
+        for value in map(str, arguments.values() if isinstance(arguments, Mapping) else [arguments]):
+            end = max(end, text.find(value, begin, until) + len(value) if value in text[begin:until] else end)
+    return end
 
 
 def _is_tool(message: Message) -> bool:

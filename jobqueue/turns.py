@@ -68,7 +68,7 @@ def _call(call: object) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not function.get("name"):
         raise SkipRow("a tool call has no function with a name")
-    return {**call, "function": {**function, "arguments": parsed(function.get("arguments") or {})}}
+    return {"type": "function", **call, "function": {**function, "arguments": parsed(function.get("arguments") or {})}}
 
 
 def sharegpt(row: Row) -> Example:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -288,29 +289,30 @@ def chat(family: Family, **changes: Any) -> Chat:
 
 @cache
 def _tokenizer(bos: str | None, eos: str, others: tuple[str, ...], adds_bos: bool) -> Tokenizer:
-    """Byte-level BPE as Llama 3 and Qwen have it: it joins a full stop and the line breaks after it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    corpus = [message["content"] for message in [*TALK, SYSTEM]] + [
-        "assistant user system model\n\n",
-        "pliers.\n\n" * 9,
-    ]
-    special = list(dict.fromkeys([*([bos] if bos else []), eos, *others]))
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer = tokenizer_with(*([bos] if bos else []), eos, others)
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
+    return tokenizer
+
+
+def tokenizer_with(*special: str | Sequence[str]) -> Tokenizer:
+    """Byte-level BPE as Llama 3 and Qwen have it: it joins a full stop and the line breaks after it."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [message["content"] for message in [*TALK, SYSTEM]]
+    corpus += ["assistant user system model\n\n", "pliers.\n\n" * 9]
+    tokens = [token for item in special for token in ([item] if isinstance(item, str) else item)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320 + len(tokens),
+        special_tokens=list(dict.fromkeys(tokens)),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer

@@ -27,5 +27,5 @@ def end_ids(chat: Chat, model: Any) -> list[int]:
     """Tokens at which an answer ends: the model's own, the tokenizer's, and the one of the chat template."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = list(own) if isinstance(own, (list, tuple)) else [own]
-    template = chat.backend.token_to_id(chat.turn_end) if chat.turn_end else None
-    return sorted({i for i in (*ids, chat.eos_id, template) if i is not None})
+    template = chat.ids(chat.turn_end)[:1] if chat.turn_end else []
+    return sorted({i for i in (*ids, chat.eos_id, *template) if i is not None})

@@ -192,6 +192,7 @@ def test_calls_of_tools_and_their_results_stay_as_they_are_but_for_arguments_wri
     example = FORMATS["messages"].convert(row)
     assert example.tools == [{"type": "function", "function": {"name": "find"}}]
     assert example.conversation[1]["content"] == ""
+    assert example.conversation[1]["tool_calls"][0]["type"] == "function"  # templates ask for it
     assert example.conversation[1]["tool_calls"][0]["function"] == {"name": "find", "arguments": {"word": "oak"}}
     assert example.conversation[2] == {"role": "tool", "content": "a tree"}
     with pytest.raises(SkipRow, match="a tool call has no function"):
