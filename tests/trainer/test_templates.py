@@ -65,3 +65,19 @@ def test_answers_and_calls_are_trained_and_nothing_else(file: Path) -> None:
 
 def test_there_are_templates_to_look_at() -> None:
     assert len(list(FOLDER.glob("*.jinja"))) > 20
+
+
+def test_an_earlier_answer_may_end_with_another_token_than_the_last() -> None:
+    assert trained((FOLDER / "gptoss.jinja").read_text(encoding="utf-8"), Example(TALK)) == [
+        "<|channel|>final<|message|>pliers.<|end|>",
+        "<|channel|>final<|message|>An oak!<|return|>",
+    ]
+
+
+def test_a_call_after_a_generation_prompt_that_opens_a_thought_is_found() -> None:
+    calls = trained(
+        (FOLDER / "nemotron_3_nano.jinja").read_text(encoding="utf-8"),
+        messages({"messages": TOOL_TALK, "tools": TOOLS}),
+    )
+    assert isinstance(calls, list), calls
+    assert calls[0].startswith("</think>\n<tool_call>\n<function=find>")
