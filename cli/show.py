@@ -92,7 +92,8 @@ def _print_batch(out: Console, batch: Batch, jobs: Sequence[Job]) -> None:
 
 def _print_job(out: Console, job: Job, waits_for: str) -> None:
     from cli.render import age, duration, facts, memory, moment, progress, state
-    from jobqueue.job import JobKind
+    from jobqueue.job import JobKind, JobState
+    from jobqueue.retry import TABLE
 
     took = f", after {duration(job.seconds)}" if job.seconds else ""
     pairs = {
@@ -100,6 +101,7 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
         "kind": job.kind,
         "state": state(job),
         "message": job.message,
+        "what to do": TABLE[job.reason].remedy if job.reason and job.state is JobState.FAILED else "",
         "trial": job.trial,
         "batch": job.batch,
         "owner": job.owner,
@@ -119,7 +121,11 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
     if job.history:
         _title(out, "Attempts")
         _print_attempts(out, job.history)
-    if job.outcome:
+    if lines := job.outcome.get("last_lines"):
+        _title(out, "Last lines of the log")
+        for line in lines:
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+    elif job.outcome:
         _print_outcome(out, job.outcome)
     if folder := job.outcome.get("folder"):
         _title(out, "Files")

@@ -74,13 +74,16 @@ def release(targets: tuple[str, ...], as_json: bool) -> None:
 
 @click.command()
 @click.argument("targets", metavar="BATCH|JOB...", nargs=-1, required=True)
+@click.option("--failed", is_flag=True, help="Only what failed: what was cancelled stays so.")
 @as_json_option
-def retry(targets: tuple[str, ...], as_json: bool) -> None:
+def retry(targets: tuple[str, ...], failed: bool, as_json: bool) -> None:
     """Run again what failed or was cancelled: of a batch, or one job with what waited for it.
 
     Training goes on from the newest checkpoint, where there is one. The results are made anew.
     """
-    _jobs(targets, connect().retry, "to be run again", "nothing has failed or was cancelled", as_json)
+    client = connect()
+    nothing = "nothing has failed" if failed else "nothing has failed or was cancelled"
+    _jobs(targets, lambda target: client.retry(target, failed_only=failed), "to be run again", nothing, as_json)
 
 
 @click.command()
@@ -140,6 +143,8 @@ def workers(as_json: bool) -> None:
 
     client = connect()
     found, held = client.workers(), client.store.marked("held_classes")
+    for warning in client.warnings():
+        console(stderr=True).print(f"warning: {warning}", style="yellow")
     if as_json:
         print_json(found)
         return
@@ -150,7 +155,7 @@ def workers(as_json: bool) -> None:
         Column("worker"),
         Column("device", rank=2),
         Column("memory", right=True, rank=3),
-        Column("state"),
+        Column("state", wrap=True),
         Column("running", wrap=True),
         Column("seen", right=True, rank=1),
     ]

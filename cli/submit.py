@@ -52,6 +52,8 @@ def submit(
     if dry_run:
         _show_plan(plan, as_json)
         return
+    for warning in client.warnings():
+        notes.print(f"warning: {warning}", style="yellow")
     known = None if again else client.find(plan)
     with _upload_bar(notes) as progress:
         batch = client.submit(plan, force=force, again=again, progress=progress)

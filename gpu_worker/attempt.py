@@ -8,23 +8,28 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from gpu_worker.checkpoints import CheckpointKeeper
 from gpu_worker.confine import check_source
+from gpu_worker.health import Watch
 from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
+from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
-from gpu_worker.stop import Stop, Stopped
+from gpu_worker.stop import ON_REQUEST, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
+from jobqueue.memory import GIB
 from jobqueue.retry import after_failure, with_less_memory
 from jobqueue.settings import Settings
-from jobqueue.storage import Storage, attempt_folder
+from jobqueue.storage import Published, Storage, attempt_folder
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
@@ -47,27 +52,29 @@ class Attempt:
         storage: Storage,
         settings: Settings,
         pool: TrainerPool,
+        watch: Watch,
         leaving: threading.Event,
         draining: Callable[[], bool],
         wake: Callable[[list[str]], None],
     ) -> None:
         self._claim = claim
         self._store, self._storage, self._settings = store, storage, settings
-        self._pool, self._leaving, self._draining, self._wake = pool, leaving, draining, wake
+        self._pool, self._watch, self._leaving, self._draining, self._wake = pool, watch, leaving, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at)
+        self._patience = Patience(self._lease, settings, leaving)
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
         self._keeper = CheckpointKeeper(storage, claim, keep)
-        self.sick = False  # this host, not the job, is to blame for how it ended
+        self.sick = ""  # why this host, and not the job, is to blame for how it ended
 
     def run(self) -> None:
         try:
             end = self._end()
             if end is not None:
-                self.sick = end.reason == FailureReason.STORAGE
+                self.sick = end.message if end.reason == FailureReason.STORAGE else ""
                 self._wake(self._lease.settle(end, self._leaving))
                 if end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
-                    self._keeper.forget()
+                    self._patience("remove checkpoints", self._keeper.forget, settled=True, hurry=True)
         except StaleAttemptError as error:
             log.warning("%s; its trainer was ended", error.what)
         except StorageError as error:
@@ -80,7 +87,7 @@ class Attempt:
         """How the attempt ended; None where the job was lost to another."""
         try:
             self._scratch.mkdir(parents=True)
-            done = self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
+            done = self._patience("look for an earlier result", self._published)
             if done is not None:  # an earlier attempt had finished, and only its word did not arrive
                 return Settlement(JobState.SUCCEEDED, outcome=done.manifest["outcome"])
             request = self._request()
@@ -88,6 +95,8 @@ class Attempt:
         except StaleAttemptError:
             raise
         except StorageError as error:
+            if self._lease.cancelled.is_set():
+                return Settlement(JobState.CANCELLED, message=ON_REQUEST)
             return self._failure(FailureReason.STORAGE, error.what)
         except LoraqError as error:
             return self._failure(FailureReason.BAD_SPEC, error.what)
@@ -97,6 +106,9 @@ class Attempt:
         except Exception as error:  # a fault of loraq's own: the job ends with a word, the slot goes on
             log.exception("%s: attempt %d broke", self._claim.job_id, self._claim.attempt)
             return self._failure(FailureReason.INTERNAL, f"{type(error).__name__}: {error}")
+
+    def _published(self) -> Published | None:
+        return self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
 
     def _request(self) -> Request:
         """The job as this machine can do it: sources readable, the adapter in a folder."""
@@ -108,10 +120,12 @@ class Attempt:
         spec[section] = {**spec[section], "source": self._storage.resolve(spec[section]["source"])}
         adapter = resume = None
         if spec["kind"] == "train":
-            resume = self._keeper.newest(self._scratch)
+            resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
         elif spec["adapter_job"]:
             trained = self._lease.insist(lambda: self._store.job(spec["adapter_job"])).outcome["folder"]
-            adapter = str(self._storage.fetch(f"{trained}/adapter", self._scratch / "adapter"))
+            folder = self._scratch / "adapter"
+            fetched = self._patience("read the adapter", lambda: self._storage.fetch(f"{trained}/adapter", folder))
+            adapter = str(fetched)
         output = self._scratch / "output"
         output.mkdir()
         return Request(self._claim.job_id, spec, str(output), adapter, resume)
@@ -133,26 +147,41 @@ class Attempt:
                 trainer.kill()
                 raise
             finally:
-                self._keeper.close()
+                self._finish_checkpoints()
             self._lease.release()
             self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
+            stays = self._watch.freed(trainer.mark, self._settings.grace_s) if trainer.ended else 0
         if not isinstance(end, (Result, Lost)):
             self._keep_log()
-        return self._judge(end, request, journal.last_line)
+        settlement = self._judge(end, request, list(journal.last_lines))
+        if settlement is not None and stays:
+            said = f"{stays / GIB:.1f} GiB of the GPU's memory did not come back"
+            settlement = replace(settlement, message="; ".join(filter(None, (settlement.message, said))))
+        if settlement is not None and settlement.outcome is None and journal.last_lines:
+            settlement = replace(settlement, outcome={"last_lines": list(journal.last_lines)})
+        return settlement
+
+    def _finish_checkpoints(self) -> None:
+        try:
+            self._patience("finish a checkpoint", self._keeper.finish, hurry=True)
+        except (StorageError, StaleAttemptError) as error:
+            self._keeper.give_up()
+            log.warning("%s: a checkpoint is given up: %s", self._claim.job_id, error.what)
 
     def _keep_log(self) -> None:
         """Of an attempt that leaves nothing else behind."""
         try:
             text = (self._scratch / "log.txt").read_text(encoding="utf-8")
-            self._storage.write_text(f"{attempt_folder(self._claim)}/log.txt", text)
-        except StorageError as error:
-            log.warning("%s: its log is not kept: %s", self._claim.job_id, error.what)
+            name = f"{attempt_folder(self._claim)}/log.txt"
+            self._patience("keep the log", lambda: self._storage.write_text(name, text), hurry=True)
+        except (StorageError, OSError) as error:
+            log.warning("%s: its log is not kept: %s", self._claim.job_id, error)
 
     def _follow(self, trainer: TrainerProcess, journal: Journal) -> Result | Failed | Ended | Stopped | Lost:
         """Until the job's end: passes on what the trainer says, and ends it where that is due."""
         end: Result | Failed | None = None
         timeout_minutes = self._claim.spec["resources"].get("timeout_minutes")
-        stop = Stop(self._lease, self._draining, self._keeper, trainer, self._settings, timeout_minutes)
+        stop = Stop(self._lease, self._draining, self._keeper, trainer, self._watch, self._settings, timeout_minutes)
         while True:
             for message in trainer.messages(seconds=0.5):
                 stop.heard_at = time.monotonic()
@@ -174,15 +203,21 @@ class Attempt:
                 if isinstance(end, Failed):
                     trainer.kill()  # whatever state it is in, nothing goes on from there
                 return end
+            while not self._keeper.said.empty():
+                journal.line(self._keeper.said.get())
             stop.look()
             journal.flush()
 
     def _judge(
-        self, end: Result | Failed | Ended | Stopped | Lost, request: Request, last_line: str
+        self, end: Result | Failed | Ended | Stopped | Lost, request: Request, last_lines: list[str]
     ) -> Settlement | None:
         match end:
             case Result():
                 return self._succeed(request, end.outcome)
+            case Failed(reason=FailureReason.INTERNAL) | Ended() if sick := self._watch.look().sick:
+                return self._failure(FailureReason.DEVICE, f"the GPU failed: {sick}")
+            case Failed(reason=FailureReason.OUT_OF_MEMORY) if taken := self._taken():
+                return self._failure(FailureReason.DEVICE, f"memory ran out: {taken}")
             case Failed(reason=FailureReason.OUT_OF_MEMORY) if self._smaller(1) is None:
                 message = f"{end.message} (nothing smaller is left: the micro-batch is one row)"
                 return Settlement(JobState.FAILED, FailureReason.OUT_OF_MEMORY, message, counts=True)
@@ -191,7 +226,7 @@ class Attempt:
             case Ended() if self._lease.overran:  # it was the guardian, and not the trainer's fault
                 return self._failure(FailureReason.LOST, "its worker was cut off from the server and ended the trainer")
             case Ended():
-                return self._failure(FailureReason.CRASHED, f"{end}; its last words: {last_line or 'none'}")
+                return self._failure(FailureReason.CRASHED, f"{end}; its last words: {(last_lines or ['none'])[-1]}")
             case Stopped(reason=None):
                 return Settlement(JobState.CANCELLED, message=end.message)
             case Stopped(reason=reason) if reason is not None:
@@ -211,8 +246,18 @@ class Attempt:
             "outcome": outcome,
             "published_at": time.time(),
         }
-        self._storage.publish(output, folder, manifest)
+        self._patience("write the result", lambda: self._storage.publish(output, folder, manifest))
         return Settlement(JobState.SUCCEEDED, outcome=outcome)
 
+    def _taken(self) -> str:
+        """Who else holds memory of the card, where what is left is less than this job was admitted for."""
+        health = self._watch.look()
+        need = self._lease.insist(lambda: self._store.job(self._claim.job_id)).need_bytes
+        return health.foreign if health.usable_bytes < need else ""
+
     def _failure(self, reason: FailureReason, message: str) -> Settlement:
-        return after_failure(reason, message, self._claim.failures, self._settings.max_failures)
+        in_a_row = 1
+        if reason is FailureReason.DEVICE:
+            before = self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
+            in_a_row += sum(1 for _ in takewhile(lambda end: end["reason"] == reason, reversed(before)))
+        return after_failure(reason, message, self._claim.failures, self._settings.max_failures, in_a_row=in_a_row)

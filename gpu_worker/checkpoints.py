@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
+from queue import SimpleQueue
 
 from gpu_worker.protocol import Checkpoint
 from jobqueue.errors import StorageError
@@ -16,24 +17,36 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointKeeper:
-    """Copies what the trainer announces into the storage, beside the training, the manifest last."""
+    """Copies what the trainer announces into the storage, beside the training, the manifest last.
+
+    In a daemon thread of its own: a storage that hangs must not keep the worker from ending.
+    """
 
     def __init__(self, storage: Storage, claim: Claim, keep: int) -> None:
         self._storage, self._claim, self._keep = storage, claim, keep
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"checkpoints-{claim.job_id}")
+        self._waiting: SimpleQueue[Checkpoint | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"checkpoints-{claim.job_id}", daemon=True)
+        self._closed = False
         self.kept = 0  # checkpoints that this attempt has completed
+        self.said: SimpleQueue[str] = SimpleQueue()  # for the job's log
 
     def newest(self, scratch: Path) -> str | None:
         """The newest complete checkpoint of any attempt, as a folder that this machine can read."""
         found = self._storage.checkpoints(self._claim.job_id, self._claim.batch, self._claim.submission)
-        if not found:
+        newest = next(filter(self._storage.intact, found), None)
+        if newest is None:
             return None
-        newest = found[0]
         return str(self._storage.fetch(newest.folder, scratch / newest.folder.rpartition("/")[2]))
 
     def take(self, checkpoint: Checkpoint) -> None:
         """Returns at once. A checkpoint that cannot be kept is said and forgotten: the training is worth more."""
-        self._thread.submit(self._copy, checkpoint)
+        if not self._thread.ident:
+            self._thread.start()
+        self._waiting.put(checkpoint)
+
+    def _run(self) -> None:
+        while not self._closed and (checkpoint := self._waiting.get()) is not None:
+            self._copy(checkpoint)
 
     def _copy(self, checkpoint: Checkpoint) -> None:
         local = Path(checkpoint.folder)
@@ -46,6 +59,7 @@ class CheckpointKeeper:
                 self._storage.remove(published.folder)
         except (StorageError, OSError) as error:
             log.warning("%s: no checkpoint at step %d: %s", self._claim.job_id, checkpoint.step, error)
+            self.said.put(f"loraq: the checkpoint of step {checkpoint.step} could not be kept: {error}")
         finally:
             shutil.rmtree(local, ignore_errors=True)
 
@@ -54,6 +68,12 @@ class CheckpointKeeper:
         for published in self._storage.checkpoints(self._claim.job_id, self._claim.batch, self._claim.submission):
             self._storage.remove(published.folder)
 
-    def close(self) -> None:
-        """Waits for the copy that is under way."""
-        self._thread.shutdown(wait=True)
+    def finish(self) -> None:
+        """Waits for the copies that are under way."""
+        self._waiting.put(None)
+        if self._thread.ident:
+            self._thread.join()
+
+    def give_up(self) -> None:
+        """Nothing more is copied, but for what is under way."""
+        self._closed = True

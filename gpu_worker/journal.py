@@ -18,6 +18,7 @@ from jobqueue.store import Store
 FLUSH_S = 0.5
 RETRY_S = 5.0  # after the store did not answer
 MAX_BUNDLE = 500
+LAST_LINES = 10  # of an attempt that fails, kept in the job's record
 MAX_BACKLOG = 20_000  # entries that wait for the store; beyond that the oldest are only in the file
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Journal:
         self._backlog: deque[tuple[str, str]] = deque(maxlen=MAX_BACKLOG)
         self._next_flush = 0.0
         self._sent = 0  # entries that the store has
-        self.last_line = ""
+        self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
 
     def __enter__(self) -> Journal:
         return self
@@ -44,7 +45,7 @@ class Journal:
         self._file.close()
 
     def line(self, text: str) -> None:
-        self.last_line = text
+        self.last_lines.append(text)
         self._file.write(text + "\n")
         self._backlog.append(("log", text))
 

@@ -30,6 +30,9 @@ class Request:
     output: str  # an empty folder for everything that the job leaves behind
     adapter: str | None = None  # the folder of the trained adapter that an evaluation asks
     resume: str | None = None  # the folder of the checkpoint that training goes on from
+    rung: int = 0  # of the ladder of splits, where this attempt begins; grows when memory ran out
+    budget_bytes: int | None = None  # of the GPU, at most, the CUDA context included; None: nothing is known of it
+    correction: float = 1.0  # measured peak over estimate, of jobs like this one
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -48,6 +51,7 @@ class Progress:
     grad_norm: float | None = None
     tokens_per_s: float | None = None
     reserved_bytes: int | None = None  # GPU memory that the trainer's allocator holds now
+    budget_bytes: int | None = None  # what the job will hold itself to from now on, at most what it was given
     type: Literal["progress"] = "progress"
 
 
@@ -75,6 +79,7 @@ class Failed:
 
     reason: str  # a jobqueue.job.FailureReason
     message: str  # one line
+    rung: int | None = None  # where the next attempt begins, after memory ran out; None: nothing smaller is left
     type: Literal["failed"] = "failed"
 
 

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -20,11 +21,15 @@ from celery.signals import setup_logging, worker_shutting_down
 
 from gpu_worker import guardian
 from gpu_worker.attempt import Attempt
-from gpu_worker.gpu import Device, free_bytes
+from gpu_worker.gpu import Device
+from gpu_worker.health import watch
 from gpu_worker.lease import Lease
-from gpu_worker.pool import TrainerPool
+from gpu_worker.patience import Patience
+from gpu_worker.pool import IDLE_S, TrainerPool
 from gpu_worker.report import make_report
+from gpu_worker.storage_watch import StorageWatch
 from gpu_worker.trainer_process import trainer_environment, worker_cache
+from gpu_worker.wakeups import Wakeups
 from jobqueue.broker import WAKE, make_app, queue_name, send_tokens
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
@@ -51,8 +56,8 @@ class Worker:
         self.id = f"{socket.gethostname()}/{device.label}"
         self.leaving = threading.Event()  # this process is to end
         self.drained = threading.Event()  # somebody wants this worker to take nothing; it stays
-        self.store = Store(url)
-        self.app = make_app(url)
+        self.store = Store(url, timeout_s=settings.timeout_s)
+        self.app = make_app(url, settings.timeout_s)
         self.storage = Storage(settings.storage_url)
         cache = worker_cache(settings.data_dir, device)
         cache.mkdir(parents=True, exist_ok=True)
@@ -62,15 +67,20 @@ class Worker:
         )
         self._slots = threading.BoundedSemaphore(slots)
         self._running: set[str] = set()
+        self._unanswered: list[str] = []  # nonces of claims that may have been given
         self._pause_s = self._well_at = 0.0
-        self._usable = free_bytes(device) if device.kind != "control" else 0
+        self._paused_for = ""
+        self._wakeups = Wakeups(self.app)
+        self._storage_watch = StorageWatch(self.storage, cache)
+        self._watch = watch(device, cache, alive=lambda: bool(self._running) or not self.pool.empty)
 
     @property
     def classes(self) -> list[str]:
         """The memory classes whose wake-ups it listens to."""
-        if self.device.kind == "gpu":
-            return classes_for(self._usable)
-        return [self.device.kind]
+        return classes_for(self._watch.health.usable_bytes) if self.device.kind == "gpu" else [self.device.kind]
+
+    def _well(self) -> bool:
+        return not (self._storage_watch.problem or self._watch.health.sick) and time.monotonic() >= self._well_at
 
     def _draining(self) -> bool:
         return self.leaving.is_set() or self.drained.is_set()
@@ -79,34 +89,36 @@ class Worker:
         """Why it takes no job, where that is so."""
         if self.drained.is_set():
             return "drained"
-        return "its storage or a disk failed; it pauses" if time.monotonic() < self._well_at else ""
+        if problem := self._storage_watch.problem:
+            return f"sick: {problem}"
+        if time.monotonic() < self._well_at:
+            return f"it pauses: {self._paused_for}"
+        return self._watch.health.note
 
     def work(self, *, wait: bool) -> None:
         """Claims until it is refused. With `wait`, a slot that is busy is waited for, else left alone."""
         if not self._slots.acquire(blocking=wait):
             return
         try:
-            while not self._draining() and time.monotonic() >= self._well_at and self._work_once():
+            while not self._draining() and self._well() and self._work_once():
                 pass
         finally:
             self._slots.release()
 
     def _work_once(self) -> bool:
         """One claim and its job; False where there was none, or the server is away."""
-        if self.device.kind != "control" and self.pool.empty and not self._running:
-            self._usable = free_bytes(self.device)
+        health = self._watch.look()
+        if health.sick:
+            return False
+        nonce = self._unanswered.pop() if self._unanswered else secrets.token_hex(8)
         claimed_at = guardian.now()
         try:
             claim = self.store.claim(
-                self.id,
-                self.device.kind,
-                self._usable,
-                self.settings.lease_s,
-                secrets.token_hex(8),
-                self.classes,
+                self.id, self.device.kind, health.usable_bytes, self.settings.lease_s, nonce, self.classes
             )
         except ServerError as error:
             log.warning("no claim: %s", error.what)
+            self._unanswered.append(nonce)  # a claim whose answer was lost is asked for again
             return False
         if claim is None:
             return False
@@ -116,7 +128,7 @@ class Worker:
             self._run(claim, claimed_at)
         except Exception:  # nothing that a job does may end its worker; the lease ends the job
             log.exception("%s: attempt %d broke its slot", claim.job_id, claim.attempt)
-            self._pause(sick=True)
+            self._pause("an attempt broke its slot")
         finally:
             self._running.discard(claim.job_id)
         return True
@@ -133,6 +145,7 @@ class Worker:
             self.storage,
             self.settings,
             self.pool,
+            self._watch,
             self.leaving,
             self._draining,
             wake,
@@ -140,19 +153,21 @@ class Worker:
         attempt.run()
         self._pause(attempt.sick)
 
-    def _pause(self, sick: bool) -> None:
+    def _pause(self, sick: str) -> None:
         """A host whose storage or disk fails would spoil the whole queue, one job after the other: it rests, longer
-        each time, until an attempt shows that it is well again."""
+        each time, until an attempt shows that it is well again. (What is full for an adapter may hold a trial.)"""
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S) if sick else 0.0
-        self._well_at = time.monotonic() + self._pause_s
+        self._well_at, self._paused_for = time.monotonic() + self._pause_s, sick
         if sick:
-            log.warning("nothing is claimed for %g s: the storage or a disk of this host failed", self._pause_s)
+            self._storage_watch.try_again()
+            log.warning("nothing is claimed for %g s: %s", self._pause_s, sick)
 
     def _report(self, claim: Claim, claimed_at: float) -> None:
         lease = Lease(self.store, claim, self.settings, claimed_at)
         try:
             try:
-                made = lease.insist(partial(make_report, claim, self.store, self.storage))
+                make = partial(make_report, claim, self.store, self.storage)
+                made = lease.insist(partial(Patience(lease, self.settings, self.leaving), "make the report", make))
                 end = Settlement(JobState.SUCCEEDED, outcome=made)
             except StaleAttemptError:
                 raise
@@ -173,7 +188,7 @@ class Worker:
     def ask(self) -> None:
         """A wake-up may be eaten by the wrong worker: an idle slot asks by itself."""
         while not self.leaving.wait(self.settings.poll_s):
-            self.pool.expire()
+            self.pool.expire(IDLE_S if self._well() else 0)  # a resting trainer keeps a sick card from being reset
             if len(self._running) < self.slots:
                 threading.Thread(target=self.work, kwargs={"wait": False}, daemon=True).start()
 
@@ -184,7 +199,7 @@ class Worker:
                 "host": socket.gethostname(),
                 "device": self.device.name,
                 "uuid": self.device.uuid,
-                "usable_bytes": self._usable,
+                "usable_bytes": self._watch.health.usable_bytes,
                 "slots": self.slots,
                 "running": sorted(self._running),
                 "note": self._note(),
@@ -198,6 +213,7 @@ class Worker:
                     self.drained.clear()
             except ServerError as error:
                 log.warning("no heartbeat: %s", error.what)
+            self._wakeups.listen_to(self.classes if self._well() and not self._draining() else [])
             if self.leaving.wait(self.settings.heartbeat_s):
                 return
 
@@ -254,7 +270,7 @@ class Worker:
             "-c",
             str(self.slots),
             "-Q",
-            ",".join(map(queue_name, self.classes)),
+            ",".join(map(queue_name, self.classes or classes_for(sys.maxsize))),
         ]
         with contextlib.suppress(SystemExit):
             self.app.worker_main([*listen, "-n", f"{self.device.label}@%h", *options])

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpu_worker.checkpoints import CheckpointKeeper
+from gpu_worker.health import Watch
 from gpu_worker.lease import Lease
 from gpu_worker.trainer_process import TrainerProcess
 from jobqueue.job import FailureReason
 from jobqueue.settings import Settings
+
+ON_REQUEST = "on request"
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Stopped:
 
 
 class Stop:
-    """Ends a running trainer: at once for a cancel or a limit of time, after a checkpoint for a drain."""
+    """Ends a running trainer: at once for a cancel, a time limit, a failed card; after a checkpoint for a drain."""
 
     def __init__(
         self,
@@ -31,10 +34,12 @@ class Stop:
         draining: Callable[[], bool],
         keeper: CheckpointKeeper,
         trainer: TrainerProcess,
+        watch: Watch,
         settings: Settings,
         timeout_minutes: float | None,
     ) -> None:
         self._lease, self._draining, self._keeper, self._trainer = lease, draining, keeper, trainer
+        self._watch = watch
         self._grace_s, self._stall_s = settings.grace_s, settings.stall_s
         self._began_at = self.heard_at = time.monotonic()
         self._timeout_s = timeout_minutes * 60 if timeout_minutes else math.inf
@@ -48,7 +53,9 @@ class Stop:
         if self.begun is not None:
             return
         if self._lease.cancelled.is_set():
-            self._end(Stopped(None, "on request"))
+            self._end(Stopped(None, ON_REQUEST))
+        elif (health := self._watch.health).ends_jobs:
+            self._end(Stopped(FailureReason.DEVICE, f"the GPU failed: {health.sick}"))
         elif now - self._began_at > self._timeout_s:
             limit = f"resources.timeout_minutes ({self._timeout_s / 60:g})"
             self._end(Stopped(FailureReason.TIMED_OUT, f"the attempt took longer than {limit}"))
@@ -65,4 +72,5 @@ class Stop:
 
     def _end(self, why: Stopped) -> None:
         self.begun = why
+        self._watch.look()  # so that it is known whose memory is to come back
         self._trainer.stop()

@@ -185,6 +185,11 @@ class TrainerProcess:
 
     # -- ending
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is known that nothing of it is left."""
+        return self._ended
+
     def alive(self) -> bool:
         """Whether it can do another job; what it has said meanwhile is dropped."""
         return not self._ended and not any(isinstance(message, Ended) for message in self.messages(0))
@@ -233,6 +238,14 @@ def marked(mark: str) -> list[psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
                 found.append(process)
     return found
+
+
+def mark_of(pid: int, cache: Path) -> str | None:
+    """The mark of a process that a trainer of the worker with that cache is, or has started; None for any other."""
+    with contextlib.suppress(psutil.Error, OSError):
+        environment = psutil.Process(pid).environ()
+        return environment.get(MARK) if environment.get(CACHE) == str(cache) else None
+    return None
 
 
 def end_leftovers(cache: Path) -> None:

@@ -24,8 +24,13 @@ def queue_name(memory_class: str) -> str:
     return f"loraq.{memory_class}"
 
 
-def make_app(url: str) -> Celery:
-    """A Celery app on that Redis. Each setting is there for a fault that was seen without it."""
+def make_app(url: str, timeout_s: float) -> Celery:
+    """A Celery app on that Redis. Each setting is there for a fault that was seen without it.
+
+    Args:
+        url: as LORAQ_REDIS_URL.
+        timeout_s: how long a call may take; twice that where Celery waits for a message, a second at a time.
+    """
     from celery import Celery
 
     app = Celery("loraq", broker=url, set_as_current=False)
@@ -39,8 +44,8 @@ def make_app(url: str) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            "socket_timeout": 10,
-            "socket_connect_timeout": 3,
+            "socket_timeout": max(2.0, 2 * timeout_s),
+            "socket_connect_timeout": min(3.0, timeout_s),
             "socket_keepalive": True,
             "health_check_interval": 10,
             "visibility_timeout": 30,

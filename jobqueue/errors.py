@@ -5,6 +5,7 @@
       DataError               4   a data file is missing, empty or lacks its columns
         ChatTemplateError     4   the base model has no chat template, or one that is not valid
       ServerError             5   Redis cannot be reached, or refuses
+        UnansweredError       5   it is not known whether Redis has carried out a call
       NotFoundError           6   no such job or batch
       StorageError            7   the shared storage cannot be read or written
       CapacityError           8   no worker can ever hold the job
@@ -78,6 +79,10 @@ class ServerError(LoraqError):
     """Redis cannot be reached, or refuses."""
 
     exit_code = 5
+
+
+class UnansweredError(ServerError):
+    """Redis did not answer: whether it has carried out, or will, what it was asked is not known."""
 
 
 class NotFoundError(LoraqError):

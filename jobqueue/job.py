@@ -48,6 +48,7 @@ class FailureReason(StrEnum):
     LOST = "lost"  # the lease ended without a renewal
     TIMED_OUT = "timed_out"
     STORAGE = "storage"
+    DEVICE = "device"  # the GPU failed under it, or others took its memory; costs no failure
     PREEMPTED = "preempted"  # the worker was told to stop; costs no failure
     DEPENDENCY = "dependency"  # a job that this one needs did not succeed
     INTERNAL = "internal"  # an exception nobody foresaw; the log has it
@@ -114,7 +115,9 @@ class Job:
     held: bool = False  # not to be claimed until it is released
     needs: tuple[str, ...] = ()  # jobs that had to succeed before it
     progress: dict[str, Any] = field(default_factory=dict)  # the last progress event
-    outcome: dict[str, Any] = field(default_factory=dict)  # what a succeeded job reports
+    outcome: dict[str, Any] = field(
+        default_factory=dict
+    )  # what a succeeded job reports; of another the `last_lines` of its log
     history: list[dict[str, Any]] = field(default_factory=list)  # ended attempts, oldest first
 
     @property

@@ -11,9 +11,12 @@ from jobqueue.spec import EvaluateSpec, LoraSpec, TrainSpec
 GIB = 2**30
 CLASSES = (8, 16, 24, 48, 80, 141)  # upper bounds in GiB, as cards are sold
 REAL_SHARE = 0.92  # what a card of that name really leaves to a program
-CONTEXT = int(0.8 * GIB)  # CUDA context, cuBLAS workspaces and what the allocator cannot use
 NF4_BYTES = 0.5 + 0.127 / 8  # per weight: 4 bits, and the scales of double quantisation (arXiv:2305.14314, section 3)
-LOSS_CHUNK = GIB  # the cross entropy is computed in chunks of about this many bytes
+# What follows was read off benchmarks/results/memory.json (H100, CUDA 13, torch 2.11, Unsloth 2026.10.9).
+CONTEXT = int(0.81 * GIB)  # CUDA context and libraries, as the driver counts them
+LOSS_CHUNK = int(0.3 * GIB)  # logits in 32 bits are never whole: the loss takes them in chunks
+SCORED_LOGITS = int(3.5 * GIB)  # of an evaluation: what gpu_worker/trainer/evaluate.py lets them take, and copies
+FRAGMENTS, ROUNDING = 1.03, int(0.1 * GIB)  # what the allocator holds over what is in tensors
 
 
 def all_classes() -> list[str]:
@@ -100,48 +103,68 @@ class Shape:
         pairs = [self.modules[name] for name in wanted if name in self.modules]
         return self.layers * lora.r * sum(a + b for a, b in pairs)
 
-    def layer_activation_bytes(self, tokens: int) -> float:
-        """One layer's activations for the backward pass in 16 bits: attention and MLP, their inputs and outputs."""
+    def working_bytes(self, tokens: int) -> float:
+        """What the backward pass of one layer needs at once, in 16 bits."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return tokens * 2.0 * (6 * self.hidden + 2 * q + 2 * kv + 4 * self.intermediate)
+        return tokens * 2.0 * (6 * self.hidden + 2 * q + 2 * kv + 7 * self.intermediate)
+
+    def kept_bytes(self, tokens: int) -> float:
+        """What one layer keeps from the forward for the backward pass, in 16 bits, where it is not recomputed."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return tokens * 2.0 * (2.6 * self.hidden + 2 * q + 2 * kv + 3 * self.intermediate)
 
 
-def training_peak(config: Mapping[str, Any], spec: TrainSpec) -> int:
+def training_peak(config: Mapping[str, Any], spec: TrainSpec, row_tokens: int | None = None) -> int:
     """Peak bytes on the GPU of a train job, its CUDA context included.
 
-    Weights, gradients and optimizer state of what is trained, the activations of one micro-batch of
-    `max_seq_length` tokens (of one layer, where checkpointing recomputes the others), and the loss.
+    Weights, gradients and optimizer state of what is trained, and the activations of one micro-batch of rows of
+    `row_tokens` (None: of `max_seq_length`): of all layers, or where checkpointing recomputes them of one; with
+    `use_gradient_checkpointing` true each layer's input stays on the GPU, with "unsloth" it goes to main memory.
+    "auto" is what must fit at least, "unsloth". Raises KeyError as `Shape.from_config`.
     """
     shape = Shape.from_config(config)
-    tokens = spec.training.per_device_train_batch_size * spec.training.max_seq_length
+    length = min(row_tokens or spec.training.max_seq_length, spec.training.max_seq_length)
+    tokens = spec.training.per_device_train_batch_size * length
     state = 2 if "8bit" in spec.training.optim else 8  # Adam's two moments, bytes per weight
-    layer = shape.layer_activation_bytes(tokens)
     if spec.method == "full":
-        trained = shape.linear_weights + shape.embedding_weights
-        weights = shape.weight_bytes(False) + trained * (2 + state)
+        weights = float((shape.linear_weights + shape.embedding_weights) * (2 + 2 + state))
+        # transformers keeps the moments of embeddings in 32 bits; and their gradient comes from both ends
+        weights += shape.embedding_weights * (8 - state + 2)
     else:
         # LoRA weights are kept in 32 bits: weight, gradient, moments
         weights = shape.weight_bytes(spec.method == "qlora") + shape.lora_weights(spec.lora) * (8 + state)
-    kept = 1 if spec.lora.use_gradient_checkpointing else shape.layers
-    boundaries = shape.layers * tokens * shape.hidden * 2 if spec.lora.use_gradient_checkpointing is True else 0
+    checkpointing = spec.lora.use_gradient_checkpointing
+    if checkpointing is False:
+        activations = max(shape.layers * shape.kept_bytes(tokens), shape.working_bytes(tokens))
+    else:
+        inputs = shape.layers * tokens * shape.hidden * 4 if checkpointing is True else 0
+        activations = inputs + shape.working_bytes(tokens)
     loss = min(tokens * shape.vocab * 4, LOSS_CHUNK)
-    return int(weights + kept * layer + boundaries + loss + CONTEXT)
+    return int((weights + max(activations, loss)) * FRAGMENTS + ROUNDING + CONTEXT)
 
 
-def evaluation_peak(config: Mapping[str, Any], spec: EvaluateSpec) -> int:
-    """Peak bytes on the GPU of an evaluation: weights, one layer's activations, the keys and values, the scores."""
+def evaluation_peak(config: Mapping[str, Any], spec: EvaluateSpec, row_tokens: int | None = None) -> int:
+    """Peak bytes on the GPU of an evaluation: weights, and scores or the keys and values of what is generated."""
     shape = Shape.from_config(config)
-    tokens = spec.evaluation.per_device_eval_batch_size * spec.max_seq_length
-    cache = tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
-    scores = min(tokens * shape.vocab * 4, LOSS_CHUNK)
-    return int(shape.weight_bytes(spec.load_in_4bit) + shape.layer_activation_bytes(tokens) + cache + scores + CONTEXT)
+    length = min(row_tokens or spec.max_seq_length, spec.max_seq_length)
+    tokens = spec.evaluation.per_device_eval_batch_size * (length + spec.evaluation.max_new_tokens)
+    cache = tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * 2 + shape.working_bytes(tokens) / 2
+    scores = min(4 * tokens * shape.vocab * 4, SCORED_LOGITS)
+    return int((shape.weight_bytes(spec.load_in_4bit) + max(cache, scores)) * FRAGMENTS + ROUNDING + CONTEXT)
 
 
-def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec) -> int:
+def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec, row_tokens: int | None = None) -> int:
     """Peak bytes of a job; what the user said in `resources.memory` goes first.
+
+    Args:
+        config: the base model's config.json.
+        spec: of the job.
+        row_tokens: how long its longest row is; None: `max_seq_length`.
 
     Raises KeyError where the config lacks what the estimate needs.
     """
     if spec.resources.memory is not None:
         return int(spec.resources.memory)
-    return training_peak(config, spec) if isinstance(spec, TrainSpec) else evaluation_peak(config, spec)
+    if isinstance(spec, TrainSpec):
+        return training_peak(config, spec, row_tokens)
+    return evaluation_peak(config, spec, row_tokens)

@@ -16,22 +16,76 @@ class Rule:
     """How often a job may fail for this reason before it has failed for good, and how long it waits in between."""
 
     failures: int  # 1: never tried again
+    meaning: str
+    remedy: str  # what a person can do about it
     delay_s: float = 0.0  # doubled with each failure
     counts: bool = True  # False: costs no failure, and is tried again however many there were
+    in_a_row: int = 0  # of a reason that does not count: so many attempts on end, and the job is to blame; 0: never
+    settings: str = "the same"  # of the next attempt
 
 
 TABLE = {
-    R.BAD_SPEC: Rule(1),
-    R.BAD_DATA: Rule(1),
-    R.OUT_OF_MEMORY: Rule(1, counts=False),  # with smaller micro-batches, until there is none: see `with_less_memory`
-    R.NAN_LOSS: Rule(1),
-    R.TIMED_OUT: Rule(1),
-    R.DEPENDENCY: Rule(1),
-    R.INTERNAL: Rule(2, delay_s=5),
-    R.CRASHED: Rule(3, delay_s=5),
-    R.LOST: Rule(3),
-    R.STORAGE: Rule(5, delay_s=30),  # the worker pauses as well, see gpu_worker/serve.py
-    R.PREEMPTED: Rule(1, counts=False),
+    R.BAD_SPEC: Rule(
+        1,
+        "The spec can never work: there is no such model, or the model refuses an option.",
+        "Correct the sweep file and submit it again.",
+    ),
+    R.BAD_DATA: Rule(
+        1,
+        "No usable row, missing columns, nothing left to train on.",
+        "Correct the data and submit again; `--dry-run` checks it first.",
+    ),
+    R.OUT_OF_MEMORY: Rule(  # until there is no smaller one: see `with_less_memory`
+        1,
+        "The GPU's memory, or the host's, was not enough.",
+        "Lower `max_seq_length` or `lora.r`, train with `method: qlora`, or start a worker with a larger GPU.",
+        counts=False,
+        settings="half the micro-batch, accumulation makes up for it; at one row the job has failed",
+    ),
+    R.NAN_LOSS: Rule(
+        1, "The loss became NaN or infinite.", "Lower `learning_rate`, add `warmup_steps`, look at the data."
+    ),
+    R.TIMED_OUT: Rule(
+        1,
+        "The attempt took longer than `resources.timeout_minutes`.",
+        "`loraq retry` goes on from the newest checkpoint, with as much time again.",
+    ),
+    R.DEPENDENCY: Rule(
+        1, "A job that this one needs did not succeed.", "See why that one did not; `loraq retry` runs both again."
+    ),
+    R.INTERNAL: Rule(
+        2,
+        "An exception that nobody foresaw; its traceback is in the log.",
+        "Read `loraq logs JOB`; where it is a fault of loraq's, report it.",
+        delay_s=5,
+    ),
+    R.CRASHED: Rule(
+        3,
+        "The trainer ended without a word, or gave no sign of life.",
+        "Read `loraq logs JOB`. SIGKILL is often the kernel's answer to a host without memory.",
+        delay_s=5,
+    ),
+    R.LOST: Rule(
+        3,
+        "The worker stopped renewing the job: it was killed, its host died, or it was cut off from Redis.",
+        "Look at the host and its network; `loraq workers` shows who is silent.",
+    ),
+    R.STORAGE: Rule(  # the worker pauses as well, see gpu_worker/serve.py
+        5,
+        "The shared storage or a disk of the host could not be written or read: full, read-only, gone, or it hangs.",
+        "Free space, or mount it again; the worker takes jobs again by itself.",
+        delay_s=30,
+    ),
+    R.DEVICE: Rule(  # on another GPU: the worker takes none meanwhile
+        1,
+        "The GPU failed under the job, or other processes took its memory.",
+        "See `loraq workers`: reset the card, or end what else uses it.",
+        counts=False,
+        in_a_row=3,
+    ),
+    R.PREEMPTED: Rule(
+        1, "The worker was drained or stopped; a checkpoint was written first.", "Nothing: it goes on.", counts=False
+    ),
 }
 
 
@@ -44,7 +98,7 @@ class Decision:
     counts: bool = True
 
 
-def decide(reason: R, failures: int, max_failures: int, jitter: float | None = None) -> Decision:
+def decide(reason: R, failures: int, max_failures: int, jitter: float | None = None, *, in_a_row: int = 1) -> Decision:
     """The decision after one more failure.
 
     Args:
@@ -53,19 +107,20 @@ def decide(reason: R, failures: int, max_failures: int, jitter: float | None = N
         max_failures: the user's cap, over all reasons; the table's own may be lower.
         jitter: 0 to 1, for tests; the delay is spread over 0.5 to 1.5 of its nominal length, so that jobs that
             failed together do not come back together.
+        in_a_row: how many attempts on end, this one included, ended for this reason.
     """
     rule = TABLE[reason]
     if not rule.counts:
-        return Decision(again=True, counts=False)
+        return Decision(again=not rule.in_a_row or in_a_row < rule.in_a_row, counts=False)
     if failures + 1 >= min(rule.failures, max_failures):
         return Decision(again=False)
     spread = 0.5 + (random.random() if jitter is None else jitter)
     return Decision(again=True, delay_s=rule.delay_s * 2**failures * spread)
 
 
-def after_failure(reason: R, message: str, failures: int, max_failures: int) -> Settlement:
+def after_failure(reason: R, message: str, failures: int, max_failures: int, *, in_a_row: int = 1) -> Settlement:
     """How an attempt ends that failed for this reason, `failures` being those that the job had before."""
-    decision = decide(reason, failures, max_failures)
+    decision = decide(reason, failures, max_failures, in_a_row=in_a_row)
     return Settlement(
         state=JobState.QUEUED if decision.again else JobState.FAILED,
         reason=reason,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, CapacityError, NotFoundError
+from jobqueue.errors import BusyError, CapacityError, NotFoundError, ServerError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import GIB, all_classes
@@ -44,7 +44,7 @@ class Client:
 
     @cached_property
     def store(self) -> Store:
-        return Store(connect_url(self.settings))
+        return Store(connect_url(self.settings), timeout_s=self.settings.timeout_s)
 
     @cached_property
     def storage(self) -> Storage:
@@ -52,7 +52,7 @@ class Client:
 
     @cached_property
     def _app(self) -> Celery:
-        return make_app(self.store.url)
+        return make_app(self.store.url, self.settings.timeout_s)
 
     # -- submitting
 
@@ -69,12 +69,17 @@ class Client:
         name = self.store.submitted(self._key(plan))
         return self.store.batch(name) if name else None
 
+    def warnings(self) -> list[str]:
+        """What is set wrong on the server, so that it may lose jobs; one line each."""
+        return [f"Redis at {self.store.where} {text}" for text in self.store.keeping().warnings]
+
     def submit(
         self, plan: Plan, *, force: bool = False, again: bool = False, progress: UploadProgress | None = None
     ) -> Batch:
         """All of it or nothing: checks, uploads the local files, writes every job in one call, wakes the workers.
 
-        The same plan submitted twice (after an answer that was lost, say) is one batch.
+        The same plan submitted twice (after an answer that was lost, say) is one batch. Returns when the server has it
+        on its disk, as far as it keeps jobs there: see `warnings`.
 
         Args:
             plan: what `plan` returned.
@@ -85,7 +90,16 @@ class Client:
         Raises:
             CapacityError: unless forced.
             StorageError: a file could not be uploaded; nothing was submitted.
+            ServerError: the server drops jobs at its memory limit, and nothing was submitted; or it did not answer, or
+                did not confirm in time that what it accepted is on its disk.
         """
+        keeping = self.store.keeping()
+        if keeping.drops_jobs:
+            raise ServerError(
+                f"Redis at {self.store.where} drops jobs at its memory limit (maxmemory-policy {keeping.eviction}); "
+                "nothing was submitted",
+                "Set maxmemory-policy noeviction there, in its configuration and by CONFIG SET.",
+            )
         workers = self.workers()
         if not force:
             _check_capacity(plan, workers)
@@ -97,11 +111,23 @@ class Client:
         while (not key or self.store.submitted(key) is None) and self.storage.exists(f"batches/{name}"):
             number += 1
             name = f"{plan.sweep.name}-{number}"
-        while (made := self._submit_as(name, plan, key)) is None:
-            number += 1
-            name = f"{plan.sweep.name}-{number}"
-        send_tokens(self._app, made.classes)
-        return self.store.batch(made.batch)
+        then = (
+            "`loraq ls` shows whether it was accepted." if again else "Then submit again: sent twice, it is one batch."
+        )
+        try:
+            while (made := self._submit_as(name, plan, key)) is None:
+                number += 1
+                name = f"{plan.sweep.name}-{number}"
+            send_tokens(self._app, made.classes)
+            batch = self.store.batch(made.batch)
+        except UnansweredError as error:
+            raise UnansweredError(error.what, f"{error.do} {then}") from error
+        if not made.on_disk:
+            raise ServerError(
+                f"{made.batch} is accepted, but Redis at {self.store.where} has not confirmed that it is on its disk",
+                "Look after the server's disk. " + (f"`loraq ls {made.batch}` shows the batch." if again else then),
+            )
+        return batch
 
     def _upload(self, plan: Plan, progress: UploadProgress) -> None:
         """To the storage, or, where this machine does not know it, through the server to a control worker."""
@@ -199,14 +225,16 @@ class Client:
         send_tokens(self._app, classes)
         return self.store.jobs(released)
 
-    def retry(self, target: str) -> list[Job]:
+    def retry(self, target: str, *, failed_only: bool = False) -> list[Job]:
         """Runs again what failed or was cancelled: of a batch, or one job with what it needs and what waited for it.
 
+        With `failed_only`, what somebody cancelled stays so, unless a failed job needs it.
         Training goes on from the newest checkpoint. The batch's report is made anew. Returns the jobs that begin.
         """
         batch, jobs = self._own(target)
         siblings = self.jobs(jobs[0].batch) if jobs[0].batch else jobs
-        wanted = {job.id for job in (siblings if batch else jobs) if job.state in RETRIED}
+        begins = (JobState.FAILED,) if failed_only else RETRIED
+        wanted = {job.id for job in (siblings if batch else jobs) if job.state in begins}
         for job in siblings:  # each after those that it waits for
             if job.reason is FailureReason.DEPENDENCY and wanted & set(job.needs):
                 wanted.add(job.id)
@@ -290,7 +318,7 @@ def _named(spec: TrainSpec | EvaluateSpec | ReportSpec, batch: str) -> TrainSpec
 
 def _check_capacity(plan: Plan, workers: Sequence[WorkerInfo]) -> None:
     """Refuses what would wait for ever: workers are alive, and none of them could hold a job of the plan."""
-    usable = [worker.usable_bytes for worker in workers if worker.alive and worker.device != "control"]
+    usable = [worker.usable_bytes for worker in workers if worker.alive and worker.usable_bytes]
     need = max((job.need_bytes for job in plan.jobs), default=0)
     if usable and need > max(usable):
         raise CapacityError(

@@ -49,12 +49,14 @@ class Settings(BaseSettings):
     owner: str = Field(default_factory=_user)
     """Whose jobs these are: fair share is between owners."""
 
+    timeout_s: float = Field(default=5.0, gt=0)
+    """How long the server may take to answer a call, in seconds; a command gives up then, a worker tries again."""
     lease_s: float = Field(default=60.0, gt=0)
     """How long a claim lasts without a renewal, in seconds."""
     renew_s: float = Field(default=5.0, gt=0)
     """How often a running attempt renews."""
     sweep_s: float = Field(default=2.0, gt=0)
-    """How often the control worker sweeps."""
+    """How often the control worker sweeps; at most a third of `lease_s`, as `renew_s`."""
     poll_s: float = Field(default=2.0, gt=0)
     """How often an idle slot asks for work without being woken."""
     heartbeat_s: float = Field(default=5.0, gt=0)
@@ -63,6 +65,8 @@ class Settings(BaseSettings):
     """From SIGTERM to SIGKILL of a trainer."""
     stall_s: float = Field(default=1800.0, gt=0)
     """A trainer that has said nothing for so long hangs: it is ended, and the job tried again."""
+    storage_timeout_s: float = Field(default=1800.0, gt=0)
+    """What a worker asks of the storage (an adapter written, a checkpoint read) and takes longer hangs."""
     max_failures: int = Field(default=3, ge=1)
     """A job that has failed this often is not tried again."""
     model_roots: tuple[Path, ...] = (Path("/"),)
@@ -86,9 +90,11 @@ class Settings(BaseSettings):
         return value if value is None or "://" in value else str(Path(value).expanduser().absolute())
 
     @model_validator(mode="after")
-    def _renewed_in_time(self) -> Self:
-        if self.renew_s > self.lease_s / 3:
-            raise ValueError(f"renew_s ({self.renew_s:g}) must be at most a third of lease_s ({self.lease_s:g})")
+    def _within_a_lease(self) -> Self:
+        """Whoever looks at the clock less often than twice a lease takes it for one that jumped: see store.lua."""
+        for name in ("renew_s", "sweep_s"):
+            if (value := getattr(self, name)) > self.lease_s / 3:
+                raise ValueError(f"{name} ({value:g}) must be at most a third of lease_s ({self.lease_s:g})")
         return self
 
     @cached_property

@@ -1,5 +1,7 @@
 """Shared storage: one fsspec location, written so that nothing half-done is ever taken for done.
 
+storage.json                                       a mark: the empty folder below a mount has none
+trials/<random>                                    of workers that see whether they can write
 blobs/<sha256>/<name>                              data that was submitted, by content
 batches/<batch>/<job>/<attempt>-<nonce>/...        what one attempt made; only that attempt writes there
 incoming/<sha256>/<number>                         pieces of a file that is on its way from a machine without storage
@@ -12,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from jobqueue.errors import NotFoundError, StorageError
 from jobqueue.job import Claim
 
 MANIFEST = "manifest.json"
+MARK = "storage.json"
 BLOB = "loraq://"  # a source in storage, by content: loraq://<sha256>/<name>
 
 
@@ -65,6 +68,7 @@ class Storage:
             fs, root = url_to_fs(url, use_listings_cache=False)  # other hosts write there as well
         self._fs: fsspec.AbstractFileSystem = fs
         self._root: str = root.rstrip("/")
+        self._pinned = False
 
     @property
     def local(self) -> bool:
@@ -78,6 +82,23 @@ class Storage:
     def resolve(self, source: str) -> str:
         """A spec's data source as this machine can read it."""
         return self.address("blobs/" + source.removeprefix(BLOB)) if source.startswith(BLOB) else source
+
+    def pin(self) -> None:
+        """From now on it must keep its mark: where a mount has gone, the folder below it can be written as well.
+
+        Raises StorageError where the mark has gone.
+        """
+        if not self._pinned and not self.exists(MARK):
+            self.write_text(MARK, json.dumps({"loraq": "storage", "layout": 1}))  # the same, whoever is first
+        self._pinned = True
+        self._check()
+
+    def _check(self) -> None:
+        if self._pinned and not self.exists(MARK):
+            raise StorageError(
+                f"the storage {self.url} has lost its {MARK}: it is not mounted, or was emptied",
+                "Mount it again; if it was emptied on purpose, start the workers again.",
+            )
 
     def exists(self, relative: str) -> bool:
         with self._errors("read"):
@@ -100,6 +121,7 @@ class Storage:
 
     def put_piece(self, sha256: str, number: int, content: bytes) -> None:
         """A piece of a file that is on its way."""
+        self._check()
         self._write(f"incoming/{sha256}/{number:06d}", content)
 
     def pieces(self, sha256: str) -> set[int]:
@@ -112,6 +134,7 @@ class Storage:
         sha256 = source.removeprefix(BLOB).partition("/")[0]
         folder, target = f"{self._root}/incoming/{sha256}", f"{self._root}/blobs/{source.removeprefix(BLOB)}"
         part, found = f"{target}.{uuid.uuid4().hex}.part", hashlib.sha256()
+        self._check()
         with self._errors("write"):
             self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             with self._fs.open(part, "wb") as file:
@@ -130,9 +153,13 @@ class Storage:
             )
 
     def publish(self, local: Path, folder: str, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Copies everything below `local` into `folder`, then writes the manifest with each file's hash and size."""
-        files = {}
-        with self._errors("write"):
+        """Copies everything below `local` into `folder`, then writes the manifest with each file's hash and size.
+
+        What was copied before an error is removed again, as far as that is possible: the storage may be full.
+        """
+        self._check()
+        files: dict[str, dict[str, Any]] = {}
+        with self._errors("write"), self._undone(f"{self._root}/{folder}", files):
             for path in sorted(p for p in local.rglob("*") if p.is_file()):
                 name = path.relative_to(local).as_posix()
                 target = f"{self._root}/{folder}/{name}"
@@ -140,14 +167,36 @@ class Storage:
                 self._put(path, target)
                 files[name] = {"sha256": file_hash(path), "bytes": path.stat().st_size}
             full = {**manifest, "files": files}
+            self._check()
             self.write_text(f"{folder}/{MANIFEST}", json.dumps(full, indent=1))
         return full
+
+    @contextmanager
+    def _undone(self, folder: str, files: Mapping[str, object]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for name in files:
+                with suppress(Exception):
+                    self._fs.rm_file(f"{folder}/{name}")
+            raise
+
+    def intact(self, found: Published) -> bool:
+        """Whether every file of a complete folder is there and as long as its manifest says: a host that lost its
+        power, or a storage that did, may have kept the one and not the other."""
+        with self._errors("read"):
+            for name, file in found.manifest["files"].items():
+                path = f"{self._root}/{found.folder}/{name}"
+                if not self._fs.exists(path) or self._fs.size(path) != file["bytes"]:
+                    return False
+        return True
 
     def published(self, job_id: str, batch: str, submission: str = "") -> Published | None:
         """The newest complete folder of a job; with a `submission`, only what that one made.
 
         A server that was emptied gives names and attempt numbers again: its storage may hold another job's work.
         """
+        self._check()
         with self._errors("read"):
             for attempt in self._attempts(job_id, batch):
                 found = self._complete(attempt, submission)
@@ -157,6 +206,7 @@ class Storage:
 
     def checkpoints(self, job_id: str, batch: str, submission: str) -> list[Published]:
         """The complete checkpoints of all attempts of a job, the one with most steps first."""
+        self._check()
         with self._errors("read"):
             folders = [f"{attempt}/checkpoints" for attempt in self._attempts(job_id, batch)]
             names = [f"{folder}/{name}" for folder in folders for name in self._names(folder)]
@@ -214,15 +264,21 @@ class Storage:
         target = f"{self._root}/{relative}"
         with self._errors("write"):
             self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            part = f"{target}.{uuid.uuid4().hex}.part"
-            self._fs.pipe_file(part, content)
-            self._fs.mv(part, target)
+            self._whole(target, lambda part: self._fs.pipe_file(part, content))
 
     def _put(self, path: Path, target: str) -> None:
-        """Uploads one file under another name first, so that a broken upload is never taken for the file."""
-        part = f"{target}.{uuid.uuid4().hex}.part"  # its own, as others may upload the same
-        self._fs.put_file(str(path), part)
-        self._fs.mv(part, target)
+        self._whole(target, lambda part: self._fs.put_file(str(path), part))
+
+    def _whole(self, target: str, write: Callable[[str], object]) -> None:
+        """Writes under another name first, so that what is half-written is never taken for the file."""
+        part = f"{target}.{uuid.uuid4().hex}.part"  # its own, as others may write the same
+        try:
+            write(part)
+            self._fs.mv(part, target)
+        except BaseException:
+            with suppress(Exception):
+                self._fs.rm_file(part)
+            raise
 
     @contextmanager
     def _errors(self, verb: str) -> Iterator[None]:

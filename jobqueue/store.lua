@@ -16,6 +16,7 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:queues              set     classes that have ever held a job
   {loraq}:delayed             zset    queued jobs that may not be claimed before T
   {loraq}:running             zset    running jobs by the T at which their lease ends
+  {loraq}:claims              hash    nonce of a claim -> the job that runs by it
   {loraq}:held_classes        set     memory classes of which nothing is claimed
   {loraq}:drained             set     workers, and hosts, that claim nothing
   {loraq}:unsized             set     jobs whose memory a control worker must estimate
@@ -29,7 +30,7 @@ Fields of a record
   id kind batch trial owner spec(JSON) device(auto gpu cpu control) priority seq queue need(bytes, 0 unknown) waits(jobs and estimates to come)
   needs follows(JSON: jobs that must have succeeded, or ended, before)
   state(waiting held queued running succeeded failed cancelled) cancel("1" asked for) hold("1" not to be claimed)
-  attempt(the fence) nonce(proof of the claim) settled(nonce and state of the last settled attempt) failures
+  attempt(the fence) nonce(proof of the claim) settled(number, nonce and state of the last settled attempt) failures
   ooms(attempts since the submit or retry that ran out of memory)
   submission(of the submit that made it, random) said(entries of its stream that the attempt has appended)
   submitted_at queued_at claimed_at ended_at not_before (T) worker reason message progress(JSON) outcome(JSON)
@@ -74,14 +75,27 @@ local function both(ids, woken)
   return ids
 end
 
+-- A clock that went back: whoever is silent would pass for alive for as much longer, and delays would last longer.
+local function went_back(by, longest)
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'running', '(' .. longest, '+inf', 'BYSCORE')) do
+    redis.call('ZADD', P .. 'running', longest, id)
+  end
+  for _, name in ipairs({ 'delayed', 'gpu_workers' }) do
+    for _, member in ipairs(redis.call('ZRANGE', P .. name, 0, -1)) do redis.call('ZINCRBY', P .. name, -by, member) end
+  end
+end
+
 -- After another server process (which may have lost its last second), or a jump of the clock while something runs,
 -- nothing is taken from anyone, and nothing given, until every live attempt has had a lease's time to renew. A clock
--- that nobody has looked at for a lease, since no worker was there, looks the same as one that jumped.
+-- that nobody has looked at, since no worker was there, looks the same as one that jumped. A jump of less than half a
+-- lease ends none: leases are renewed at a third of it, or sooner.
 local function quiet(now, lease)
   local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   local seen, known, till = unpack(redis.call('HMGET', P .. 'clock', 'seen_at', 'run_id', 'quiet_until'))
   seen, till = tonumber(seen or now), tonumber(till or 0)
-  local jumped = (now < seen - 1000 or now > seen + lease) and redis.call('ZCARD', P .. 'running') > 0
+  local back, on = now < seen - 1000, now > seen + lease / 2
+  if back then went_back(seen - now, now + lease) end
+  local jumped = (back or on) and redis.call('ZCARD', P .. 'running') > 0
   if (known and known ~= run_id) or jumped or till > now + lease then
     till = now + lease
   end
@@ -191,7 +205,10 @@ local function submit(_, args)
   local batch, now, woken = P .. 'batch:' .. name, time(), nobody()
   if too_late(not_after) then return { -1 } end
   local known = redis.call('HGET', P .. 'submits', submit_key)
-  if known then return { 2, known } end
+  if known then
+    redis.call('HSET', P .. 'submits', submit_key, known) -- a write: its sender will ask whether all before it is on disk
+    return { 2, known }
+  end
   if redis.call('EXISTS', batch) == 1 then return { 0 } end
   redis.call('HSET', P .. 'submits', submit_key, name)
   redis.call('HSET', batch, 'key', submit_key, 'owner', owner, 'submitted_at', now, 'trials', trials, 'base_model', base_model, 'jobs', ids)
@@ -249,7 +266,9 @@ local function first_fit(queue, owner, device, free)
     if start == 0 and #ids == 0 then redis.call('SREM', P .. 'owners:' .. queue, owner) end
     for _, id in ipairs(ids) do
       local need, priority, seq, meant = unpack(redis.call('HMGET', key(id), 'need', 'priority', 'seq', 'device'))
-      if tonumber(need) <= free and not (device == 'cpu' and meant == 'gpu') then
+      if not need then -- evicted, by a server that may do that
+        redis.call('ZREM', list, id)
+      elseif tonumber(need) <= free and not (device == 'cpu' and meant == 'gpu') then
         return { id = id, priority = tonumber(priority), seq = tonumber(seq) }
       end
     end
@@ -274,21 +293,32 @@ end
 
 -- claim(not after, worker, device gpu|cpu|control, free bytes, lease, nonce, class...)
 --   -> {id, attempt, spec, batch, failures, submission} or {}
+-- Asked again with the nonce of a claim that runs, since no answer came, it renews that claim and answers alike.
 local function claim(_, args)
   local not_after, worker, device, free, lease, nonce = unpack(args, 1, 6)
   local now = time()
-  local host = string.match(worker, '^[^/]*')
-  if redis.call('SISMEMBER', P .. 'drained', worker) + redis.call('SISMEMBER', P .. 'drained', host) > 0 then return {} end
-  if too_late(not_after) or quiet(now, tonumber(lease)) then return {} end
-  local id = best(device, tonumber(free), { unpack(args, 7) }, now)
-  if not id then return {} end
-  unplace(id)
-  local attempt = redis.call('HINCRBY', key(id), 'attempt', 1)
-  redis.call('HSET', key(id), 'state', 'running', 'nonce', nonce, 'worker', worker, 'claimed_at', now, 'ended_at', 0,
-    'cancel', '', 'progress', '', 'reason', '', 'message', '', 'said', 0)
+  if too_late(not_after) then return {} end
+  local id = redis.call('HGET', P .. 'claims', nonce)
+  if not id then
+    local host = string.match(worker, '^[^/]*')
+    local drained = redis.call('SISMEMBER', P .. 'drained', worker) + redis.call('SISMEMBER', P .. 'drained', host)
+    if drained > 0 or quiet(now, tonumber(lease)) then return {} end
+    id = best(device, tonumber(free), { unpack(args, 7) }, now)
+    if not id then return {} end
+    unplace(id)
+    redis.call('HINCRBY', key(id), 'attempt', 1)
+    redis.call('HSET', key(id), 'state', 'running', 'nonce', nonce, 'worker', worker, 'claimed_at', now, 'ended_at', 0,
+      'cancel', '', 'progress', '', 'reason', '', 'message', '', 'said', 0)
+    redis.call('HSET', P .. 'claims', nonce, id)
+    event(id, 'state', 'running on ' .. worker)
+  end
   redis.call('ZADD', P .. 'running', now + lease, id)
-  event(id, 'state', 'running on ' .. worker)
-  return { id, attempt, field(id, 'spec'), field(id, 'batch'), number(id, 'failures'), field(id, 'submission') }
+  return { id, number(id, 'attempt'), field(id, 'spec'), field(id, 'batch'), number(id, 'failures'), field(id, 'submission') }
+end
+
+local function runs_no_more(id)
+  redis.call('ZREM', P .. 'running', id)
+  redis.call('HDEL', P .. 'claims', field(id, 'nonce') or '')
 end
 
 -- Whether this attempt still owns its job.
@@ -325,7 +355,7 @@ end
 -- Said twice by the same attempt it is done once and answered alike.
 local function settle(_, args)
   local id, attempt, nonce, state, reason, message, outcome, delay, counts, only = unpack(args)
-  local now, woken, word = time(), nobody(), nonce .. ' ' .. state
+  local now, woken, word = time(), nobody(), attempt .. ' ' .. nonce .. ' ' .. state
   if field(id, 'settled') == word then return { 1 } end
   if not owns(id, attempt, nonce) then return { 0 } end
   if only == 'expired' and tonumber(redis.call('ZSCORE', P .. 'running', id)) > now then return { 0 } end
@@ -333,7 +363,7 @@ local function settle(_, args)
   if asked and state == 'queued' then state, reason, message = 'cancelled', '', 'on request' end
   if not asked and state == 'cancelled' then state, message = 'queued', 'wanted again' end -- by a batch that came since
   local owner, claimed, worker = unpack(redis.call('HMGET', key(id), 'owner', 'claimed_at', 'worker'))
-  redis.call('ZREM', P .. 'running', id)
+  runs_no_more(id)
   redis.call('HSET', P .. 'usage', owner, (usage(owner, now) + (now - claimed) / 1000) .. ':' .. now)
   redis.call('RPUSH', key(id) .. ':history', cjson.encode({ attempt = tonumber(attempt), worker = worker,
     claimed_at = claimed / 1000, ended_at = now / 1000, state = state, reason = reason, message = message }))
@@ -405,7 +435,7 @@ local function retry(_, ids)
     local early = field(id, 'kind') == 'report' -- it would not see what is to be run again, even if it runs by now
     if early then
       unplace(id)
-      redis.call('ZREM', P .. 'running', id)
+      runs_no_more(id)
     end
     if FINAL[state] then redis.call('HSET', key(id), 'hold', '') end
     if FINAL[state] or early then
@@ -464,12 +494,16 @@ local function sweep(_, args)
   if not quiet(now, lease) then
     for _, id in ipairs(redis.call('ZRANGE', P .. 'running', '-inf', now, 'BYSCORE', 'LIMIT', 0, 100)) do
       local attempt, nonce = unpack(redis.call('HMGET', key(id), 'attempt', 'nonce'))
-      expired[#expired + 1] = { id, attempt, nonce }
+      if attempt then
+        expired[#expired + 1] = { id, attempt, nonce }
+      else
+        redis.call('ZREM', P .. 'running', id) -- evicted, by a server that may do that
+      end
     end
   end
   for _, id in ipairs(redis.call('ZRANGE', P .. 'delayed', '-inf', now, 'BYSCORE', 'LIMIT', 0, 100)) do
     redis.call('ZREM', P .. 'delayed', id)
-    place(id)
+    if field(id, 'state') then place(id) end
   end
   for _, queue in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
     local count = 0

@@ -17,13 +17,15 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from jobqueue.errors import NotFoundError, ServerError, StaleAttemptError
+from jobqueue.durability import Keeping, look, wait_until_on_disk
+from jobqueue.errors import NotFoundError, ServerError, StaleAttemptError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.job import Batch, Claim, Job, JobState, Settlement, WorkerInfo
 
 PREFIX = "{loraq}:"
 KEEP_EVENTS = 20_000  # entries of a job's stream; the whole log is a file in storage
 BINARY_TIMEOUT_S = 60.0
+CONFIRMED = 0.8  # of a call's time may pass until a submit is on the server's disk, beside the second that it may take
 SILENT_HEARTBEATS = 3  # a worker that has missed so many is not alive
 
 
@@ -53,6 +55,7 @@ class Submitted:
     batch: str
     classes: tuple[str, ...]  # to wake
     new: bool  # False: the same had been submitted before
+    on_disk: bool  # False: the server has not confirmed that within the time that was given
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,11 @@ class Store:
         options = {**pool.connection_kwargs, "decode_responses": False, "socket_timeout": BINARY_TIMEOUT_S}
         return redis.ConnectionPool(pool.connection_class, **options)
 
+    @property
+    def where(self) -> str:
+        """Host and port, without the password."""
+        return _where(self.url)
+
     # -- a client's calls
 
     def submit(
@@ -135,9 +143,36 @@ class Store:
         """All jobs of a batch at once, in an order where each comes after those it waits for.
 
         Sent again with the same `key` it writes nothing and answers with the batch that there is. Without one it is
-        always another batch. None where the name is taken (and nothing was written).
+        always another batch. None where the name is taken (and nothing was written). Waits until what was accepted is
+        on the server's disk.
         """
-        answer = self._call(
+        pool = self._redis.connection_pool
+        # one connection for both: the server knows what it has written
+        with self._errors(), redis.Redis(connection_pool=pool, single_connection_client=True) as connection:
+            answer = self._submit(connection, name, owner, trials, base_model, jobs, ids, key)
+            if answer[0] == -1:
+                raise ServerError(
+                    f"Redis at {self.where} answered too late; nothing was written", "Submit again in a moment."
+                )
+            if answer[0] == 0:
+                return None
+            on_disk = wait_until_on_disk(connection, CONFIRMED * self._timeout_s)
+        if answer[0] == 1:
+            return Submitted(name, tuple(answer[1:]), True, on_disk)
+        return Submitted(answer[1], (), False, on_disk)
+
+    def _submit(
+        self,
+        connection: redis.Redis,
+        name: str,
+        owner: str,
+        trials: int,
+        base_model: str,
+        jobs: Sequence[NewJob],
+        ids: Sequence[str],
+        key: str,
+    ) -> Any:
+        return self._call(
             "submit",
             self._not_after(),
             key or secrets.token_hex(16),
@@ -147,14 +182,13 @@ class Store:
             base_model,
             json.dumps([asdict(job) for job in jobs]),
             json.dumps(ids),
+            connection=connection,
         )
-        if answer[0] == -1:
-            raise ServerError(
-                f"Redis at {_where(self.url)} answered too late; nothing was written", "Submit again in a moment."
-            )
-        if answer[0] == 0:
-            return None
-        return Submitted(name, tuple(answer[1:]), True) if answer[0] == 1 else Submitted(answer[1], (), False)
+
+    def keeping(self) -> Keeping:
+        """How well the server keeps what it accepts."""
+        with self._errors():
+            return look(self._redis)
 
     def submitted(self, key: str) -> str | None:
         """The batch that a submit with this key has made."""
@@ -247,7 +281,7 @@ class Store:
 
     def events(self, job_id: str, after: str, block_s: float) -> list[Event]:
         """At most 1,000 entries after that stream id; waits up to `block_s` (under the socket's timeout) for one."""
-        block = max(1, int(min(block_s, 3.0) * 1000)) if block_s else None
+        block = max(1, int(min(block_s, 0.6 * self._timeout_s) * 1000)) if block_s else None
         with self._errors():
             answer = self._redis.xread({f"{PREFIX}job:{job_id}:events": after}, count=1000, block=block)
         # RESP2 answers pairs, RESP3 a mapping whose values are nested once more
@@ -255,6 +289,15 @@ class Store:
         found = [entry for entries in streams for entry in entries]
         flat = found[0] if found and isinstance(found[0], list) else found
         return [Event.from_entry(entry_id, fields) for entry_id, fields in flat]
+
+    def last_words(self, job_id: str, attempt: int) -> str:
+        """The newest line that the attempt has sent of its log; "" where there is none among its newest entries."""
+        with self._errors():
+            entries: Any = self._redis.xrevrange(f"{PREFIX}job:{job_id}:events", count=100)
+        said = (
+            fields["body"] for _, fields in entries if fields["kind"] == "log" and fields["attempt"] == str(attempt)
+        )
+        return next(said, "")
 
     def workers(self) -> list[WorkerInfo]:
         """Every worker that has not left, the silent ones with alive=False."""
@@ -265,7 +308,8 @@ class Store:
         for worker_id, record in sorted(records.items()):
             seen, _, text = record.partition(" ")
             info = json.loads(text)
-            silent_s = seconds + micros / 1e6 - float(seen) / 1000
+            # what was said in the future was said before the clock went back
+            silent_s = abs(seconds + micros / 1e6 - float(seen) / 1000)
             found.append(
                 WorkerInfo(
                     id=worker_id,
@@ -282,7 +326,10 @@ class Store:
     def claim(
         self, worker: str, device: str, free_bytes: int, lease_s: float, nonce: str, queues: Sequence[str]
     ) -> Claim | None:
-        """The best queued job that fits, or None: nothing for this worker now."""
+        """The best queued job that fits, or None: nothing for this worker now.
+
+        Asked again with the nonce of a running claim, whose answer was lost, it answers with that claim, renewed.
+        """
         answer = self._call("claim", self._not_after(), worker, device, free_bytes, int(lease_s * 1000), nonce, *queues)
         if not answer:
             return None
@@ -366,21 +413,22 @@ class Store:
             seconds, micros = self._redis.time()
         return int(seconds * 1000 + micros / 1000 + self._timeout_s * 1000)
 
-    def _call(self, name: str, *args: object) -> Any:
+    def _call(self, name: str, *args: object, connection: redis.Redis | None = None) -> Any:
+        client = connection or self._redis
         version, source = _library()
         words = [str(arg).encode("utf-8", "backslashreplace") for arg in args]  # text from anywhere may be no Unicode
         with self._errors():
             try:
-                return self._redis.fcall(f"{name}_{version}", 0, *words)
+                return client.fcall(f"{name}_{version}", 0, *words)
             except redis.ResponseError as error:
                 if "not found" not in str(error).lower():
                     raise
             try:
-                self._redis.function_load(source)
+                client.function_load(source)
             except redis.ResponseError as error:
                 if "already exists" not in str(error):  # another client was quicker
                     raise
-            return self._redis.fcall(f"{name}_{version}", 0, *words)
+            return client.fcall(f"{name}_{version}", 0, *words)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -388,28 +436,34 @@ class Store:
             yield
         except redis.AuthenticationError as error:
             raise ServerError(
-                f"Redis at {_where(self.url)} refuses the login: {error}",
+                f"Redis at {self.where} refuses the login: {error}",
                 "Check the password in LORAQ_REDIS_URL.",
             ) from error
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-            raise ServerError(
-                f"Redis at {_where(self.url)} does not answer: {error}",
+            raise UnansweredError(
+                f"Redis at {self.where} does not answer: {error}",
                 "Check that the server runs and that LORAQ_REDIS_URL is right.",
+            ) from error
+        except redis.ReadOnlyError as error:
+            raise ServerError(
+                f"Redis at {self.where} is a replica, or its primary by now is another; it takes no writes",
+                "Set LORAQ_REDIS_URL to the primary.",
             ) from error
         except redis.OutOfMemoryError as error:
             raise ServerError(
-                f"Redis at {_where(self.url)} is at its memory limit; nothing was written",
+                f"Redis at {self.where} is at its memory limit; nothing was written",
                 "Remove ended batches with `loraq rm`, or raise maxmemory; what runs goes on, and is settled.",
             ) from error
         except redis.ResponseError as error:
             if "OOM" in str(error):
                 raise ServerError(
-                    f"Redis at {_where(self.url)} is at its memory limit; nothing was written",
+                    f"Redis at {self.where} is at its memory limit; nothing was written",
                     "Raise its maxmemory; what runs goes on, and is settled.",
                 ) from error
+            old = "unknown command" in str(error)
             raise ServerError(
-                f"Redis at {_where(self.url)} refuses: {error}",
-                "loraq needs Redis or Valkey, version 7 or later.",
+                f"Redis at {self.where} refuses: {error}",
+                "loraq needs Redis or Valkey, version 7 or later." if old else "The server's log may say more.",
             ) from error
 
     @staticmethod

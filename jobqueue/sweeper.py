@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from jobqueue.store import Store
 if TYPE_CHECKING:
     from celery import Celery
 
+LOOK_AT_SERVER_S = 60.0
+
 log = logging.getLogger(__name__)
 PARSE: TypeAdapter[TrainSpec | EvaluateSpec | ReportSpec] = TypeAdapter(JobSpec)
 
@@ -36,16 +39,28 @@ class Sweeper:
     def __init__(self, store: Store, app: Celery, settings: Settings) -> None:
         self._store, self._app, self._settings = store, app, settings
         self._sizing: threading.Thread | None = None
+        self._warnings: list[str] = []
+        self._look_at = 0.0
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until `stop`; a server that is away is waited for."""
         while not stop.wait(self._settings.sweep_s):
             try:
+                self.look_at_server()
                 self.round()
             except ServerError as error:
                 log.warning("no sweep: %s", error.what)
             except Exception:  # the next round is needed all the same
                 log.exception("a sweep broke off")
+
+    def look_at_server(self) -> None:
+        """Says once what is set on the server so that it may lose jobs; now and then, since settings change."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_AT_SERVER_S
+        before, self._warnings = self._warnings, self._store.keeping().warnings
+        for text in set(self._warnings) - set(before):
+            log.warning("Redis at %s %s", self._store.where, text)
 
     def round(self) -> None:
         found = self._store.sweep(self._settings.lease_s)
@@ -67,6 +82,8 @@ class Sweeper:
         job = self._store.job(job_id)
         claim = Claim(job_id, attempt, nonce, {}, job.batch, job.failures, self._settings.lease_s)
         silence = f"worker {job.worker} was not heard of for {self._settings.lease_s:g} s"
+        if words := self._store.last_words(job_id, attempt):
+            silence += f"; its last words: {words}"
         end = after_failure(FailureReason.LOST, silence, job.failures, self._settings.max_failures)
         try:
             send_tokens(self._app, self._store.settle(claim, end, only_expired=True))

@@ -1,4 +1,5 @@
-"""Write docs/sweep-file.md and docs/settings.md from the pydantic models, docs/commands.md from the Click commands.
+"""Write docs/sweep-file.md and docs/settings.md from the pydantic models, docs/commands.md from the Click commands,
+docs/failures.md from the table of retries.
 
 python ops/generate_docs.py            writes them
 python ops/generate_docs.py --check    exit code 1 where one of them is not what it would write
@@ -22,6 +23,7 @@ from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
 from jobqueue import spec
+from jobqueue.retry import TABLE, Rule
 from jobqueue.settings import Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -83,7 +85,12 @@ MEANINGS: Mapping[str, str] = {
 
 
 def main() -> int:
-    pages = {"sweep-file.md": sweep_file_page(), "commands.md": commands_page(), "settings.md": settings_page()}
+    pages = {
+        "sweep-file.md": sweep_file_page(),
+        "commands.md": commands_page(),
+        "settings.md": settings_page(),
+        "failures.md": failures_page(),
+    }
     if sys.argv[1:] == ["--check"]:
         return sum(_differs(DOCS / name, text) for name, text in pages.items())
     for name, text in pages.items():
@@ -127,6 +134,39 @@ def _setting(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# -- failures
+
+
+def failures_page() -> str:
+    """The table by which jobs are tried again."""
+    cap = Settings.model_fields["max_failures"].default
+    lines = ["| reason | meaning | attempts | wait before the next | its settings | what to do |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for reason, rule in TABLE.items():
+        again = rule.failures > 1 or not rule.counts
+        wait, settings = (_wait(rule), rule.settings) if again else ("-", "-")
+        lines.append(_row(f"`{reason}`", rule.meaning, _attempts(rule), wait, settings, rule.remedy))
+    text = (
+        "An attempt that fails has one of these reasons, and this table says what it leads to. `loraq show JOB` has "
+        "the reason of each attempt, what to do about it, and the last lines of the log. Failures that cost something "
+        f"are counted together: at `LORAQ_MAX_FAILURES` ({cap}) a job has failed, or earlier where the table says so. "
+        "A wait doubles with each failure of the job and is spread over 0.5 to 1.5 of that, so that jobs which failed "
+        "together do not come back together. Training goes on from the newest complete checkpoint. `loraq retry` "
+        "begins the count again."
+    )
+    return "\n\n".join(["# Failures", NOTE, _wrapped(text), "\n".join(lines)]) + "\n"
+
+
+def _attempts(rule: Rule) -> str:
+    if rule.counts:
+        return str(rule.failures)
+    return f"{rule.in_a_row} in a row; costs no failure" if rule.in_a_row else "any number; costs no failure"
+
+
+def _wait(rule: Rule) -> str:
+    return f"{rule.delay_s:g} s, {2 * rule.delay_s:g} s, ..." if rule.delay_s else "none"
 
 
 # -- the sweep file

@@ -46,6 +46,7 @@ def server(server_process: Server) -> str:
 def redis_url(server: str) -> str:
     """URL of a real server that holds nothing: no key, no function."""
     with redis.Redis.from_url(server) as client:
+        client.config_set("appendfsync", "always")  # else each submit waits for the second that the disk may take
         client.flushall()
         client.function_flush()
     return server

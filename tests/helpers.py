@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,11 +82,20 @@ def snapshot(url: str) -> dict[str, bytes]:
         return {key: client.dump(key) or b"" for key in keys}  # type: ignore[misc]
 
 
+def preload(folder: Path, source: str) -> Path:
+    """C code as a library for LD_PRELOAD: what a server gets from the kernel, as a test wants it."""
+    (folder / "preload.c").write_text(source)
+    library = folder / "preload.so"
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", library, folder / "preload.c"], check=True)
+    return library
+
+
 class RestartableServer:
     """A server on a port of its own that keeps what it knows over kill -9; ends with this process."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+        self.folder, self._options, self._environment = folder, options, environment
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -97,10 +106,14 @@ class RestartableServer:
     def start(self) -> None:
         options = f"--port {self.port} --bind 127.0.0.1 --appendonly yes --appendfsync always --save".split()
         self._process = start_process(
-            [str(server_binary()), *options, "", "--dir", str(self.folder), "--maxmemory-policy", "noeviction"],
+            [
+                *(str(server_binary()), *options, "", "--dir", str(self.folder)),
+                *("--maxmemory-policy", "noeviction", *self._options),
+            ],
             folder=self.folder,
             log=self.folder / "valkey.log",
             die_with_parent=True,
+            environment=self._environment,
         )
         wait_for(self._answers, 20, "the server answers")
 
@@ -128,8 +141,10 @@ class RestartableServer:
 
 
 @contextlib.contextmanager
-def restartable_server(folder: Path) -> Iterator[RestartableServer]:
-    server = RestartableServer(folder)
+def restartable_server(
+    folder: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[RestartableServer]:
+    server = RestartableServer(folder, *options, environment=environment)
     server.start()
     try:
         yield server

@@ -21,7 +21,7 @@ class Record:
     waits_for: set[str] = field(default_factory=set)  # jobs, and "size"
     attempt: int = 0
     nonce: str = ""
-    settled: tuple[str, str] | None = None  # nonce and state of what was last settled
+    settled: tuple[int, str, str] | None = None  # attempt, nonce and state of what was last settled
     said: list[tuple[int, str]] = field(default_factory=list)  # attempt and log line
     attempt_said: int = 0
     failures: int = 0

@@ -2,12 +2,15 @@
 
 `base_model` is a path of words, e.g. `/stub/sleep:2/kill`: `sleep:2` seconds (in steps of 0.05, each reported; where
 the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
-when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file), `oom:2`
-(out of memory with micro-batches above 2), `fail:REASON`, `exit:CODE`, `kill` (itself, SIGKILL), `deaf` (ignores
-SIGTERM), `child` (starts a child in a session of its own). Every 0.05 s it writes a line into LORAQ_BEATS, if
-that is set: process id, time.
+when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file),
+`await:FILE` (waits for it), `say:WORD` (in its log), `only:KIND` (what follows is for a train or evaluate job),
+`saving` (a checkpoint without end), `oom:2` (out of memory with micro-batches above 2), `fail:REASON`, `exit:CODE`,
+`kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `kill-worker` (SIGKILL to the process above its guardian), `gil:2`
+(seconds in native code that lets no other thread run), `child` (starts a child in a session of its own). Every 0.05 s
+it writes a line into LORAQ_BEATS, if that is set: process id, time.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -62,10 +65,23 @@ def sleep(request: dict, seconds: float, saves: bool) -> None:
 def work(request: dict) -> None:
     job, words = request["job_id"], request["spec"]["base_model"].split("/")
     print(f"stub: {job}")
+    kind = request["spec"]["kind"]
     for word in words:
         verb, _, value = word.partition(":")
-        if verb == "sleep":
+        if verb == "only":
+            kind = value
+        if kind != request["spec"]["kind"]:
+            continue
+        if verb == "saving":
+            os.makedirs(f"{request['output']}/trainer/checkpoint-1")
+            with open(f"{request['output']}/trainer/checkpoint-1/half", "w") as file:
+                file.write("half")
+            open(f"{os.environ['LORAQ_BEATS']}/saving", "w").close()
+            time.sleep(600)
+        elif verb == "sleep":
             sleep(request, float(value), "save" in words)
+        elif verb == "say":
+            print(value)
         elif verb == "fail":
             return say(type="failed", reason=value, message="as asked")
         elif verb == "oom" and request["spec"]["training"]["per_device_train_batch_size"] > int(value):
@@ -74,8 +90,18 @@ def work(request: dict) -> None:
             sys.exit(int(value))
         elif verb == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif verb == "kill-worker":
+            with open(f"/proc/{os.getppid()}/stat") as file:
+                worker = int(file.read().rpartition(")")[2].split()[1])
+            os.kill(worker, signal.SIGKILL)
+            time.sleep(60)  # for its guardian to end it
+        elif verb == "gil":
+            ctypes.PyDLL(None).usleep(int(float(value) * 1e6))
         elif verb == "mute":
             time.sleep(float(value))
+        elif verb == "await":
+            while not os.path.exists(f"{os.environ['LORAQ_BEATS']}/{value}"):
+                time.sleep(0.02)
         elif verb == "unless" and not os.path.exists(f"{os.environ['LORAQ_BEATS']}/{value}"):
             return say(type="failed", reason="bad_data", message="as asked")
         elif verb == "deaf":

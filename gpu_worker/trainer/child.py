@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gpu_worker.protocol import EVENTS_FD, Checkpoint, Event, Failed, Progress, Ready, Request, Result, encode
-from gpu_worker.trainer.failures import bad_spec, failed, one_line
+from gpu_worker.trainer.failures import bad_spec, failed, on_rung, one_line
 from jobqueue.job import FailureReason
 from jobqueue.spec import EvaluateSpec, JobSpec, TrainSpec
 
@@ -50,6 +50,7 @@ def main() -> None:
     for line in requests:
         end = _run(Request(**json.loads(line)), emit)
         models.free()
+        usage.hold_to(None)
         sys.stdout.flush()
         sys.stderr.flush()
         left = usage.allocated() - start
@@ -114,15 +115,21 @@ def _run(request: Request, emit: Emit) -> Result | Failed:
 
 
 def _outcome(request: Request, emit: Emit) -> dict[str, Any]:
+    from gpu_worker.trainer import usage
+
     spec = _spec(request)
     report: Callable[[Progress | Checkpoint], None] = emit
+    usage.hold_to(request.budget_bytes)
     if isinstance(spec, TrainSpec):
         from gpu_worker.trainer.train import train
 
         return train(spec, request, report)
     from gpu_worker.trainer.evaluate import evaluate
 
-    return evaluate(spec, request, report)
+    batch = max(1, spec.evaluation.per_device_eval_batch_size >> request.rung)
+    asked = spec.evaluation.model_copy(update={"per_device_eval_batch_size": batch})
+    with on_rung(request.rung, last=batch == 1):
+        return evaluate(spec.model_copy(update={"evaluation": asked}), request, report)
 
 
 def _spec(request: Request) -> TrainSpec | EvaluateSpec:

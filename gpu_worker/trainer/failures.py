@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 from gpu_worker.protocol import Failed
 from jobqueue.errors import ChatTemplateError, DataError, StorageError
 from jobqueue.job import FailureReason
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOENT}
+_NOT_WRITTEN = (  # in the words of safetensors (Rust) and of torch.save, whose exceptions carry no errno
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Stale file handle",
+    "Input/output error",
+    "PytorchStreamWriter failed",
+    "iostream error",
+)
 LONGEST_MESSAGE = 500  # characters
 
 
 class JobFailure(Exception):
     """The job cannot go on, for a reason that is known where it is raised."""
 
-    def __init__(self, reason: FailureReason, message: str) -> None:
+    def __init__(self, reason: FailureReason, message: str, rung: int | None = None) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.rung = reason, rung
 
 
 def bad_spec(message: str) -> JobFailure:
@@ -34,23 +45,43 @@ def one_line(text: str) -> str:
     return line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
 
 
+@contextlib.contextmanager
+def on_rung(rung: int, *, last: bool) -> Iterator[None]:
+    """Where memory runs out in here, the next attempt begins one rung further down, unless this was the last."""
+    try:
+        yield
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        below = None if last else rung + 1
+        raise JobFailure(FailureReason.OUT_OF_MEMORY, str(error) or "memory ran out", below) from error
+
+
 def failed(error: BaseException) -> Failed:
     """What the worker is told. An exception that nobody foresaw is internal: its traceback is in the log."""
     reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
     if isinstance(error, JobFailure):
-        reason, message = error.reason, str(error)
-    elif isinstance(error, ChatTemplateError):
+        return Failed(error.reason.value, one_line(str(error)), error.rung)
+    if isinstance(error, ChatTemplateError):
         reason, message = FailureReason.BAD_SPEC, f"{error.what}; {error.do}"
     elif isinstance(error, DataError):
         reason, message = FailureReason.BAD_DATA, error.what
     elif isinstance(error, StorageError):
         reason, message = FailureReason.STORAGE, error.what
-    elif isinstance(error, OSError) and error.errno in _DISK:
+    elif _not_written(error):
         reason = FailureReason.STORAGE
     elif _out_of_memory(error):
         reason = FailureReason.OUT_OF_MEMORY
         message = str(error) or "memory ran out"
     return Failed(reason.value, one_line(message))
+
+
+def _not_written(error: BaseException) -> bool:
+    """A disk or a mount failed; torch.save tells it in the exception before the last only."""
+    if isinstance(error, OSError):
+        return error.errno in _DISK
+    texts = [str(one) for one in (error, error.__context__) if one is not None]
+    return any(words in text for text in texts for words in _NOT_WRITTEN)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -25,14 +25,17 @@ from gpu_worker.trainer.checkpoint import Checkpoints, counts_of
 from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.collator import KEPT_BACK, Collator
 from gpu_worker.trainer.data import chat_of
-from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
+from gpu_worker.trainer.failures import JobFailure, bad_spec, on_rung, one_line
 from jobqueue import rows
 from jobqueue.job import FailureReason
+from jobqueue.memory import GIB
+from jobqueue.microbatch import Choice, choose
 from jobqueue.spec import TrainSpec
 from jobqueue.tokens import Tokens, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")
 Report = Callable[[Progress | Checkpoint], None]
+OVER_ESTIMATE = 1.15  # a job that needs more than this over its estimate has run out of memory
 SILENCE_S = 2.0  # a running job says something at least this often (a step permitting)
 
 
@@ -50,15 +53,10 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     file = rows.load(spec.data)  # before the model: a bad file costs seconds, not minutes
     clock.lap("data_s")
     base = models.load(spec.base_model, spec.method, training.max_seq_length, spec.method == "qlora")
-    model, tokenizer = base.model, base.tokenizer
-    if spec.method != "full":
-        model = models.add_lora(model, spec.lora, training.max_seq_length)
-    parameters = [(p.requires_grad, _size(p)) for p in model.parameters()]
-    trained_parameters = sum(size for trained, size in parameters if trained)
     clock.lap("load_s")
 
     report(Progress("data"))
-    chat = chat_of(tokenizer, spec.chat_template)
+    chat = chat_of(base.tokenizer, spec.chat_template)
     trained, kept_back = rows.split(spec.data, [example for _, example in file.examples])
     tokens, data = tokenise(chat, trained, training.max_seq_length)
     validation = survey(chat, kept_back, training.max_seq_length)[0]
@@ -72,6 +70,58 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     if training.dataset_num_proc is not None:
         log.info("dataset_num_proc: not needed, rows are tokenised by threads of the tokenizers library")
     clock.lap("data_s")
+
+    choice = _choose(spec, request, max(len(row.input_ids) for row in [*tokens, *validation]), base.model)
+    report(Progress("data", budget_bytes=usage.hold_to(_budget(request, choice))))
+    with on_rung(choice.rung, last=choice.last):
+        outcome = _fit(choice.split.of(spec), base, tokens, validation, request, report, clock)
+    outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
+    outcome["training"] |= asdict(choice.split)
+    return outcome | {"data": file.summary.report() | asdict(data), "versions": usage.versions()}
+
+
+def _choose(spec: TrainSpec, request: Request, row_tokens: int, model: Any) -> Choice:
+    """How each step is split. Raises JobFailure (out_of_memory) where nothing smaller is left."""
+    known: dict[str, Any] = {}
+    if torch.cuda.is_available():  # the estimate is of GPU memory
+        known = {"config": model.config.to_dict(), "budget_bytes": request.budget_bytes}
+    choice = choose(spec, row_tokens, request.rung, correction=request.correction, **known)
+    if choice is None:
+        raise JobFailure(FailureReason.OUT_OF_MEMORY, "memory ran out with one row at a time")
+    split = choice.split
+    log.info(
+        "each step: %d x %d rows, gradient checkpointing %s; about %.1f GiB",
+        split.gradient_accumulation_steps,
+        split.per_device_train_batch_size,
+        split.use_gradient_checkpointing or "off",
+        choice.estimated_bytes / GIB,
+    )
+    return choice
+
+
+def _budget(request: Request, choice: Choice) -> int | None:
+    """What the job holds itself to: somewhat more than the estimate, so that its neighbours can have the rest."""
+    if request.budget_bytes is None or not choice.estimated_bytes:
+        return request.budget_bytes
+    return min(request.budget_bytes, int(choice.estimated_bytes * OVER_ESTIMATE))
+
+
+def _fit(
+    spec: TrainSpec,
+    base: models.Loaded,
+    tokens: list[Tokens],
+    validation: list[Tokens],
+    request: Request,
+    report: Report,
+    clock: Clock,
+) -> dict[str, Any]:
+    """Adapter, training, saving. Returns the outcome's parts of it."""
+    training = spec.training
+    model, tokenizer = base.model, base.tokenizer
+    if spec.method != "full":
+        model = models.add_lora(model, spec.lora, training.max_seq_length)
+    parameters = [(p.requires_grad, _size(p)) for p in model.parameters()]
+    clock.lap("load_s")
 
     config = _config(spec, request, torch.cuda.is_available(), bool(validation))
     collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
@@ -129,7 +179,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
             "final_loss": losses[-1][1] if losses else result.training_loss,
             "mean_loss": _mean(losses) if losses else result.training_loss,
             "parameters": sum(size for _, size in parameters),
-            "trained_parameters": trained_parameters,
+            "trained_parameters": sum(size for trained, size in parameters if trained),
             "seed": training.seed,
             "resumed_from_step": resumed_from,
         },
@@ -138,8 +188,6 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
             "rows": len(validation),
             "losses": [[entry["step"], entry["eval_loss"]] for entry in _validations(trainer)],
         },
-        "data": file.summary.report() | asdict(data),
-        "versions": usage.versions(),
     }
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import torch
 
+from jobqueue.memory import CONTEXT
+
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate")
 
 
@@ -46,6 +48,14 @@ def reserved() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.memory_reserved())
     return int(psutil.Process().memory_info().rss)
+
+
+def hold_to(budget_bytes: int | None) -> int | None:
+    """From now on PyTorch takes no more than this, the CUDA context included; None: as much as there is."""
+    if torch.cuda.is_available():
+        share = 1.0 if budget_bytes is None else (budget_bytes - CONTEXT) / total()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
+    return budget_bytes
 
 
 def allocated() -> int:

@@ -51,7 +51,7 @@ class Chaos:
         self.server = RestartableServer(folder / "server")
         self.server.start()
         self.hosts = [Host(f"h{number}", folder, self.server.url) for number in range(1, hosts + 1)]
-        self.app = make_app(self.server.url)
+        self.app = make_app(self.server.url, 5)
         self.busy: set[str] = set()
         self.faults: list[Fault] = []
         self.problems: list[str] = []

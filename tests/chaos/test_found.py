@@ -111,7 +111,7 @@ def test_a_server_that_is_away_while_an_evaluation_looks_for_its_adapter_is_no_f
 
 def test_a_question_to_a_server_that_stays_away_ends_with_the_lease(store: Store, tmp_path: Path) -> None:
     submit(store, train("b.1", "b", "/stub/sleep:1"))
-    settings = Settings(redis_url=store.url, data_dir=tmp_path, lease_s=0.6, renew_s=0.1)
+    settings = Settings(redis_url=store.url, data_dir=tmp_path, lease_s=0.6, renew_s=0.1, sweep_s=0.1)
     lease = Lease(store, must_claim(store, lease_s=0.6), settings, guardian.now())
 
     def ask() -> None:

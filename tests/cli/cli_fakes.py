@@ -165,12 +165,16 @@ class FakeClient:
     forced: bool = False
     answers: dict[str, dict[int, Answer]] = field(default_factory=dict)
     price: float | dict[str, float] | None = None
+    risks: list[str] = field(default_factory=list)
 
     def read(self, file: Path, sets: Sequence[str] = ()) -> Sweep:
         return read_sweep(file, sets)
 
     def plan(self, sweep: Sweep) -> Plan:
         return make_plan(sweep, workers_are_here=False)
+
+    def warnings(self) -> list[str]:
+        return self.risks
 
     def find(self, plan: Plan) -> Batch | None:
         return self.batch(plan.sweep.name) if plan.key in [before.key for before in self.submitted] else None

@@ -72,6 +72,27 @@ def test_retry_begins_what_failed_again(store: Store, run: Run) -> None:
     assert run("retry", "b.2").stdout == "b.2: nothing has failed or was cancelled.\n"
 
 
+def test_retry_of_what_failed_leaves_what_was_cancelled(store: Store, run: Run) -> None:
+    submit(
+        store,
+        new_job("b.1"),
+        new_job("b.1.eval", needs=("b.1",)),
+        new_job("b.2"),
+        new_job("b.2.eval", needs=("b.2",)),
+        new_job("b.report", kind="report", follows=("b.1.eval", "b.2.eval"), queue="control", device="control"),
+    )
+    store.settle(must_claim(store), Settlement(JobState.FAILED, "crashed", "it broke", counts=True))
+    store.cancel(["b.2.eval", "b.2"])
+    store.settle(must_claim(store, device="control"), Settlement(JobState.SUCCEEDED))
+
+    assert run("retry", "b", "--failed").stdout == "b: 3 jobs to be run again.\n"
+
+    assert states(store, "b.1", "b.1.eval", "b.2", "b.2.eval") == ["queued", "waiting", "cancelled", "cancelled"]
+    assert run("retry", "b.2", "--failed").stdout == "b.2: nothing has failed.\n"
+    assert run("retry", "b").exit_code == 0
+    assert states(store, "b.2", "b.2.eval") == ["queued", "waiting"]
+
+
 def test_an_ended_batch_is_removed_and_one_that_has_not_ended_is_not(
     store: Store, run: Run, settings: Settings
 ) -> None:

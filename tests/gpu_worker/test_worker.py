@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from helpers import restartable_server, wait_for
 from worker_process import START_S, Site, Worker, gone, site, succeeded_once, train_job
 
+from cli.main import loraq
 from jobqueue.job import FailureReason, JobState
 from jobqueue.service import Client
 from jobqueue.storage import blob_source
@@ -43,6 +46,7 @@ def worker(here: Site) -> Worker:
 def test_a_batch_succeeds_and_one_trainer_does_all_jobs_of_a_base_model(
     here: Site, worker: Worker, tmp_path: Path
 ) -> None:
+    """axolotl#3079: two trials wrote into one folder; here each evaluation finds the adapter of its own trial."""
     file = tmp_path / "sweep.yaml"
     file.write_text(SWEEP)
     (tmp_path / "rows.jsonl").write_text(ROW * 8)
@@ -112,6 +116,7 @@ def test_a_guardian_that_is_killed_takes_its_trainer_and_its_children_along(here
 def test_a_running_job_is_cancelled_though_its_trainer_is_deaf_and_has_a_child_elsewhere(
     here: Site, worker: Worker
 ) -> None:
+    """celery#7529, #1106: the subprocess went on. ray#23971: it kept its memory, and the next job died."""
     here.submit("cancel.1", "deaf/child/sleep:60")
     here.beating("cancel.1")
     assert Client(here.settings).cancel("cancel.1")[0].cancel_requested
@@ -123,16 +128,20 @@ def test_a_running_job_is_cancelled_though_its_trainer_is_deaf_and_has_a_child_e
 
 
 def test_a_poison_job_ends_at_its_cap_with_its_last_words(here: Site, worker: Worker) -> None:
-    here.submit("poison.1", "sleep:0.1/kill")
+    """celery#9082: such a job was redelivered without end."""
+    here.submit("poison.1", "say:one/say:two/sleep:0.1/kill")
 
     job = here.ended("poison.1")
 
     assert (job.state, job.reason) == (JobState.FAILED, FailureReason.CRASHED)
     assert (job.attempt, job.failures, len(job.history)) == (3, 3, 3)
     assert job.message == (
-        "the trainer was ended by SIGKILL (by hand, or by the kernel for want of memory); "
-        "its last words: stub: poison.1"
+        "the trainer was ended by SIGKILL (by hand, or by the kernel for want of memory); its last words: two"
     )
+    assert job.outcome == {"last_lines": ["stub: poison.1", "one", "two"]}
+    shown = CliRunner().invoke(loraq, ["show", "poison.1"], env=here.environment()).stdout
+    assert "Last lines of the log\nstub: poison.1\none\ntwo\n" in shown
+    assert re.search(r"what to do +Read `loraq logs JOB`", shown)
     assert len(set(here.trainers_in_turn("poison.1"))) == 3
 
 
@@ -155,6 +164,16 @@ def test_the_log_of_a_job_is_in_its_stream_in_order_and_in_its_folder(here: Site
     assert [event.data["step"] for event in events if event.kind == "progress"] == [1, 2, 3, 4]
     assert [event.text for event in events if event.kind == "state"][-1] == "succeeded"
     assert here.storage.read_text(f"{job.outcome['folder']}/log.txt") == "stub: log.1\n"
+
+
+def test_the_log_of_a_job_has_every_attempt_in_turn(here: Site, worker: Worker) -> None:
+    """skypilot#5399: only the first stage was shown."""
+    here.submit("turns.1", "sleep:0.7/oom:1/sleep:0.1")
+    job = here.ended("turns.1")
+
+    logged = [(event.attempt, event.text) for event in here.store.events("turns.1", "0", 0) if event.kind == "log"]
+    assert logged == [(1, "stub: turns.1"), (2, "stub: turns.1")]
+    assert succeeded_once(job)
 
 
 def test_a_job_that_an_earlier_attempt_had_finished_is_settled_from_what_it_published(

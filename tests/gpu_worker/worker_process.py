@@ -59,12 +59,13 @@ class Site:
         }
         return {**os.environ, **{name: str(value) for name, value in ours.items()}}
 
-    def start(self, **changes: object) -> Worker:
+    def start(self, *options: str, **changes: object) -> Worker:
+        """`loraq worker` with these options, else for the CPU."""
         self._started += 1
         log = self.folder / f"worker{self._started}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gpu_worker.main", "--cpu"],
+                [sys.executable, "-P", "-m", "gpu_worker.main", *(options or ["--cpu"])],
                 env=self.environment(**changes),
                 stdout=output,
                 stderr=output,
@@ -100,6 +101,11 @@ class Site:
         """The trainers that worked on the job, by the times of their beats; one that comes twice did not wait."""
         beats = sorted((float(time), int(pid)) for pid, time in map(str.split, self.lines(job_id)))
         return [pid for pid, _ in groupby(pid for _, pid in beats)]
+
+    def beats_of(self, job_id: str, turn: int) -> list[float]:
+        """When the trainer that was the job's first (0), second (1) and so on was at work; seconds since the epoch."""
+        pid = self.trainers_in_turn(job_id)[turn]
+        return sorted(float(at) for who, at in map(str.split, self.lines(job_id)) if int(who) == pid)
 
     def left(self, *, trainers_only: bool = False) -> list[psutil.Process]:
         """Every living process that was started here, or only trainers, their guardians and children."""

@@ -7,7 +7,8 @@ import pytest
 from jobqueue.job import FailureReason
 from jobqueue.retry import TABLE, decide, with_less_memory
 
-FREE = (FailureReason.PREEMPTED, FailureReason.OUT_OF_MEMORY)  # the second ends with its micro-batches
+# The second ends with its micro-batches, the third after so many in a row.
+FREE = (FailureReason.PREEMPTED, FailureReason.OUT_OF_MEMORY, FailureReason.DEVICE)
 
 
 def failures_until_the_end(reason: FailureReason, cap: int) -> int:
@@ -43,6 +44,16 @@ def test_a_drain_is_tried_again_for_ever_at_once_and_costs_nothing() -> None:
     for failures in (0, 2, 99):
         decision = decide(FailureReason.PREEMPTED, failures, 1)
         assert (decision.again, decision.counts, decision.delay_s) == (True, False, 0)
+
+
+def test_a_failed_gpu_costs_nothing_but_a_job_under_which_one_after_the_other_fails_is_to_blame() -> None:
+    decisions = [decide(FailureReason.DEVICE, 2, 3, in_a_row=count) for count in (1, 2, 3)]
+
+    assert [(decision.again, decision.counts) for decision in decisions] == [
+        (True, False),
+        (True, False),
+        (False, False),
+    ]
 
 
 def test_every_other_failure_counts() -> None:

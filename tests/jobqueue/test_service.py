@@ -126,7 +126,7 @@ def test_without_a_server_nothing_is_uploaded(settings: Settings, tmp_path: Path
 
 
 def test_tokens_that_cannot_be_sent_are_only_tokens() -> None:
-    app = make_app("redis://127.0.0.1:1/0")
+    app = make_app("redis://127.0.0.1:1/0", 5)
     app.conf.broker_connection_timeout = 0.1
 
     send_tokens(app, ["gpu8", "gpu8"])
@@ -219,7 +219,7 @@ def test_a_hub_that_does_not_answer_holds_up_no_round(
 
     monkeypatch.setattr("jobqueue.base_model.read_config", read_config)
     send(client, tmp_path, resources={})
-    sweeper = Sweeper(client.store, make_app(client.store.url), client.settings)
+    sweeper = Sweeper(client.store, make_app(client.store.url, 5), client.settings)
 
     for _ in range(3):
         sweeper.round()
@@ -233,7 +233,7 @@ def test_a_hub_that_does_not_answer_holds_up_no_round(
 
 def test_a_round_tops_up_lost_tokens_and_never_more_than_there_are_jobs(client: Client, tmp_path: Path) -> None:
     send(client, tmp_path)
-    sweeper = Sweeper(client.store, make_app(client.store.url), client.settings)
+    sweeper = Sweeper(client.store, make_app(client.store.url, 5), client.settings)
     with redis.Redis.from_url(client.store.url) as server:
         server.delete(queue_name("gpu8"))
 
@@ -247,7 +247,7 @@ def test_a_round_estimates_what_the_submitter_could_not(client: Client, tmp_path
     send(client, tmp_path, resources={}, base_model="/elsewhere/name-1B")
     assert client.job("b.1").state is JobState.WAITING
 
-    Sweeper(client.store, make_app(client.store.url), client.settings).round()
+    Sweeper(client.store, make_app(client.store.url, 5), client.settings).round()
 
     wait_for(lambda: client.job("b.1").state is not JobState.WAITING, 5, "the estimate is there")
     job = client.job("b.1")
@@ -258,7 +258,7 @@ def test_a_round_estimates_what_the_submitter_could_not(client: Client, tmp_path
 def test_a_job_of_a_release_that_this_one_does_not_know_is_refused_and_the_others_go_on(client: Client) -> None:
     submit(client.store, new_job("x.1", spec={"kind": "train", "new": 1}, queue="", need=0), new_job("x.2"))
 
-    Sweeper(client.store, make_app(client.store.url), client.settings).round()
+    Sweeper(client.store, make_app(client.store.url, 5), client.settings).round()
 
     wait_for(lambda: client.job("x.1").state.final, 5, "it is refused")
     job = client.job("x.1")
@@ -268,7 +268,7 @@ def test_a_job_of_a_release_that_this_one_does_not_know_is_refused_and_the_other
 
 def test_a_round_takes_a_lost_job_back_and_ends_it_at_the_cap(client: Client) -> None:
     settings = client.settings.model_copy(update={"lease_s": 0.05, "max_failures": 2})
-    sweeper = Sweeper(client.store, make_app(client.store.url), settings)
+    sweeper = Sweeper(client.store, make_app(client.store.url, 5), settings)
     submit(client.store, new_job("x.1"))
 
     for number in (1, 2):

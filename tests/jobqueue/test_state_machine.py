@@ -236,6 +236,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.owners[got.job_id] = got
         return got
 
+    @precondition(lambda self: self.any("running"))
+    @rule(data=st.data())
+    def claim_again_since_no_answer_came(self, data: st.DataObject) -> None:
+        if job := self.a_job(data, "running"):
+            claim = self.owners[job.new.id]
+            again = self.store.claim("host/0", "gpu", 0, HOUR_S, claim.nonce, CLASSES)
+            assert again == replace(claim, failures=job.failures)
+            job.lapsed = False
+
     @rule(claim=claims)
     def renew(self, claim: Claim) -> None:
         job = self.model.jobs[claim.job_id]
@@ -286,7 +295,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def end(self, claim: Claim, end: Settlement) -> None:
         job = self.model.jobs[claim.job_id]
-        if job.settled == (claim.nonce, end.state.value):
+        if job.settled == (claim.attempt, claim.nonce, end.state.value):
             assert self.store.settle(claim, end) == [], "said twice, done once"
             return
         if not self.model.owns(claim):
@@ -302,7 +311,7 @@ class StoreMachine(RuleBasedStateMachine):
             state = "cancelled"
         elif not job.cancel and state == "cancelled":
             state = "queued"  # wanted again
-        job.settled, job.failures = (claim.nonce, end.state.value), job.failures + end.counts
+        job.settled, job.failures = (claim.attempt, claim.nonce, end.state.value), job.failures + end.counts
         if state == "queued":
             self.model.enqueue(job, delayed=end.delay_s > 0)
         else:
@@ -348,7 +357,7 @@ class StoreMachine(RuleBasedStateMachine):
         """A sweeper acts on what it found, perhaps long ago."""
         job = self.model.jobs[lapse.job_id]
         end = after_failure(FailureReason.LOST, "silent", lapse.failures, 3)
-        if job.settled == (lapse.nonce, end.state.value):
+        if job.settled == (lapse.attempt, lapse.nonce, end.state.value):
             self.store.settle(lapse, end, only_expired=True)
         elif self.model.owns(lapse) and job.lapsed:
             self.store.settle(lapse, end, only_expired=True)

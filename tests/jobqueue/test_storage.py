@@ -123,6 +123,7 @@ def test_evaluations_of_base_models_lie_outside_of_batches() -> None:
 
 
 def test_two_attempts_never_write_into_one_folder(storage: Storage, made: Path) -> None:
+    """axolotl#3079"""
     storage.publish(made, attempt_folder(claim(1, "ab")), {})
     storage.publish(made, attempt_folder(claim(1, "cd")), {})
 

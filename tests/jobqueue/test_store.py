@@ -174,6 +174,7 @@ def test_a_base_model_is_released_by_the_last_batch_only(store: Store) -> None:
 
 
 def test_jobs_are_claimed_by_priority_and_then_first_come(store: Store) -> None:
+    """skypilot#5493: jobs were started in no order."""
     submit(
         store, new_job("b.1"), new_job("b.2", priority=5), new_job("b.3", priority=-1), new_job("b.4", queue="gpu16")
     )

@@ -129,6 +129,7 @@ def test_an_ended_job_is_left_alone(batch: Store, end: Settlement) -> None:
 
 
 def test_a_delayed_job_comes_back_through_a_sweep_and_not_before_its_time(store: Store) -> None:
+    """celery#5935: with a countdown above the visibility timeout a task ran several times."""
     submit(store, new_job("b.1"))
     woken = store.settle(must_claim(store), Settlement(JobState.QUEUED, "crashed", "x", delay_s=0.4, counts=True))
     not_before = store.job("b.1").not_before

@@ -1,4 +1,4 @@
-"""The store when its server is restarted, full, stopped, locked or away, and when two workers ask at one moment."""
+"""The store when its server is full, stopped, locked or away, and when two workers ask at one moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import redis
 from helpers import (
-    AGAIN,
     SUCCEEDED,
     RestartableServer,
     claim,
@@ -32,7 +31,6 @@ from jobqueue.errors import ServerError
 from jobqueue.job import JobState
 from jobqueue.store import NewJob, Settlement, Store
 
-LEASE_S = 1.0
 ROUNDS = 60
 RACER = Path(__file__).parent / "store_racer.py"
 
@@ -41,68 +39,6 @@ RACER = Path(__file__).parent / "store_racer.py"
 def restartable(tmp_path: Path) -> Iterator[RestartableServer]:
     with restartable_server(tmp_path / "server") as server:
         yield server
-
-
-# -- quiet time
-
-
-def test_after_a_restart_nothing_is_given_and_nothing_taken_for_one_lease(restartable: RestartableServer) -> None:
-    store = Store(restartable.url)
-    submit(store, new_job("b.1"), new_job("b.2"))
-    running = must_claim(store, lease_s=LEASE_S)
-    restartable.restart()
-
-    assert claim(store, lease_s=LEASE_S) is None  # the quiet time begins with the first call
-    began = time.monotonic()
-
-    def offered() -> object:
-        found = store.sweep(LEASE_S)
-        taken = claim(store, lease_s=LEASE_S)
-        assert bool(found.expired) <= (time.monotonic() - began > LEASE_S * 0.9), "expired in the quiet time"
-        return taken
-
-    taken = wait_for(offered, 10, "claims are answered again")
-    assert time.monotonic() - began > LEASE_S * 0.9
-    assert taken.job_id == "b.2"  # type: ignore[attr-defined]
-    assert store.sweep(LEASE_S).expired == [("b.1", 1, running.nonce)], "whoever did not renew meanwhile is lost"
-
-
-def test_an_attempt_that_renews_in_the_quiet_time_keeps_its_job(restartable: RestartableServer) -> None:
-    store = Store(restartable.url)
-    submit(store, new_job("b.1"))
-    running = must_claim(store, lease_s=LEASE_S)
-    restartable.restart()
-    assert store.sweep(LEASE_S).expired == []
-
-    def given() -> bool:
-        store.renew(running)
-        assert store.sweep(LEASE_S).expired == []
-        till = store._redis.hget("{loraq}:clock", "quiet_until")
-        return float(str(till)) < time.time() * 1000
-
-    wait_for(given, 10, "the quiet time is over")
-    store.settle(running, SUCCEEDED)
-    assert states(store, "b.1") == ["succeeded"]
-
-
-def test_after_an_orderly_restart_work_goes_on_at_once(restartable: RestartableServer) -> None:
-    store = Store(restartable.url)
-    submit(store, new_job("b.1"), new_job("b.2"))
-    must_claim(store)
-    store.orderly()
-    restartable.restart(signal.SIGTERM)
-
-    assert must_claim(store).job_id == "b.2"
-
-
-def test_a_worker_that_starts_after_a_long_idle_time_is_given_work_at_once(store: Store) -> None:
-    submit(store, new_job("b.1"))
-    store.settle(must_claim(store, lease_s=0.1), AGAIN)
-    seen = float(str(store._redis.hget("{loraq}:clock", "seen_at")))
-
-    wait_for(lambda: store._redis.time()[0] * 1000 > seen + 1100, 5, "nobody has asked for longer than a lease")
-
-    assert must_claim(store, lease_s=0.1).attempt == 2
 
 
 # -- memory

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from helpers import AGAIN, LEASE_S, SUCCEEDED, must_claim, new_job, snapshot, submit
+from helpers import AGAIN, LEASE_S, SUCCEEDED, must_claim, new_job, snapshot, states, submit
 
 from jobqueue.errors import StaleAttemptError
 from jobqueue.job import Claim, FailureReason, JobState
+from jobqueue.memory import GIB
 from jobqueue.store import Settlement, Store
 
 
@@ -40,6 +41,27 @@ def test_a_fence_needs_both_the_number_and_the_nonce(store: Store, wrong: dict[s
         with pytest.raises(StaleAttemptError):
             write(forged)
     assert store.renew(right) is False
+
+
+def test_a_claim_asked_for_again_since_no_answer_came_is_the_same_claim(store: Store) -> None:
+    submit(store, new_job("b.1"), new_job("b.2"))
+    first = store.claim("host/gpu0", "gpu", GIB, LEASE_S, "one", ["gpu8"])
+    assert first is not None
+
+    store.cancel(["b.1"])
+    assert store.claim("host/gpu0", "gpu", GIB, LEASE_S, "one", ["gpu8"]) == first
+    assert store.renew(first), "that it was to be cancelled is not forgotten"
+    assert states(store, "b.1", "b.2") == ["running", "queued"]
+
+
+def test_a_nonce_that_was_used_and_comes_again_is_another_claim(store: Store) -> None:
+    submit(store, new_job("b.1"))
+    for attempt in (1, 2):
+        claim = store.claim("host/gpu0", "gpu", GIB, LEASE_S, "one", ["gpu8"])
+        assert claim is not None
+        assert claim.attempt == attempt
+        store.settle(claim, AGAIN)
+        assert (store.job("b.1").state, store.job("b.1").failures) == (JobState.QUEUED, attempt)
 
 
 def test_a_settlement_said_twice_is_done_once_and_answered_alike(store: Store) -> None:

@@ -23,6 +23,7 @@ class OutOfMemoryError(RuntimeError):
         (DataError("x", "y"), "bad_data"),
         (StorageError("x", "y"), "storage"),
         (OSError(errno.ENOSPC, "No space left on device"), "storage"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "storage"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "out_of_memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out_of_memory"),
@@ -35,6 +36,15 @@ class OutOfMemoryError(RuntimeError):
 )
 def test_every_exception_has_its_reason(error: Exception, reason: str) -> None:
     assert failed(error).reason == reason
+
+
+def test_torch_on_a_full_disk_is_the_storages_fault() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"weights": torch.zeros(100_000)}, "/dev/full")
+
+    assert failed(caught.value).reason == "storage"
 
 
 def test_a_message_is_one_line_of_bounded_length() -> None:

@@ -1,0 +1,184 @@
+"""A storage that is full, read-only, gone, slow or hangs, under a real worker in mid-job. Mounts need root."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import restartable_server, wait_for
+from worker_process import LEASE_S, ROOT, START_S, Site, site, succeeded_once
+
+from jobqueue.job import FailureReason, JobState
+from jobqueue.storage import Storage
+
+SLOW = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "slow_fs"), str(ROOT)])}
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Site]:
+    with restartable_server(tmp_path / "server") as server, site(server.url, tmp_path / "site") as opened:
+        yield opened
+
+
+def mount(*words: str) -> None:
+    done = subprocess.run(["mount", *words], capture_output=True, text=True)
+    assert done.returncode == 0, f"this test needs root and mounts: {done.stderr}"
+
+
+class Disk:
+    """A small disk that is mounted where the storage is."""
+
+    def __init__(self, here: Site) -> None:
+        self._disk, self.folder = here.folder / "disk", Path(here.settings.storage_url)
+        for folder in (self._disk, self.folder):
+            folder.mkdir()
+        mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(self._disk))
+        mount("--bind", str(self._disk), str(self.folder))
+
+    def harm(self, how: str) -> None:
+        if how == "full":
+            with (self._disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+        elif how == "read-only":
+            mount("-o", "remount,ro", str(self._disk))
+            mount("-o", "remount,bind,ro", str(self.folder))
+        else:
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+
+    def mend(self, how: str) -> None:
+        if how == "full":
+            (self._disk / "filler").unlink()
+        elif how == "read-only":
+            mount("-o", "remount,rw", str(self._disk))
+            mount("-o", "remount,bind,rw", str(self.folder))
+        else:
+            mount("--bind", str(self._disk), str(self.folder))
+
+    def close(self) -> None:
+        for folder in (self.folder, self._disk):
+            subprocess.run(["umount", "--lazy", str(folder)], capture_output=True)
+
+
+@pytest.fixture
+def disk(here: Site) -> Iterator[Disk]:
+    opened = Disk(here)
+    yield opened
+    here.close()
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("full", "No space left on device"),
+        ("read-only", "Read-only file system"),
+        ("gone", "it is not mounted"),
+    ],
+)
+def test_a_job_whose_storage_fails_goes_on_from_its_newest_checkpoint_when_it_is_back(
+    here: Site, disk: Disk, how: str, said: str
+) -> None:
+    here.start()
+    here.submit("b.1", "save/sleep:1.5/await:go", submission="s1")
+    wait_for(lambda: here.storage.checkpoints("b.1", "b", "s1"), START_S, "there is a checkpoint")
+    disk.harm(how)
+    wait_for(lambda: any("could not be kept" in e.text for e in here.store.events("b.1", "0", 0)), START_S, "a word")
+    (here.beats / "go").write_text("")
+    wait_for(lambda: here.store.job("b.1").attempt and here.store.job("b.1").history, START_S, "the attempt ends")
+
+    job = here.store.job("b.1")
+    assert (job.state, job.reason) == (JobState.QUEUED, FailureReason.STORAGE)
+    assert said in job.message
+    here.store._redis.zadd("{loraq}:delayed", {"b.1": 0}, xx=True)  # as if its delay were over
+    wait_for(lambda: said in _note(here), START_S, "the worker says so")
+    here.submit("other.1", "sleep:0.1")
+    assert here.store.job("other.1").attempt == 0
+
+    disk.mend(how)
+    assert here.storage.published("b.1", "b") is None, "nothing half-written is visible"
+    job = here.ended("b.1")
+
+    assert succeeded_once(job)
+    assert (job.failures, job.attempt) == (1, 2), "none of its attempts was thrown at a storage that is gone"
+    assert job.outcome["resumed"]
+    assert succeeded_once(here.ended("other.1"))
+
+
+def test_a_checkpoint_whose_files_were_lost_is_not_gone_on_from(here: Site, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    for step in (10, 20):
+        (made / "step.txt").write_text(str(step))
+        folder = f"batches/b/b.1/9-ff/checkpoints/checkpoint-{step}"
+        here.storage.publish(made, folder, {"submission": "s1", "step": step})
+    Path(here.storage.address(f"{folder}/step.txt")).write_text("")  # as after a power cut
+    here.start()
+    here.submit("b.1", "sleep:1", submission="s1")
+
+    assert here.ended("b.1").outcome["resumed"].endswith("checkpoint-10")
+
+
+@pytest.fixture
+def slow(here: Site) -> Path:
+    folder = here.folder / "slow"
+    folder.mkdir()
+    here.storage = Storage(str(folder))
+    return folder
+
+
+def test_slow_writes_cost_no_lease(here: Site, slow: Path) -> None:
+    (slow / "slow").write_text("")
+    here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}")
+    here.submit("b.1", "save/sleep:2")
+
+    job = here.ended("b.1")
+
+    assert succeeded_once(job)
+    assert (job.attempt, job.failures) == (1, 0)
+    assert job.ended_at - job.claimed_at > LEASE_S, "it took longer than a lease"
+
+
+def test_a_write_that_hangs_is_given_up_while_the_lease_is_renewed(here: Site, slow: Path) -> None:
+    here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}", LORAQ_STORAGE_TIMEOUT_S=1.5 * LEASE_S)
+    here.submit("b.1", "sleep:0.5/await:go", submission="s1")
+    here.beating("b.1")
+    (slow / "hang").write_text("")
+    (here.beats / "go").write_text("")
+
+    wait_for(lambda: here.store.job("b.1").history, START_S, "the attempt ends")
+    job = here.store.job("b.1")
+    assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.STORAGE, 1)
+    assert job.message == "could not write the result: the storage hangs"
+    (slow / "hang").unlink()
+    assert succeeded_once(here.ended("b.1"))
+
+
+def test_a_cancel_and_a_stop_do_not_wait_for_a_storage_that_hangs(here: Site, slow: Path) -> None:
+    worker = here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}")
+    here.submit("b.1", "sleep:0.5/await:go")
+    here.beating("b.1")
+    (slow / "hang").write_text("")
+    (here.beats / "go").write_text("")
+    here.store.cancel(["b.1"])
+
+    job = here.ended("b.1", 10)
+    assert (job.state, job.message) == (JobState.CANCELLED, "on request")
+
+    (slow / "hang").unlink()
+    here.submit("c.1", "save/sleep:60")
+    here.beating("c.1")
+    (slow / "hang").write_text("")
+    wait_for(lambda: len(here.lines("c.1")) > 15, START_S, "a checkpoint is due, and hangs")
+    assert worker.stop() == 0
+    job = here.store.job("c.1")
+    assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
+    assert here.left() == []
+
+
+def _note(here: Site) -> str:
+    return next(w.note for w in here.store.workers() if w.id.endswith("/cpu"))

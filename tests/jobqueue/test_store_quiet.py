@@ -1,0 +1,284 @@
+"""The quiet time: after another server process, or a jump of its clock, nothing is taken from anyone for one lease."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from helpers import (
+    AGAIN,
+    SUCCEEDED,
+    RestartableServer,
+    claim,
+    must_claim,
+    new_job,
+    preload,
+    restartable_server,
+    states,
+    submit,
+    wait_for,
+)
+
+from jobqueue.errors import ServerError, StaleAttemptError
+from jobqueue.job import JobState
+from jobqueue.store import Settlement, Store
+
+LEASE_S = 1.0
+
+
+@pytest.fixture
+def restartable(tmp_path: Path) -> Iterator[RestartableServer]:
+    with restartable_server(tmp_path / "server") as server:
+        yield server
+
+
+def test_after_a_restart_nothing_is_given_and_nothing_taken_for_one_lease(restartable: RestartableServer) -> None:
+    store = Store(restartable.url)
+    submit(store, new_job("b.1"), new_job("b.2"))
+    running = must_claim(store, lease_s=LEASE_S)
+    restartable.restart()
+
+    assert claim(store, lease_s=LEASE_S) is None  # the quiet time begins with the first call
+    began = time.monotonic()
+
+    def offered() -> object:
+        found = store.sweep(LEASE_S)
+        taken = claim(store, lease_s=LEASE_S)
+        assert bool(found.expired) <= (time.monotonic() - began > LEASE_S * 0.9), "expired in the quiet time"
+        return taken
+
+    taken = wait_for(offered, 10, "claims are answered again")
+    assert time.monotonic() - began > LEASE_S * 0.9
+    assert taken.job_id == "b.2"  # type: ignore[attr-defined]
+    assert store.sweep(LEASE_S).expired == [("b.1", 1, running.nonce)], "whoever did not renew meanwhile is lost"
+
+
+def test_an_attempt_that_renews_in_the_quiet_time_keeps_its_job(restartable: RestartableServer) -> None:
+    """optuna#4234: a live trial was marked as failed."""
+    store = Store(restartable.url)
+    submit(store, new_job("b.1"))
+    running = must_claim(store, lease_s=LEASE_S)
+    restartable.restart()
+    assert store.sweep(LEASE_S).expired == []
+
+    def given() -> bool:
+        store.renew(running)
+        assert store.sweep(LEASE_S).expired == []
+        till = store._redis.hget("{loraq}:clock", "quiet_until")
+        return float(str(till)) < time.time() * 1000
+
+    wait_for(given, 10, "the quiet time is over")
+    store.settle(running, SUCCEEDED)
+    assert states(store, "b.1") == ["succeeded"]
+
+
+def test_after_an_orderly_restart_work_goes_on_at_once(restartable: RestartableServer) -> None:
+    store = Store(restartable.url)
+    submit(store, new_job("b.1"), new_job("b.2"))
+    must_claim(store)
+    store.orderly()
+    restartable.restart(signal.SIGTERM)
+
+    assert must_claim(store).job_id == "b.2"
+
+
+def test_a_worker_that_starts_after_a_long_idle_time_is_given_work_at_once(store: Store) -> None:
+    submit(store, new_job("b.1"))
+    store.settle(must_claim(store, lease_s=0.1), AGAIN)
+    seen = float(str(store._redis.hget("{loraq}:clock", "seen_at")))
+
+    wait_for(lambda: store._redis.time()[0] * 1000 > seen + 1100, 5, "nobody has asked for longer than a lease")
+
+    assert must_claim(store, lease_s=0.1).attempt == 2
+
+
+CLOCK = """\
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec real;
+    char text[32] = "";
+    syscall(SYS_clock_gettime, CLOCK_REALTIME, &real);
+    int file = open(getenv("CLOCK_AHEAD"), O_RDONLY);
+    if (file >= 0) {
+        read(file, text, 31);
+        close(file);
+    }
+    now->tv_sec = real.tv_sec + atol(text);
+    now->tv_usec = real.tv_nsec / 1000;
+    return 0;
+}
+"""
+
+
+class Clock:
+    """Of a server; tests set it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._ahead = folder / "ahead"
+        library = preload(folder, CLOCK)
+        self.environment = {**os.environ, "LD_PRELOAD": str(library), "CLOCK_AHEAD": str(self._ahead)}
+
+    def jump(self, store: Store, seconds: int) -> None:
+        new = self._ahead.with_suffix(".new")
+        new.write_text(str(seconds))
+        new.replace(self._ahead)
+        # the server looks at it ten times a second
+        wait_for(lambda: abs(store._redis.time()[0] - time.time() - seconds) < 5, 10, "the clock has jumped")
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> Clock:
+    return Clock(tmp_path)
+
+
+@pytest.fixture
+def there(clock: Clock, tmp_path: Path) -> Iterator[Store]:
+    """The store of a server with that clock."""
+    with restartable_server(tmp_path / "there", environment=clock.environment) as server:
+        opened = Store(server.url)
+        yield opened
+        opened.close()
+
+
+def age(store: Store, job_id: str, seconds: float) -> None:
+    """Its last renewal was so long ago."""
+    store._redis.zincrby("{loraq}:running", -1000 * seconds, job_id)
+
+
+@pytest.mark.parametrize("seconds", [3600, 40, -3600])
+def test_after_a_jump_of_the_clock_no_lease_ends_and_nothing_is_given_until_all_have_renewed(
+    there: Store, clock: Clock, seconds: int
+) -> None:
+    submit(there, new_job("b.1"), new_job("b.2"))
+    running = must_claim(there, lease_s=60)
+    age(there, "b.1", 30)
+    assert there.sweep(60).expired == []
+    clock.jump(there, seconds)
+
+    assert there.sweep(60).expired == []
+    assert claim(there, lease_s=60) is None
+    there.renew(running)
+    quiet = float(str(there._redis.hget("{loraq}:clock", "quiet_until"))) / 1000 - there._redis.time()[0]
+    assert 50 < quiet <= 61
+
+
+def test_after_a_jump_of_less_than_half_a_lease_whoever_renews_at_a_third_has_lost_nothing(
+    there: Store, clock: Clock
+) -> None:
+    submit(there, new_job("b.1"))
+    must_claim(there, lease_s=60)
+    age(there, "b.1", 20)
+    clock.jump(there, 28)
+
+    assert there.sweep(60).expired == []
+
+
+def test_after_a_clock_went_back_a_silent_worker_is_waited_for_one_lease_and_a_delay_is_as_long_as_it_was(
+    there: Store, clock: Clock
+) -> None:
+    submit(there, new_job("b.1"), new_job("b.2"))
+    must_claim(there, lease_s=60)
+    there.settle(must_claim(there, lease_s=60), Settlement(JobState.QUEUED, "storage", "away", delay_s=100))
+    info = {"host": "h", "device": "NVIDIA", "uuid": "", "usable_bytes": 1, "slots": 1, "running": [], "every_s": 5}
+    there.heartbeat("h/gpu0", "gpu", info)
+    there.sweep(60)
+    clock.jump(there, -3600)
+    there.sweep(60)
+
+    now = there._redis.time()[0]
+    assert there._redis.zscore("{loraq}:running", "b.1") / 1000 - now <= 61
+    assert 80 < there._redis.zscore("{loraq}:delayed", "b.2") / 1000 - now <= 101
+    assert there._redis.zscore("{loraq}:gpu_workers", "h/gpu0") / 1000 <= now + 1
+    assert [worker.alive for worker in there.workers()] == [False], "until it is heard of again"
+    there.heartbeat("h/gpu0", "gpu", info)
+    assert [worker.alive for worker in there.workers()] == [True]
+
+
+# -- another server takes over
+
+
+@pytest.fixture
+def replica(restartable: RestartableServer, tmp_path: Path) -> Iterator[redis.Redis]:
+    """It has what `restartable` has, a moment later."""
+    with redis.Redis.from_url(restartable.url) as primary:
+        primary.config_set("repl-diskless-sync-delay", 0)
+    with (
+        restartable_server(tmp_path / "replica", "--replicaof", f"127.0.0.1 {restartable.port}") as server,
+        redis.Redis.from_url(server.url, decode_responses=True) as client,
+    ):
+        wait_for(lambda: client.info("replication")["master_link_status"] == "up", 30, "the replica follows")
+        yield client
+
+
+def same(replica: redis.Redis) -> Store:
+    """The store of the replica, which is a server of its own from now on."""
+    replica.replicaof("NO", "ONE")
+    where = replica.connection_pool.connection_kwargs
+    return Store(f"redis://{where['host']}:{where['port']}/0")
+
+
+def test_after_a_failover_who_renews_keeps_the_job_and_what_the_last_second_held_is_refused(
+    restartable: RestartableServer, replica: redis.Redis
+) -> None:
+    old = Store(restartable.url)
+    submit(old, new_job("b.1"), new_job("b.2"))
+    known = must_claim(old, lease_s=LEASE_S)
+    assert old._redis.wait(1, 5000) == 1
+    new = same(replica)
+    lost = must_claim(old, lease_s=LEASE_S)
+
+    began = time.monotonic()
+
+    def taken() -> object:
+        assert new.renew(known) is False
+        assert new.sweep(LEASE_S).expired == []
+        return claim(new, lease_s=LEASE_S)
+
+    again = wait_for(taken, 10, "claims are answered again")
+    assert time.monotonic() - began > LEASE_S * 0.9
+    assert again.job_id == lost.job_id  # type: ignore[attr-defined]
+    assert again.attempt == lost.attempt, "the fence went back"  # type: ignore[attr-defined]
+    for late in (
+        new.renew,
+        lambda claim: new.settle(claim, SUCCEEDED),
+        lambda claim: new.append(claim, [("log", "x")], 0),
+    ):
+        with pytest.raises(StaleAttemptError):
+            late(lost)
+    new.settle(known, SUCCEEDED)
+    assert states(new, "b.1", "b.2") == ["succeeded", "running"]
+
+
+def test_an_old_primary_that_lives_on_renews_nothing_where_it_takes_no_writes_alone(
+    restartable: RestartableServer, replica: redis.Redis
+) -> None:
+    """With min-replicas-to-write: a worker that reaches only the old one ends its trainer with the lease."""
+    old = Store(restartable.url)
+    old._redis.config_set("min-replicas-to-write", 1)
+    old._redis.config_set("min-replicas-max-lag", 1)
+    wait_for(lambda: old._redis.info("replication").get("min_slaves_good_slaves") == 1, 10, "its replica is there")
+    submit(old, new_job("b.1"), new_job("b.2"))
+    running = must_claim(old, lease_s=60)
+    same(replica)
+
+    def refused() -> bool:
+        try:
+            old.renew(running)
+        except ServerError as error:
+            return "NOREPLICAS" in error.what
+        return False
+
+    wait_for(refused, 10, "it takes no writes alone")
+    with pytest.raises(ServerError, match="NOREPLICAS"):
+        claim(old)

@@ -1,0 +1,86 @@
+"""A TCP proxy before a server: it can swallow everything, lose one answer, and turn to another server."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+
+class Proxy:
+    """Passes connections to 127.0.0.1:`target` on, each with two threads of its own."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target  # a port; connections that are open stay where they are
+        self.swallows = False
+        self.swallowed = self.lost = 0  # pieces that were swallowed; answers that were lost
+        self._lose_answer_to: tuple[bytes, ...] = ()
+        self._before: tuple[bytes, Callable[[], object]] | None = None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        self._open: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def lose_answer_to(self, *words: str) -> None:
+        """The next call with these words reaches the server; its answer does not come back: the connection breaks."""
+        self._lose_answer_to = tuple(word.encode() for word in words)
+
+    def before(self, word: str, action: Callable[[], object]) -> None:
+        """The action is done when the next call with the word has come, before it is passed on."""
+        self._before = word.encode(), action
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            server = socket.create_connection(("127.0.0.1", self.target), timeout=5)
+        except OSError:
+            client.close()
+            return
+        server.settimeout(None)
+        self._open |= {client, server}
+        losing = threading.Event()
+        threading.Thread(target=self._pass, args=(client, server, losing, True), daemon=True).start()
+        self._pass(server, client, losing, False)
+
+    def _pass(self, source: socket.socket, to: socket.socket, losing: threading.Event, asks: bool) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                if self.swallows:
+                    self.swallowed += 1
+                    continue
+                if asks and self._before and self._before[0] in piece:
+                    (_, action), self._before = self._before, None
+                    action()
+                if asks and self._lose_answer_to and all(word in piece for word in self._lose_answer_to):
+                    self._lose_answer_to = ()
+                    losing.set()
+                if losing.is_set() and not asks:
+                    self.lost += 1
+                    break
+                to.sendall(piece)
+        for end in (source, to):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+            self._open.discard(end)
+
+    def close(self) -> None:
+        for end in (self._listener, *self._open):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+@contextlib.contextmanager
+def proxy(target: int) -> Iterator[Proxy]:
+    opened = Proxy(target)
+    try:
+        yield opened
+    finally:
+        opened.close()
