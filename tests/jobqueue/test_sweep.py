@@ -197,7 +197,7 @@ def test_set_of_a_key_in_a_wrong_section_is_told_apart_from_the_file(problems: P
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora: {use_gradient_checkpointing: maybe}", "must be true or false or 'unsloth', not 'maybe'"),
+        ("lora: {use_gradient_checkpointing: maybe}", "must be true or false or 'unsloth' or 'auto', not 'maybe'"),
         ("lora: {target_modules: q_proj}", "must be a list or 'all-linear', not 'q_proj'"),
         ("lora: {r: [8, 16]}", "must be an integer; several values to try belong under sweep.grid"),
         (
