@@ -23,11 +23,12 @@ from scipy.stats import binomtest
 from gpu_worker.protocol import Progress, Request
 from gpu_worker.trainer import usage
 from gpu_worker.trainer.clock import Clock
-from gpu_worker.trainer.data import BadTurn, answer_text, end_ids, prompt_ids
+from gpu_worker.trainer.data import chat_of, end_ids
 from gpu_worker.trainer.failures import bad_data
 from jobqueue import rows
+from jobqueue.chat import BadTurn, Chat
+from jobqueue.example import MultipleChoice
 from jobqueue.extraction import extract, has_asked_form
-from jobqueue.formats import MultipleChoice
 from jobqueue.spec import EvaluateSpec
 
 log = logging.getLogger("loraq.trainer")
@@ -88,14 +89,14 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
         base = models.load_for_asking(request.adapter, spec.load_in_4bit, None)
     else:
         base = models.load_for_asking(spec.base_model, spec.load_in_4bit, request.adapter)
-    model, tokenizer = base.model, base.tokenizer
+    model, chat = base.model, chat_of(base.tokenizer, spec.chat_template)
     reserved_at_start = usage.reserved()
     clock.lap("load_s")
 
     report(Progress("data"))
     limit = min(spec.max_seq_length, getattr(model.config, "max_position_embeddings", spec.max_seq_length))
     new_tokens = asked.max_new_tokens if "generated" in asked.metrics else 0
-    questions, too_long = _questions(tokenizer, choices, limit, new_tokens)
+    questions, too_long = _questions(chat, choices, limit, new_tokens)
     clock.lap("data_s")
 
     steps = len(questions) * len(asked.metrics)
@@ -118,7 +119,7 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
         clock.lap("likelihood_s")
     if "generated" in asked.metrics:
         done = len(questions) if "likelihood" in asked.metrics else 0
-        generate(model, tokenizer, questions, batch, new_tokens, lambda count: progress(done + count))
+        generate(model, base.tokenizer, chat, questions, batch, new_tokens, lambda count: progress(done + count))
         for question in questions:
             question.picks["generated"] = extract(question.text or "", question.choice.options)
         outcome["generated"] = _accuracy(questions, "generated") | {
@@ -140,7 +141,7 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
 
 
 def _questions(
-    tokenizer: Any, choices: list[tuple[int, MultipleChoice]], limit: int, new_tokens: int
+    chat: Chat, choices: list[tuple[int, MultipleChoice]], limit: int, new_tokens: int
 ) -> tuple[list[Question], int]:
     """The questions as token ids, and how many were left out because they exceed `limit` tokens."""
     questions: list[Question] = []
@@ -151,14 +152,11 @@ def _questions(
             if lead is None:
                 # Some templates put a space between the prompt and the answer; the same for every question.
                 reply = choice.reply(choice.answer)
-                lead = answer_text(tokenizer, choice.conversation()).removesuffix(reply)
-            prompt = prompt_ids(tokenizer, choice.conversation()[:1])
+                lead = chat.answer_text(choice.conversation()).removesuffix(reply)
+            prompt = chat.prompt_ids(choice.conversation()[:-1])
         except BadTurn as error:
             raise bad_data(str(error)) from error
-        replies = {
-            letter: tokenizer(lead + choice.reply(letter), add_special_tokens=False)["input_ids"]
-            for letter in choice.options
-        }
+        replies = {letter: chat.ids(lead + choice.reply(letter)) for letter in choice.options}
         if len(prompt) + max(new_tokens, *map(len, replies.values())) > limit:
             too_long += 1
             continue
@@ -217,13 +215,14 @@ def _batches(items: list[tuple[Question, str]], size: int, vocabulary: int) -> I
 def generate(
     model: Any,
     tokenizer: Any,
+    chat: Chat,
     questions: list[Question],
     batch_size: int,
     new_tokens: int,
     progress: Callable[[int], None],
 ) -> None:
     """Fill in every question's greedy answer, without its end token."""
-    ends = end_ids(tokenizer, model)
+    ends = end_ids(chat, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     ordered = sorted(questions, key=lambda question: len(question.prompt))
     for start in range(0, len(ordered), batch_size):

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +23,15 @@ from gpu_worker.protocol import Checkpoint, Progress, Request
 from gpu_worker.trainer import usage
 from gpu_worker.trainer.checkpoint import Checkpoints, counts_of
 from gpu_worker.trainer.clock import Clock
-from gpu_worker.trainer.data import IGNORED, Tokens, tokenise
+from gpu_worker.trainer.collator import KEPT_BACK, Collator
+from gpu_worker.trainer.data import chat_of
 from gpu_worker.trainer.failures import JobFailure, bad_spec, on_rung, one_line
 from jobqueue import rows
 from jobqueue.job import FailureReason
 from jobqueue.memory import GIB
 from jobqueue.microbatch import Choice, choose
 from jobqueue.spec import TrainSpec
+from jobqueue.tokens import Tokens, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")
 Report = Callable[[Progress | Checkpoint], None]
@@ -55,20 +56,25 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     clock.lap("load_s")
 
     report(Progress("data"))
-    conversations = [example.conversation for _, example in file.examples]
-    tokens, data = tokenise(base.tokenizer, conversations, training.max_seq_length)
+    chat = chat_of(base.tokenizer, spec.chat_template)
+    trained, kept_back = rows.split(spec.data, [example for _, example in file.examples])
+    tokens, data = tokenise(chat, trained, training.max_seq_length)
+    validation = survey(chat, kept_back, training.max_seq_length)[0]
     for reason, skipped in file.summary.skipped.items():
         log.warning("%d of %d rows cannot be used: %s", skipped.count, file.summary.rows, reason)
+    log.info("the layout is %s", file.summary.reason)
+    for note in data.notes:
+        log.info("%s", note)
     log.info("data: %s", {key: value for key, value in asdict(data).items() if key != "preview"})
     log.info("the first row, trained on what stands in <<>>:\n%s", data.preview)
     if training.dataset_num_proc is not None:
         log.info("dataset_num_proc: not needed, rows are tokenised by threads of the tokenizers library")
     clock.lap("data_s")
 
-    choice = _choose(spec, request, max(len(row.input_ids) for row in tokens), base.model)
+    choice = _choose(spec, request, max(len(row.input_ids) for row in [*tokens, *validation]), base.model)
     report(Progress("data", budget_bytes=usage.hold_to(_budget(request, choice))))
     with on_rung(choice.rung, last=choice.last):
-        outcome = _fit(choice.split.of(spec), base, tokens, request, report, clock)
+        outcome = _fit(choice.split.of(spec), base, tokens, validation, request, report, clock)
     outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
     outcome["training"] |= asdict(choice.split)
     return outcome | {"data": file.summary.report() | asdict(data), "versions": usage.versions()}
@@ -101,7 +107,13 @@ def _budget(request: Request, choice: Choice) -> int | None:
 
 
 def _fit(
-    spec: TrainSpec, base: models.Loaded, tokens: list[Tokens], request: Request, report: Report, clock: Clock
+    spec: TrainSpec,
+    base: models.Loaded,
+    tokens: list[Tokens],
+    validation: list[Tokens],
+    request: Request,
+    report: Report,
+    clock: Clock,
 ) -> dict[str, Any]:
     """Adapter, training, saving. Returns the outcome's parts of it."""
     training = spec.training
@@ -111,7 +123,7 @@ def _fit(
     parameters = [(p.requires_grad, _size(p)) for p in model.parameters()]
     clock.lap("load_s")
 
-    config = _config(spec, request, torch.cuda.is_available())
+    config = _config(spec, request, torch.cuda.is_available(), bool(validation))
     collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     watch = Watch(report, collator)
     checkpoints = Checkpoints(training, watch.counts, report)
@@ -121,9 +133,8 @@ def _fit(
             model=model,
             args=config,
             processing_class=tokenizer,
-            train_dataset=Dataset.from_dict(
-                {"input_ids": [row.input_ids for row in tokens], "labels": [row.labels for row in tokens]}
-            ),
+            train_dataset=_dataset(tokens),
+            eval_dataset=_dataset(validation, kept_back=True) if validation else None,
             data_collator=collator,
             callbacks=[watch, checkpoints],
         )
@@ -140,6 +151,9 @@ def _fit(
     clock.lap("train_s")
     if not math.isfinite(result.training_loss):
         raise JobFailure(FailureReason.NAN_LOSS, _nan_message(trainer.state.global_step))
+    if validation and not any(e["step"] == trainer.state.global_step for e in _validations(trainer)):
+        trainer.evaluate()
+        clock.lap("validation_s")
     memory = usage.memory(reserved_at_start)
 
     report(Progress("save", step=trainer.state.global_step, steps=trainer.state.max_steps))
@@ -170,10 +184,24 @@ def _fit(
             "resumed_from_step": resumed_from,
         },
         "losses": losses,
+        "validation": {
+            "rows": len(validation),
+            "losses": [[entry["step"], entry["eval_loss"]] for entry in _validations(trainer)],
+        },
     }
 
 
-def _config(spec: TrainSpec, request: Request, on_gpu: bool) -> SFTConfig:
+def _dataset(rows: list[Tokens], kept_back: bool = False) -> Dataset:
+    columns = {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
+    return Dataset.from_dict(columns | ({KEPT_BACK: [True] * len(rows)} if kept_back else {}))
+
+
+def _validations(trainer: SFTTrainer) -> list[dict[str, Any]]:
+    """Every loss on the rows that were kept back, oldest first."""
+    return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def _config(spec: TrainSpec, request: Request, on_gpu: bool, validates: bool) -> SFTConfig:
     """Every field that matters is written out: Unsloth and TRL change the defaults of transformers."""
     training = spec.training
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
@@ -227,33 +255,15 @@ def _config(spec: TrainSpec, request: Request, on_gpu: bool) -> SFTConfig:
             disable_tqdm=True,
             report_to=[training.report_to] if isinstance(training.report_to, str) else [*training.report_to],
             run_name=request.job_id,
-            eval_strategy="no",
+            eval_strategy="steps" if validates and training.eval_steps else "no",
+            eval_steps=training.eval_steps,
+            per_device_eval_batch_size=training.per_device_train_batch_size,
+            prediction_loss_only=True,
             save_strategy="no",
             push_to_hub=False,
         )
     except (ValueError, NotImplementedError, ImportError) as error:
         raise bad_spec(one_line(f"training: {error}")) from error
-
-
-class Collator:
-    """Pads rows on the right to the longest of the batch; remembers what each batch holds."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-        self.batches: deque[tuple[int, int, int]] = deque()  # rows, tokens, trained tokens; oldest first
-
-    def __call__(self, batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in batch)
-        ids = torch.full((len(batch), width), self.pad_token_id)
-        labels = torch.full((len(batch), width), IGNORED)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for place, row in enumerate(batch):
-            length = len(row["input_ids"])
-            ids[place, :length] = torch.tensor(row["input_ids"])
-            labels[place, :length] = torch.tensor(row["labels"])
-            mask[place, :length] = 1  # by length, never by the pad id: pad may be eos
-        self.batches.append((len(batch), int(mask.sum()), int((labels != IGNORED).sum())))
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}  # each (rows, width)
 
 
 class Watch(TrainerCallback):
@@ -297,6 +307,10 @@ class Watch(TrainerCallback):
             control.should_log = True  # the last loss, whatever logging_steps is
         logs_now = control.should_log or state.global_step == 1 or state.global_step % args.logging_steps == 0
         if not logs_now and time.monotonic() - self.said_at >= SILENCE_S:
+            self._say(state, {})
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if time.monotonic() - self.said_at >= SILENCE_S:
             self._say(state, {})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
