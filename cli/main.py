@@ -26,6 +26,7 @@ INTERRUPTED = 130
 # name: (module, how the command's help begins). A command is the module's attribute of that name.
 COMMANDS = {
     "submit": ("cli.submit", "Put the fine-tunes of a sweep file into the queue."),
+    "preview": ("cli.preview", "Show what a training would read, and what of it is trained on."),
     "ls": ("cli.control", "List batches, or the jobs of one."),
     "show": ("cli.show", "Show a batch or a job in full."),
     "watch": ("cli.watch", "Follow a batch until it has ended."),

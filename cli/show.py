@@ -161,7 +161,7 @@ def _print_attempts(out: Console, history: Sequence[Mapping[str, Any]]) -> None:
 
 def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
     """Memory as Unsloth's notebooks report it, time, and what came out."""
-    from cli.render import facts, memory, number, percent
+    from cli.render import counted, facts, memory, number, percent
 
     used, time, training = (outcome.get(part) or {} for part in ("memory", "time", "training"))
     total = used.get("total_bytes")
@@ -186,6 +186,10 @@ def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
     if training:
         _title(out, "Training")
         facts(out, {key.replace("_", " "): _plain(value) for key, value in training.items() if value is not None})
+    validation = outcome.get("validation") or {}
+    if validation.get("losses"):
+        _title(out, f"Validation loss on {counted(validation['rows'], 'row')}")
+        facts(out, {f"step {step}": f"{loss:.4f}" for step, loss in validation["losses"]})
     scores = {key: part for key, part in outcome.items() if isinstance(part, dict) and "accuracy" in part}
     if scores:
         _title(out, f"Scores on {number(outcome.get('questions'))} questions")

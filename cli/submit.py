@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +12,11 @@ import click
 from cli.main import connect
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
     from jobqueue.plan import Plan
-    from jobqueue.service import Client
+    from jobqueue.service import Client, UploadProgress
 
 
 @click.command()
@@ -50,7 +55,8 @@ def submit(
     for warning in client.warnings():
         notes.print(f"warning: {warning}", style="yellow")
     known = None if again else client.find(plan)
-    batch = client.submit(plan, force=force, again=again)
+    with _upload_bar(notes) as progress:
+        batch = client.submit(plan, force=force, again=again, progress=progress)
     if known:
         retry = f"`loraq retry {batch.name}` runs again what did not succeed, " if batch.state in RETRIED else ""
         advice = f"{retry}--again makes another batch."
@@ -64,6 +70,23 @@ def submit(
         out.print(f"Submitted {batch.name}: {counted(len(batch.jobs), 'job')} for {counted(batch.trials, 'trial')}.")
         out.print(f"  loraq watch {batch.name}    to follow it", style="dim")
         out.print(f"  loraq results {batch.name}  to see which trial is best", style="dim")
+
+
+@contextmanager
+def _upload_bar(notes: Console) -> Iterator[UploadProgress]:
+    """Shows how far files are that go through the server; they can be large, and the way slow."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        tasks: dict[Path, TaskID] = {}
+
+        def progress(file: Path, arrived: int, size: int) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(f"sending {file.name}", total=size)
+            bar.update(tasks[file], completed=arrived)
+
+        yield progress
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:

@@ -25,6 +25,7 @@ from jobqueue.errors import ServerError
 from jobqueue.memory import classes_for
 from jobqueue.settings import Settings
 from jobqueue.sweeper import Sweeper
+from jobqueue.transfer import Mover
 
 log = logging.getLogger(__name__)
 LISTEN_AGAIN_S = 2.0  # after Celery has ended by itself
@@ -82,6 +83,7 @@ class Server:
         side: list[Callable[[], None]] = [self._beat, self._ask]
         if worker.device.kind == "control":
             side.append(partial(Sweeper(worker.store, self._app, self._settings).run, worker.leaving))
+            side.append(partial(Mover(worker.store, worker.storage, worker.id).run, worker.leaving))
         for task in side:
             threading.Thread(target=task, daemon=True).start()
         try:

@@ -3,6 +3,7 @@
     LoraqError                1   anything else
       SpecError               3   the sweep file, or a --set, is wrong
       DataError               4   a data file is missing, empty or lacks its columns
+        ChatTemplateError     4   the base model has no chat template, or one that is not valid
       ServerError             5   Redis cannot be reached, or refuses
         UnansweredError       5   it is not known whether Redis has carried out a call
       NotFoundError           6   no such job or batch
@@ -68,6 +69,10 @@ class DataError(LoraqError):
     """A data file is missing, empty or lacks its columns."""
 
     exit_code = 4
+
+
+class ChatTemplateError(DataError):
+    """The base model has no chat template, or one that is not valid."""
 
 
 class ServerError(LoraqError):

@@ -6,30 +6,19 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
-from jobqueue import base_model, rows
+from jobqueue import base_model, rows, sources
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
-from jobqueue.spec import (
-    BY_QUESTION,
-    DataSpec,
-    EvaluateSpec,
-    EvaluationSpec,
-    QuestionFormat,
-    ReportSpec,
-    RunSpec,
-    TrainSpec,
-)
+from jobqueue.sources import AnyData
+from jobqueue.spec import BY_QUESTION, EvaluateSpec, EvaluationSpec, QuestionFormat, ReportSpec, RunSpec, TrainSpec
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
 EVALUATOR = 2  # raised when the same answers would be scored otherwise: base models are then asked anew
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt")
-
-AnyData = TypeVar("AnyData", bound=DataSpec)
 
 
 @dataclass(frozen=True)
@@ -90,16 +79,16 @@ class _Lookups:
     versions: dict[tuple[str, str | None], str] = field(default_factory=dict)
     checked: set[tuple[Any, ...]] = field(default_factory=set)
 
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
     def data(self, spec: AnyData) -> AnyData:
         """With the source of a local file replaced by its content's address. Raises DataError."""
-        path = Path(spec.source).expanduser()
-        path = path if path.is_absolute() else self.sweep.file.parent / path
-        if "://" in spec.source or not (path.is_file() or spec.source.endswith(DATA_SUFFIXES)):
+        path = sources.data_file(spec, self.sweep.file.parent)
+        if path is None:
             return spec
-        if not path.is_file():
-            raise DataError(f"there is no data file {path}", f"Correct `source: {spec.source}`, or give a hub id.")
-        metrics = spec.metrics if isinstance(spec, EvaluationSpec) else ()
-        reading = (path, type(spec), spec.format, spec.limit, metrics, *sorted(spec.columns.items()))
+        reading = (path, type(spec), spec.model_dump_json(exclude={"source"}))
         if reading not in self.checked:
             summary = rows.check_file(spec.model_copy(update={"source": str(path)}))
             self.checked.add(reading)
@@ -178,6 +167,7 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
             base_model=model,
             revision=run.revision,
             method=run.method,
+            chat_template=sources.chat_template(run.chat_template, look.sweep.file),
             data=look.data(run.data),
             lora=run.lora,
             training=run.training,
@@ -186,6 +176,8 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
         jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, _need(train)))
     if run.evaluation is None:
         return jobs
+    if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
+        look.warn("data and evaluation have different system prompts: the answers are asked for in another setting")
     base = _evaluation(run, model, look)
     if run.data is None or run.evaluation.compare_with_base:
         label = "" if run.data is not None else trial.label
@@ -205,6 +197,7 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
         base_model=model,
         revision=run.revision,
         method=run.method,
+        chat_template=sources.chat_template(run.chat_template, look.sweep.file),
         adapter_job=None,
         load_in_4bit=run.load_in_4bit,
         max_seq_length=run.training.max_seq_length,
@@ -216,8 +209,10 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
 def _base_id(spec: EvaluateSpec, model: str) -> str:
     """The same for all that must give the same scores: by model and its version, precision, questions and how they
     are asked."""
-    asked = spec.evaluation.model_dump(exclude={"compare_with_base", "per_device_eval_batch_size", "load_in_4bit"})
-    key = [EVALUATOR, model, spec.load_in_4bit, spec.max_seq_length, asked]
+    asked = spec.evaluation.model_dump(
+        exclude={"compare_with_base", "per_device_eval_batch_size", "load_in_4bit"}, exclude_none=True
+    )
+    key = [EVALUATOR, model, spec.chat_template or "", spec.load_in_4bit, spec.max_seq_length, asked]
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, CapacityError, NotFoundError, ServerError, StorageError, UnansweredError
+from jobqueue.errors import BusyError, CapacityError, NotFoundError, ServerError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import GIB, all_classes
@@ -23,10 +23,14 @@ from jobqueue.spec import EvaluateSpec, ReportSpec, TrainSpec
 from jobqueue.storage import Storage
 from jobqueue.store import NewJob, Store, Submitted
 from jobqueue.sweep import Sweep, read_sweep
+from jobqueue.transfer import Sender
 
 if TYPE_CHECKING:
     from celery import Celery
 
+
+UploadProgress = Callable[[Path, int, int], None]
+"""Called with a file, how many bytes of it have arrived, and how many it has."""
 
 NEWEST = 100  # batches that are listed
 RETRIED = (JobState.FAILED, JobState.CANCELLED)
@@ -69,7 +73,9 @@ class Client:
         """What is set wrong on the server, so that it may lose jobs; one line each."""
         return [f"Redis at {self.store.where} {text}" for text in self.store.keeping().warnings]
 
-    def submit(self, plan: Plan, *, force: bool = False, again: bool = False) -> Batch:
+    def submit(
+        self, plan: Plan, *, force: bool = False, again: bool = False, progress: UploadProgress | None = None
+    ) -> Batch:
         """All of it or nothing: checks, uploads the local files, writes every job in one call, wakes the workers.
 
         The same plan submitted twice (after an answer that was lost, say) is one batch. Returns when the server has it
@@ -79,6 +85,7 @@ class Client:
             plan: what `plan` returned.
             force: submit although no living worker could hold the largest job.
             again: make another batch of a plan that was submitted before.
+            progress: told how far files are that go through the server.
 
         Raises:
             CapacityError: unless forced.
@@ -96,13 +103,7 @@ class Client:
         workers = self.workers()
         if not force:
             _check_capacity(plan, workers)
-        if plan.files and self.settings.redis_url and not self.settings.storage:
-            raise StorageError(
-                "this machine does not know the shared storage that the data should go to",
-                "Set LORAQ_STORAGE to what the workers have, or name data that they can read: a hub id or a URL.",
-            )
-        for source, path in plan.files.items():
-            self.storage.put_blob(path, source)
+        self._upload(plan, progress or (lambda file, arrived, size: None))
         key = "" if again else self._key(plan)
         name, number = plan.sweep.name, 1
         # What the storage has of that name may be of another server, or of a time that this one has forgotten; of the
@@ -127,6 +128,15 @@ class Client:
                 "Look after the server's disk. " + (f"`loraq ls {made.batch}` shows the batch." if again else then),
             )
         return batch
+
+    def _upload(self, plan: Plan, progress: UploadProgress) -> None:
+        """To the storage, or, where this machine does not know it, through the server to a control worker."""
+        through_server = self.settings.redis_url and not self.settings.storage
+        for source, path in plan.files.items():
+            if through_server:
+                Sender(self.store, path, source, partial(progress, path)).send()
+            else:
+                self.storage.put_blob(path, source)
 
     def _key(self, plan: Plan) -> str:
         return f"{self.settings.owner}:{plan.key}"

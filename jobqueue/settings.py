@@ -42,7 +42,8 @@ class Settings(BaseSettings):
     redis_url: str | None = None
     """`redis://[:password@]host:port/db`; without one, the server that `loraq up` started."""
     storage: str | None = None
-    """Shared storage as an fsspec URL or a folder; without one, a folder in `data_dir`."""
+    """Shared storage as an fsspec URL or a folder; without one, a folder in `data_dir`. Who only submits to a server
+    elsewhere needs none: files then go through the server."""
     data_dir: Path = Field(default_factory=_data_dir)
     """Where this machine keeps the embedded server, caches and scratch."""
     owner: str = Field(default_factory=_user)

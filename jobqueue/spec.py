@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -29,7 +30,7 @@ BY_QUESTION: tuple[Metric, ...] = ("likelihood", "generated")
 """Metrics of multiple-choice questions; the others take any row with an answer."""
 Method = Literal["qlora", "lora", "full"]
 Format = Literal[
-    "auto", "multiple_choice", "lettered", "messages", "sharegpt", "prompt_completion", "instruction"
+    "auto", "multiple_choice", "lettered", "messages", "sharegpt", "prompt_completion", "instruction", "text"
 ]  # fmt: skip
 QuestionFormat = Literal["multiple_choice", "lettered"]
 Optimizer = Literal[
@@ -42,8 +43,9 @@ Scheduler = Literal[
 ]  # fmt: skip
 Tracker = Literal["none", "all", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "swanlab"]
 Column = Literal[
-    "question", "options", "answer", "answer_idx", "opa", "opb", "opc", "opd", "ope", "cop",
-    "messages", "conversations", "prompt", "completion", "instruction", "input", "output",
+    "question", "options", "answer", "answer_idx", "choices", "answerKey", "ctx", "endings", "label",
+    "opa", "opb", "opc", "opd", "ope", "cop",
+    "messages", "tools", "conversations", "prompt", "completion", "instruction", "input", "output", "text",
 ]  # fmt: skip
 Values = Annotated[list[Any], Field(min_length=1)]
 Entries = list[dict[str, Any]]
@@ -57,18 +59,72 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class DataSpec(Part):
+class RowTemplate(Part):
+    """What a row says, in Jinja, with its columns as variables: user and assistant (and system), or text."""
+
+    system: str | None = None
+    user: str | None = None
+    assistant: str | None = None
+    text: str | None = None
+    """All of it is trained, and no chat template is used."""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The parts that are set, in the order of a conversation."""
+        return {part: source for part, source in self if source is not None}
+
+    @field_validator("*")
+    @classmethod
+    def _valid(cls, source: str | None) -> str | None:
+        from jobqueue.templates import syntax_error  # Jinja: only where it is needed
+
+        wrong = syntax_error(source) if source is not None else None
+        if wrong:
+            raise ValueError(wrong)
+        return source
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if set(self.sources) not in ({"user", "assistant"}, {"system", "user", "assistant"}, {"text"}):
+            raise ValueError("needs user and assistant (and perhaps system), or text alone")
+        return self
+
+
+class RowsSpec(Part):
     """Rows to train on or to ask about."""
 
     source: Annotated[str, Field(min_length=1)]
-    """A hub id, a file on this machine (JSONL, CSV, Parquet, gzipped or not), or an fsspec URL."""
+    """A hub id, a file on this machine (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), or an fsspec URL."""
+    name: str | None = None
+    """Of a hub data set: which of its configurations."""
+    revision: str | None = None
+    """Of a hub data set: a branch, tag or commit."""
     split: str = "train"
     """Of a hub data set; a file has no splits."""
     format: Format = "auto"
     columns: dict[Column, str] = {}
     """What the file calls a column, where it is not the name on the left."""
+    system_prompt: str | None = None
+    """A system turn for every conversation that has none."""
     limit: PositiveInt | None = None
     """Take the first so many rows."""
+
+
+class DataSpec(RowsSpec):
+    """Rows to train on."""
+
+    template: RowTemplate | None = None
+    """Instead of a format: what a row says, in Jinja."""
+    validation_split: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the rows that is kept back: they are not trained on, and the loss on them is reported."""
+    validation_seed: NonNegativeInt = 3407
+    """Another seed keeps others back. Equal rows are always on one side."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.template and (self.format != "auto" or self.columns):
+            raise ValueError("template says how a row is read; format and columns go without it")
+        return self
 
 
 class LoraSpec(Part):
@@ -109,6 +165,8 @@ class TrainingSpec(Part):
     packing: bool = False
     dataset_num_proc: PositiveInt | None = None
     report_to: Tracker | list[Tracker] = "none"
+    eval_steps: PositiveInt | None = None
+    """With data.validation_split: the loss on the rows kept back every so many steps; None: at the end alone."""
     save_steps: PositiveInt | None = None
     """A checkpoint every so many steps, from which a lost or drained job goes on; None: by time alone."""
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
@@ -138,7 +196,7 @@ class TrainingSpec(Part):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
-class EvaluationSpec(DataSpec):
+class EvaluationSpec(RowsSpec):
     """What the base model and each adapter are asked."""
 
     split: str = "test"
@@ -193,6 +251,8 @@ class RunSpec(Part):
     revision: Revision | None = None
     """Branch, tag or commit of a hub model; None: its main branch."""
     method: Method = "qlora"
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Instead of the base model's own: alpaca, chatml, gemma, llama-3, mistral, a .jinja file, or Jinja itself."""
     data: DataSpec | None = None
     """Without it nothing is trained: the base model itself is evaluated."""
     lora: LoraSpec = LoraSpec()
@@ -204,6 +264,8 @@ class RunSpec(Part):
     def _something_to_do(self) -> Self:
         if self.data is None and self.evaluation is None:
             raise ValueError("neither data nor evaluation is set; there is nothing to do")
+        if self.training.eval_steps and not (self.data and self.data.validation_split):
+            raise ValueError("training.eval_steps needs rows to validate on: set data.validation_split")
         return self
 
     @property
@@ -235,6 +297,7 @@ class TrainSpec(Part):
     base_model: str
     revision: str | None = None
     method: Method
+    chat_template: str | None = None
     data: DataSpec
     lora: LoraSpec
     training: TrainingSpec
@@ -248,6 +311,7 @@ class EvaluateSpec(Part):
     base_model: str
     revision: str | None = None
     method: Method
+    chat_template: str | None = None
     adapter_job: str | None
     """The train job whose adapter (or, for method full, whose model) is asked; None: the base model."""
     load_in_4bit: bool

@@ -4,6 +4,7 @@ storage.json                                       a mark: the empty folder belo
 trials/<random>                                    of workers that see whether they can write
 blobs/<sha256>/<name>                              data that was submitted, by content
 batches/<batch>/<job>/<attempt>-<nonce>/...        what one attempt made; only that attempt writes there
+incoming/<sha256>/<number>                         pieces of a file that is on its way from a machine without storage
 evaluations/<job>/<attempt>-<nonce>/...            the same for evaluations of base models
 .../manifest.json                                  written last: with it, and only with it, the folder counts
 """
@@ -105,12 +106,51 @@ class Storage:
 
     def put_blob(self, path: Path, source: str) -> None:
         """Uploads a submitted file, unless it is there already."""
+        if self.has_blob(source, path.stat().st_size):
+            return
         target = f"{self._root}/blobs/{source.removeprefix(BLOB)}"
         with self._errors("write"):
-            if self._fs.exists(target) and self._fs.size(target) == path.stat().st_size:
-                return
             self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             self._put(path, target)
+
+    def has_blob(self, source: str, size: int) -> bool:
+        """Whether a submitted file is there, whole."""
+        target = f"{self._root}/blobs/{source.removeprefix(BLOB)}"
+        with self._errors("read"):
+            return bool(self._fs.exists(target) and self._fs.size(target) == size)
+
+    def put_piece(self, sha256: str, number: int, content: bytes) -> None:
+        """A piece of a file that is on its way."""
+        self._check()
+        self._write(f"incoming/{sha256}/{number:06d}", content)
+
+    def pieces(self, sha256: str) -> set[int]:
+        """The numbers of the pieces that have arrived."""
+        with self._errors("read"):
+            return {int(name) for name in self._names(f"incoming/{sha256}") if name.isdecimal()}
+
+    def join_pieces(self, source: str, count: int) -> None:
+        """Makes a submitted file of its pieces, and removes these. Raises StorageError where it is not that file."""
+        sha256 = source.removeprefix(BLOB).partition("/")[0]
+        folder, target = f"{self._root}/incoming/{sha256}", f"{self._root}/blobs/{source.removeprefix(BLOB)}"
+        part, found = f"{target}.{uuid.uuid4().hex}.part", hashlib.sha256()
+        self._check()
+        with self._errors("write"):
+            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            with self._fs.open(part, "wb") as file:
+                for number in range(count):
+                    content = self._fs.cat_file(f"{folder}/{number:06d}")
+                    found.update(content)
+                    file.write(content)
+            if found.hexdigest() == sha256:
+                self._fs.mv(part, target)
+            else:
+                self._fs.rm_file(part)
+            self._fs.rm(folder, recursive=True)
+        if found.hexdigest() != sha256:
+            raise StorageError(
+                "what arrived is not the file that was announced", "It changed on its way; submit again."
+            )
 
     def publish(self, local: Path, folder: str, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
         """Copies everything below `local` into `folder`, then writes the manifest with each file's hash and size.
@@ -218,10 +258,13 @@ class Storage:
 
     def write_text(self, relative: str, text: str) -> None:
         """Appears whole or not at all."""
+        self._write(relative, text.encode())
+
+    def _write(self, relative: str, content: bytes) -> None:
         target = f"{self._root}/{relative}"
         with self._errors("write"):
             self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            self._whole(target, lambda part: self._fs.pipe_file(part, text.encode()))
+            self._whole(target, lambda part: self._fs.pipe_file(part, content))
 
     def _put(self, path: Path, target: str) -> None:
         self._whole(target, lambda part: self._fs.put_file(str(path), part))

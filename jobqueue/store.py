@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
@@ -25,6 +25,7 @@ from jobqueue.memory import memory_class
 
 PREFIX = "{loraq}:"
 KEEP_EVENTS = 20_000  # entries of a job's stream; the whole log is a file in storage
+BINARY_TIMEOUT_S = 60.0
 CONFIRMED = 0.8  # of a call's time may pass until a submit is on the server's disk, beside the second that it may take
 SILENT_HEARTBEATS = 3  # a worker that has missed so many is not alive
 
@@ -108,6 +109,20 @@ class Store:
 
     def close(self) -> None:
         self._redis.close()
+        if "_binary_pool" in self.__dict__:
+            self._binary_pool.disconnect()
+
+    @contextmanager
+    def binary(self) -> Iterator[redis.Redis]:
+        """A connection for bytes, with time for megabytes; what goes wrong on it is a ServerError."""
+        with self._errors():
+            yield redis.Redis(connection_pool=self._binary_pool)
+
+    @cached_property
+    def _binary_pool(self) -> redis.ConnectionPool:
+        pool = self._redis.connection_pool
+        options = {**pool.connection_kwargs, "decode_responses": False, "socket_timeout": BINARY_TIMEOUT_S}
+        return redis.ConnectionPool(pool.connection_class, **options)
 
     @property
     def where(self) -> str:

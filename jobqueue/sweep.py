@@ -94,14 +94,23 @@ def read_sweep(path: Path, sets: Sequence[str] = ()) -> Sweep:
     Raises:
         SpecError: with every problem of the file.
     """
-    document = _read(path)
+    return _checked(_read(path), sets)
+
+
+def sweep_of_data(source: str, base_model: str, sets: Sequence[str] = ()) -> Sweep:
+    """A file, URL or hub id as a sweep of one configuration that trains on it; `sets` as above. Raises SpecError."""
+    root = CommentedMap(name="preview", base_model=base_model, data=CommentedMap(source=source))
+    return _checked(_Document(Path("preview"), root), sets)
+
+
+def _checked(document: _Document, sets: Sequence[str]) -> Sweep:
     for item in sets:
         _set(document, item)
     file = _validate(document, SweepFile, document.root, {})
     trials = _trials(document) if file else []
     document.check()
     assert file is not None  # else there was a problem
-    return Sweep(file.name, path, trials)
+    return Sweep(file.name, document.path, trials)
 
 
 def _yaml() -> YAML:

@@ -32,6 +32,7 @@ NOTE = "<!-- Written by ops/generate_docs.py: change the code, then run `make do
 SECTIONS = (
     ("", spec.SweepFile),
     ("data", spec.DataSpec),
+    ("data.template", spec.RowTemplate),
     ("lora", spec.LoraSpec),
     ("training", spec.TrainingSpec),
     ("evaluation", spec.EvaluationSpec),
@@ -50,6 +51,9 @@ MEANINGS: Mapping[str, str] = {
     "resources": "Section, see below.",
     "sweep": "Section, see below. Without it the file is one configuration.",
     "data.format": "How a row looks; auto: by the names of its columns.",
+    "data.template.system": "What the system turn says.",
+    "data.template.user": "What the user says.",
+    "data.template.assistant": "What the assistant says, which is trained.",
     "lora.r": "Rank of the adapter: larger learns more and takes more memory.",
     "lora.lora_alpha": "The adapter's weight is lora_alpha / r.",
     "lora.lora_dropout": "Share of the adapter's inputs that are dropped in training.",

@@ -22,12 +22,13 @@ from scipy.stats import binomtest
 from gpu_worker.protocol import Progress, Request
 from gpu_worker.trainer import usage
 from gpu_worker.trainer.clock import Clock
-from gpu_worker.trainer.data import end_ids
+from gpu_worker.trainer.data import chat_of, end_ids
 from gpu_worker.trainer.failures import bad_data
 from gpu_worker.trainer.likelihood import TIES, score
 from gpu_worker.trainer.questions import Question, padded, to_questions
 from gpu_worker.trainer.texts import Text, add_losses, bleu, perplexity, to_texts
 from jobqueue import answers, rows
+from jobqueue.chat import Chat
 from jobqueue.extraction import extract, has_asked_form
 from jobqueue.spec import BY_QUESTION, EvaluateSpec
 
@@ -65,6 +66,7 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
     else:
         base = models.load_for_asking(spec.base_model, spec.load_in_4bit, request.adapter, spec.revision)
     model, tokenizer = base.model, base.tokenizer
+    chat = chat_of(tokenizer, spec.chat_template)
     reserved_at_start = usage.reserved()
     clock.lap("load_s")
 
@@ -75,9 +77,9 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
     dropped: dict[str, int] = {}
     too_long = 0
     if by_question:
-        questions, too_long = to_questions(tokenizer, choices, limit, new_tokens)
+        questions, too_long = to_questions(chat, choices, limit, new_tokens)
     if len(by_question) < len(metrics):
-        texts, dropped = to_texts(tokenizer, file.examples, limit, new_tokens)
+        texts, dropped = to_texts(chat, file.examples, limit, new_tokens)
     clock.lap("data_s")
 
     batch = asked.per_device_eval_batch_size
@@ -95,7 +97,7 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
         before += len(questions)
         clock.lap("likelihood_s")
     if "generated" in metrics:
-        generate(model, tokenizer, questions, batch, new_tokens, progress)
+        generate(model, tokenizer, chat, questions, batch, new_tokens, progress)
         outcome["generated"] = _generated(questions)
         before += len(questions)
         clock.lap("generated_s")
@@ -108,7 +110,8 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
         written = {question.index: question.text for question in questions if question.text is not None}
         for text in texts:
             text.text = written.get(text.index)
-        generate(model, tokenizer, [text for text in texts if text.text is None], batch, new_tokens, progress)
+        unwritten = [text for text in texts if text.text is None]
+        generate(model, tokenizer, chat, unwritten, batch, new_tokens, progress)
         outcome["bleu"] = bleu(texts)
         clock.lap("bleu_s")
 
@@ -155,13 +158,14 @@ def _write(request: Request, name: str, items: Sequence[Question | Text]) -> Non
 def generate(
     model: Any,
     tokenizer: Any,
+    chat: Chat,
     questions: Sequence[Question | Text],
     batch_size: int,
     new_tokens: int,
     progress: Callable[[int], None],
 ) -> None:
     """Fill in every question's greedy answer, without its end token."""
-    ends = end_ids(tokenizer, model)
+    ends = end_ids(chat, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     ordered = sorted(questions, key=lambda question: len(question.prompt))
     for start in range(0, len(ordered), batch_size):

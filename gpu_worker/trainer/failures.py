@@ -7,7 +7,7 @@ import errno
 from collections.abc import Iterator
 
 from gpu_worker.protocol import Failed
-from jobqueue.errors import DataError, StorageError
+from jobqueue.errors import ChatTemplateError, DataError, StorageError
 from jobqueue.job import FailureReason
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOENT}
@@ -62,7 +62,9 @@ def failed(error: BaseException) -> Failed:
     reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
     if isinstance(error, JobFailure):
         return Failed(error.reason.value, one_line(str(error)), error.rung)
-    if isinstance(error, DataError):
+    if isinstance(error, ChatTemplateError):
+        reason, message = FailureReason.BAD_SPEC, f"{error.what}; {error.do}"
+    elif isinstance(error, DataError):
         reason, message = FailureReason.BAD_DATA, error.what
     elif isinstance(error, StorageError):
         reason, message = FailureReason.STORAGE, error.what

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from gpu_worker.trainer.data import BadTurn, answer_text, prompt_ids
 from gpu_worker.trainer.failures import bad_data
-from jobqueue.formats import MultipleChoice
+from jobqueue.chat import BadTurn, Chat
+from jobqueue.example import MultipleChoice
 
 log = logging.getLogger("loraq.trainer")
 
@@ -62,7 +62,7 @@ class Question:
 
 
 def to_questions(
-    tokenizer: Any, choices: list[tuple[int, MultipleChoice]], limit: int, new_tokens: int
+    chat: Chat, choices: list[tuple[int, MultipleChoice]], limit: int, new_tokens: int
 ) -> tuple[list[Question], int]:
     """The questions as token ids, and how many were left out because they exceed `limit` tokens."""
     questions: list[Question] = []
@@ -73,14 +73,11 @@ def to_questions(
             if lead is None:
                 # Some templates put a space between the prompt and the answer; the same for every question.
                 reply = choice.reply(choice.answer)
-                lead = answer_text(tokenizer, choice.conversation()).removesuffix(reply)
-            prompt = prompt_ids(tokenizer, choice.conversation()[:1])
+                lead = chat.answer_text(choice.conversation()).removesuffix(reply)
+            prompt = chat.prompt_ids(choice.conversation()[:-1])
         except BadTurn as error:
             raise bad_data(str(error)) from error
-        replies = {
-            letter: tokenizer(lead + choice.reply(letter), add_special_tokens=False)["input_ids"]
-            for letter in choice.options
-        }
+        replies = {letter: chat.ids(lead + choice.reply(letter)) for letter in choice.options}
         question = Question(index, choice, prompt, replies)
         if max(question.longest, len(prompt) + new_tokens) > limit:
             too_long += 1

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from gpu_worker.trainer.data import IGNORED, BadTurn, Tokens, prompt_ids, tokenise
-from gpu_worker.trainer.failures import JobFailure, bad_data
+from gpu_worker.trainer.failures import bad_data
 from gpu_worker.trainer.likelihood import Progress, batches, check_shape
 from gpu_worker.trainer.questions import padded
-from jobqueue.formats import Example
-from jobqueue.job import FailureReason
+from jobqueue.chat import Chat
+from jobqueue.example import Example
+from jobqueue.tokens import IGNORED, Tokens, label
 
 POSITIONS = 512  # whose log-probabilities are computed at a time, in 32 bits
 
@@ -30,45 +31,40 @@ class Text:
     loss: float | None = None  # summed over the labels, in nats
     text: str | None = None  # the answer that the model wrote
 
-    @property
-    def labels(self) -> int:
-        """Tokens that the loss is of."""
-        return sum(label != IGNORED for label in self.row.labels)
-
     def line(self) -> dict[str, Any]:
         loss = None if self.loss is None else round(self.loss, 6)
-        tokens = None if self.loss is None else self.labels
+        tokens = None if self.loss is None else self.row.trained
         return {"index": self.index, "reference": self.reference, "text": self.text, "loss": loss, "tokens": tokens}
 
 
 def to_texts(
-    tokenizer: Any, examples: Sequence[tuple[int, Example]], limit: int, new_tokens: int
+    chat: Chat, examples: Sequence[tuple[int, Example]], limit: int, new_tokens: int
 ) -> tuple[list[Text], dict[str, int]]:
-    """The rows as token ids, and how many were left out by reason. Raises JobFailure where none is left."""
+    """The rows as token ids, and how many were left out by reason; `new_tokens`: 0 where nothing is to be written.
+
+    Raises JobFailure where no row is left.
+    """
     texts: list[Text] = []
-    left_out: dict[str, int] = {}
-    for index, example in examples:
-        conversation = example.conversation
-        last = max(turn for turn, message in enumerate(conversation) if message["role"] == "assistant")
-        try:
-            prompt = prompt_ids(tokenizer, conversation[:last])
-            (row,), _ = tokenise(tokenizer, [conversation], max_seq_length=2**31)
-        except BadTurn as error:
-            left_out[str(error)] = left_out.get(str(error), 0) + 1
+    left_out = Counter[str]()
+    rows = label(chat, [example for _, example in examples])
+    for (index, example), row in zip(examples, rows, strict=True):
+        if isinstance(row, str) or not row.trained:
+            left_out[row if isinstance(row, str) else "an empty answer"] += 1
             continue
-        except JobFailure as error:
-            if error.reason is not FailureReason.BAD_DATA:
-                raise
-            left_out[str(error)] = left_out.get(str(error), 0) + 1
-            continue
-        if max(len(row.input_ids), len(prompt) + new_tokens) > limit:
-            reason = f"longer than {limit} tokens"
-            left_out[reason] = left_out.get(reason, 0) + 1
-            continue
-        texts.append(Text(index, prompt, conversation[last]["content"].strip(), row))
+        turns = example.conversation
+        last = max((turn for turn, message in enumerate(turns) if message["role"] == "assistant"), default=0)
+        reference = str(turns[last].get("content") or "").strip() if turns else example.text or ""
+        prompt = chat.prompt_ids(turns[:last]) if new_tokens and last else []
+        if new_tokens and not prompt:
+            left_out["plain text has no answer to write"] += 1
+        elif max(len(row.input_ids), len(prompt) + new_tokens) > limit:
+            left_out[f"longer than {limit} tokens"] += 1
+        else:
+            texts.append(Text(index, prompt, reference, row))
     if not texts:
-        raise bad_data("no row is left to evaluate: " + "; ".join(f"{n} rows: {why}" for why, n in left_out.items()))
-    return texts, left_out
+        reasons = "; ".join(f"{count} rows: {why}" for why, count in left_out.items())
+        raise bad_data(f"no row is left to evaluate: {reasons}")
+    return texts, dict(left_out)
 
 
 def add_losses(model: Any, texts: list[Text], batch_size: int, progress: Progress) -> None:
@@ -100,12 +96,12 @@ def add_losses(model: Any, texts: list[Text], batch_size: int, progress: Progres
 
 
 def _first(text: Text) -> int:
-    return next(place for place, label in enumerate(text.row.labels) if label != IGNORED)
+    return next(place for place, token in enumerate(text.row.labels) if token != IGNORED)
 
 
 def _loss(logits: torch.Tensor, labels: list[int], first: int) -> float:
     """Summed over the labels; `logits`: (columns from `first` on, vocabulary), each of which predicts the next."""
-    places = [place for place, label in enumerate(labels) if label != IGNORED and place > 0]
+    places = [place for place, token in enumerate(labels) if token != IGNORED and place > 0]
     total = 0.0
     for start in range(0, len(places), POSITIONS):
         some = places[start : start + POSITIONS]
@@ -117,7 +113,7 @@ def _loss(logits: torch.Tensor, labels: list[int], first: int) -> float:
 
 def perplexity(texts: list[Text]) -> dict[str, Any]:
     """exp of the mean loss over all tokens of all reference answers: a long answer counts for more than a short one."""
-    tokens = sum(text.labels for text in texts)
+    tokens = sum(text.row.trained for text in texts)
     loss = math.fsum(text.loss or 0.0 for text in texts) / tokens
     value = math.exp(loss) if loss < 700 else None  # beyond what a float holds
     return {"perplexity": value, "loss": loss, "tokens": tokens, "rows": len(texts)}

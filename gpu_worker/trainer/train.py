@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
-from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,25 +14,26 @@ from gpu_worker.trainer import model as models  # first: it imports Unsloth
 # isort: split
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from gpu_worker.protocol import Checkpoint, Progress, Request
+from gpu_worker.protocol import Progress, Request
 from gpu_worker.trainer import usage
 from gpu_worker.trainer.checkpoint import Checkpoints, counts_of
 from gpu_worker.trainer.clock import Clock
-from gpu_worker.trainer.data import IGNORED, Tokens, tokenise
+from gpu_worker.trainer.collator import KEPT_BACK, Collator
+from gpu_worker.trainer.data import chat_of
 from gpu_worker.trainer.failures import JobFailure, bad_spec, on_rung, one_line
+from gpu_worker.trainer.watch import Report, Watch, mean_loss, nan_message
 from jobqueue import rows
 from jobqueue.job import FailureReason
 from jobqueue.memory import GIB
 from jobqueue.microbatch import Choice, choose
 from jobqueue.spec import TrainSpec
+from jobqueue.tokens import Tokens, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")
-Report = Callable[[Progress | Checkpoint], None]
 OVER_ESTIMATE = 1.15  # a job that needs more than this over its estimate has run out of memory
-SILENCE_S = 2.0  # a running job says something at least this often (a step permitting)
 
 
 def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
@@ -55,20 +53,25 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     clock.lap("load_s")
 
     report(Progress("data"))
-    conversations = [example.conversation for _, example in file.examples]
-    tokens, data = tokenise(base.tokenizer, conversations, training.max_seq_length)
+    chat = chat_of(base.tokenizer, spec.chat_template)
+    trained, kept_back = rows.split(spec.data, [example for _, example in file.examples])
+    tokens, data = tokenise(chat, trained, training.max_seq_length)
+    validation = survey(chat, kept_back, training.max_seq_length)[0]
     for reason, skipped in file.summary.skipped.items():
         log.warning("%d of %d rows cannot be used: %s", skipped.count, file.summary.rows, reason)
+    log.info("the layout is %s", file.summary.reason)
+    for note in data.notes:
+        log.info("%s", note)
     log.info("data: %s", {key: value for key, value in asdict(data).items() if key != "preview"})
     log.info("the first row, trained on what stands in <<>>:\n%s", data.preview)
     if training.dataset_num_proc is not None:
         log.info("dataset_num_proc: not needed, rows are tokenised by threads of the tokenizers library")
     clock.lap("data_s")
 
-    choice = _choose(spec, request, max(len(row.input_ids) for row in tokens), base.model)
+    choice = _choose(spec, request, max(len(row.input_ids) for row in [*tokens, *validation]), base.model)
     report(Progress("data", budget_bytes=usage.hold_to(_budget(request, choice))))
     with on_rung(choice.rung, last=choice.last):
-        outcome = _fit(choice.split.of(spec), base, tokens, request, report, clock)
+        outcome = _fit(choice.split.of(spec), base, tokens, validation, request, report, clock)
     outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
     outcome["training"] |= asdict(choice.split)
     return outcome | {"data": file.summary.report() | asdict(data), "versions": usage.versions()}
@@ -101,7 +104,13 @@ def _budget(request: Request, choice: Choice) -> int | None:
 
 
 def _fit(
-    spec: TrainSpec, base: models.Loaded, tokens: list[Tokens], request: Request, report: Report, clock: Clock
+    spec: TrainSpec,
+    base: models.Loaded,
+    tokens: list[Tokens],
+    validation: list[Tokens],
+    request: Request,
+    report: Report,
+    clock: Clock,
 ) -> dict[str, Any]:
     """Adapter, training, saving. Returns the outcome's parts of it."""
     training = spec.training
@@ -111,7 +120,7 @@ def _fit(
     parameters = [(p.requires_grad, _size(p)) for p in model.parameters()]
     clock.lap("load_s")
 
-    config = _config(spec, request, torch.cuda.is_available())
+    config = _config(spec, request, torch.cuda.is_available(), bool(validation))
     collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     watch = Watch(report, collator)
     checkpoints = Checkpoints(training, watch.counts, report)
@@ -121,9 +130,8 @@ def _fit(
             model=model,
             args=config,
             processing_class=tokenizer,
-            train_dataset=Dataset.from_dict(
-                {"input_ids": [row.input_ids for row in tokens], "labels": [row.labels for row in tokens]}
-            ),
+            train_dataset=_dataset(tokens),
+            eval_dataset=_dataset(validation, kept_back=True) if validation else None,
             data_collator=collator,
             callbacks=[watch, checkpoints],
         )
@@ -139,7 +147,10 @@ def _fit(
     result = trainer.train(resume_from_checkpoint=request.resume)
     clock.lap("train_s")
     if not math.isfinite(result.training_loss):
-        raise JobFailure(FailureReason.NAN_LOSS, _nan_message(trainer.state.global_step))
+        raise JobFailure(FailureReason.NAN_LOSS, nan_message(trainer.state.global_step))
+    if validation and not any(e["step"] == trainer.state.global_step for e in _validations(trainer)):
+        trainer.evaluate()
+        clock.lap("validation_s")
     memory = usage.memory(reserved_at_start)
 
     report(Progress("save", step=trainer.state.global_step, steps=trainer.state.max_steps))
@@ -163,17 +174,31 @@ def _fit(
             "trained_tokens": watch.trained_tokens,
             "tokens_per_s": round(watch.tokens / train_s, 1),
             "final_loss": losses[-1][1] if losses else result.training_loss,
-            "mean_loss": _mean(losses) if losses else result.training_loss,
+            "mean_loss": mean_loss(losses) if losses else result.training_loss,
             "parameters": sum(size for _, size in parameters),
             "trained_parameters": sum(size for trained, size in parameters if trained),
             "seed": training.seed,
             "resumed_from_step": resumed_from,
         },
         "losses": losses,
+        "validation": {
+            "rows": len(validation),
+            "losses": [[entry["step"], entry["eval_loss"]] for entry in _validations(trainer)],
+        },
     }
 
 
-def _config(spec: TrainSpec, request: Request, on_gpu: bool) -> SFTConfig:
+def _dataset(rows: list[Tokens], kept_back: bool = False) -> Dataset:
+    columns = {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
+    return Dataset.from_dict(columns | ({KEPT_BACK: [True] * len(rows)} if kept_back else {}))
+
+
+def _validations(trainer: SFTTrainer) -> list[dict[str, Any]]:
+    """Every loss on the rows that were kept back, oldest first."""
+    return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def _config(spec: TrainSpec, request: Request, on_gpu: bool, validates: bool) -> SFTConfig:
     """Every field that matters is written out: Unsloth and TRL change the defaults of transformers."""
     training = spec.training
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
@@ -227,7 +252,10 @@ def _config(spec: TrainSpec, request: Request, on_gpu: bool) -> SFTConfig:
             disable_tqdm=True,
             report_to=[training.report_to] if isinstance(training.report_to, str) else [*training.report_to],
             run_name=request.job_id,
-            eval_strategy="no",
+            eval_strategy="steps" if validates and training.eval_steps else "no",
+            eval_steps=training.eval_steps,
+            per_device_eval_batch_size=training.per_device_train_batch_size,
+            prediction_loss_only=True,
             save_strategy="no",
             push_to_hub=False,
         )
@@ -235,112 +263,10 @@ def _config(spec: TrainSpec, request: Request, on_gpu: bool) -> SFTConfig:
         raise bad_spec(one_line(f"training: {error}")) from error
 
 
-class Collator:
-    """Pads rows on the right to the longest of the batch; remembers what each batch holds."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-        self.batches: deque[tuple[int, int, int]] = deque()  # rows, tokens, trained tokens; oldest first
-
-    def __call__(self, batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in batch)
-        ids = torch.full((len(batch), width), self.pad_token_id)
-        labels = torch.full((len(batch), width), IGNORED)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for place, row in enumerate(batch):
-            length = len(row["input_ids"])
-            ids[place, :length] = torch.tensor(row["input_ids"])
-            labels[place, :length] = torch.tensor(row["labels"])
-            mask[place, :length] = 1  # by length, never by the pad id: pad may be eos
-        self.batches.append((len(batch), int(mask.sum()), int((labels != IGNORED).sum())))
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}  # each (rows, width)
-
-
-class Watch(TrainerCallback):
-    """Counts what was trained on, reports progress, and ends the job when the loss is no number."""
-
-    def __init__(self, report: Report, collator: Collator) -> None:
-        self.report = report
-        self.collator = collator
-        self.rows = self.tokens = self.trained_tokens = 0
-        self.said_at = time.monotonic()
-        self.said_tokens = 0
-        self.began_at, self.seconds_before = self.said_at, 0.0
-
-    def counts(self) -> dict[str, float]:
-        """For a checkpoint: of this attempt and those that it went on from."""
-        seconds = self.seconds_before + time.monotonic() - self.began_at
-        return {
-            "rows": self.rows, "tokens": self.tokens, "trained_tokens": self.trained_tokens, "seconds": seconds
-        }  # fmt: skip
-
-    def go_on(self, counts: dict[str, float]) -> None:
-        """From what a checkpoint says."""
-        self.rows, self.tokens = int(counts["rows"]), int(counts["tokens"])
-        self.trained_tokens, self.seconds_before = int(counts["trained_tokens"]), counts["seconds"]
-        self.said_tokens = self.tokens
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began_at = self.said_at = time.monotonic()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.collator.batches:
-            return
-        rows, tokens, trained_tokens = self.collator.batches.popleft()
-        self.rows += rows
-        self.tokens += tokens
-        self.trained_tokens += trained_tokens
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.on_substep_end(args, state, control)
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last loss, whatever logging_steps is
-        logs_now = control.should_log or state.global_step == 1 or state.global_step % args.logging_steps == 0
-        if not logs_now and time.monotonic() - self.said_at >= SILENCE_S:
-            self._say(state, {})
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        if not math.isfinite(logs["loss"]):
-            raise JobFailure(FailureReason.NAN_LOSS, _nan_message(state.global_step))
-        self._say(state, logs)
-
-    def _say(self, state: Any, logs: dict[str, float]) -> None:
-        now = time.monotonic()
-        speed = (self.tokens - self.said_tokens) / max(now - self.said_at, 1e-9)
-        self.said_at, self.said_tokens = now, self.tokens
-        grad_norm = logs.get("grad_norm")
-        self.report(
-            Progress(
-                "train",
-                step=state.global_step,
-                steps=state.max_steps,
-                epoch=round(state.epoch or 0.0, 4),
-                loss=logs.get("loss"),
-                learning_rate=logs.get("learning_rate"),
-                grad_norm=float(grad_norm) if grad_norm is not None and math.isfinite(grad_norm) else None,
-                tokens_per_s=round(speed, 1),
-                reserved_bytes=usage.reserved(),
-            )
-        )
-
-
 def _size(parameter: Any) -> int:
     """Numbers in a parameter; a 4-bit one holds two per byte and knows its true shape."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else int(parameter.numel())
-
-
-def _mean(losses: list[list[float]]) -> float:
-    """Over all steps, also those of attempts before: each logged loss is the mean since the one before it."""
-    steps = [0, *(step for step, _, _ in losses)]
-    sums = [loss * (step - before) for (step, loss, _), before in zip(losses, steps, strict=False)]
-    return sum(sums) / steps[-1]
-
-
-def _nan_message(step: int) -> str:
-    return f"the loss became NaN by step {step}; a lower learning_rate, or more warmup_steps, may help"
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, base_model: str) -> None:

@@ -128,6 +128,8 @@ def test_what_does_not_change_the_scores_does_not_change_the_base_evaluation(
         {"evaluation": {"source": "test.jsonl", "load_in_4bit": False}},
         {"base_model": "owner/name"},
         {"base_model": "owner/name", "revision": "v2"},
+        {"chat_template": "chatml"},
+        {"evaluation": {"source": "test.jsonl", "system_prompt": "Be brief"}},
     ],
 )
 def test_what_may_change_the_scores_makes_another_base_evaluation(folder: Path, changes: dict[str, object]) -> None:
@@ -178,7 +180,7 @@ def test_what_is_not_on_this_machine_is_left_to_the_workers(folder: Path, source
     [
         ("missing.jsonl", None, "there is no data file"),
         ("empty.jsonl", "", "empty"),
-        ("other.jsonl", '{"text": 1}\n', "text"),
+        ("other.jsonl", '{"words": 1}\n', "words"),
     ],
 )
 def test_a_data_file_that_cannot_be_used_is_refused(
@@ -321,3 +323,44 @@ def test_offline_the_cache_says_what_a_branch_is(tmp_path: Path, monkeypatch: py
     (tmp_path / "models--owner--name" / "refs" / "main").write_text("c" * 40)
     assert commit("owner/name", None) == "c" * 40
     assert fingerprint("owner/name") == f"owner/name@{'c' * 40}"
+
+
+# -- chat templates and prompts
+
+
+def templates(made: Plan) -> set[str | None]:
+    return {job.spec.chat_template for job in made.jobs if isinstance(job.spec, (TrainSpec, EvaluateSpec))}
+
+
+def test_a_chat_template_is_a_name_jinja_or_a_file_whose_content_travels(folder: Path) -> None:
+    (folder / "own.jinja").write_text("{{ messages[0].content }}")
+    assert templates(plan(folder)) == {None}
+    assert templates(plan(folder, chat_template="chatml")) == {"chatml"}
+    assert templates(plan(folder, chat_template="own.jinja")) == {"{{ messages[0].content }}"}
+    assert templates(plan(folder, chat_template="{{ bos_token }}")) == {"{{ bos_token }}"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("chatmll", "neither alpaca, chatml, gemma"),
+        ("no.jinja", "'no.jinja' is neither"),
+        ("{% if %}", "no valid Jinja"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_is_refused(folder: Path, given: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words) as error:
+        plan(folder, chat_template=given)
+    assert error.value.problems[0].path == "chat_template"
+
+
+def test_a_system_prompt_that_the_evaluation_does_not_have_is_pointed_out(folder: Path) -> None:
+    made = plan(folder, data={"source": "train.jsonl", "system_prompt": "Be brief"})
+    assert any("different system prompts" in warning for warning in made.warnings)
+    both = {"source": "test.jsonl", "system_prompt": "Be brief"}
+    assert plan(folder, data=both, evaluation=both).warnings == ()
+
+
+def test_a_split_that_cannot_be_is_refused_before_anything_is_submitted(folder: Path) -> None:
+    with pytest.raises(DataError, match="leaves none to"):
+        plan(folder, data={"source": "train.jsonl", "validation_split": 0.5})

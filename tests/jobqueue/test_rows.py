@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobqueue.errors import DataError
-from jobqueue.formats import SkipRow, conversation
+from jobqueue.errors import DataError, StorageError
+from jobqueue.example import SkipRow
+from jobqueue.formats import conversation
 from jobqueue.rows import check_file, load, read
 from jobqueue.spec import DataSpec
 
@@ -77,10 +80,12 @@ def test_an_options_text_goes_before_its_letter(tmp_path: Path) -> None:
     ],
 )
 def test_a_row_that_lacks_something_is_skipped_and_counted(change: Any, reason: str, tmp_path: Path) -> None:
+    """datasets#6641 among others: a null, a number, or a lone surrogate in one row ended the whole job."""
     loaded = load(spec(write(tmp_path / "d.jsonl", ROW, {**ROW, **change}, ROW, {**ROW, **change})))
     assert [index for index, _ in loaded.examples] == [0, 2]
     assert loaded.summary.report() == {
-        "format": "multiple_choice", "rows": 4, "usable": 2, "skipped": {reason: {"count": 2, "lines": [2, 4]}},
+        "format": "multiple_choice", "format_reason": "multiple_choice: columns question, options, answer_idx, answer",
+        "rows": 4, "usable": 2, "skipped": {reason: {"count": 2, "lines": [2, 4]}},
     }  # fmt: skip
 
 
@@ -107,7 +112,7 @@ def test_conversations_are_read_and_their_mistakes_counted(tmp_path: Path) -> No
     assert [example.conversation for _, example in loaded.examples] == [CHAT["messages"], CHAT["messages"]]
     assert sum(entry.count for entry in loaded.summary.skipped.values()) == len(bad)
     with pytest.raises(SkipRow):
-        conversation({"text": "no format has this column"})
+        conversation({"words": "no format has this column"})
 
 
 def test_bom_blank_lines_and_windows_line_ends_are_tolerated(tmp_path: Path) -> None:
@@ -131,6 +136,7 @@ def test_bom_blank_lines_and_windows_line_ends_are_tolerated(tmp_path: Path) -> 
     ],
 )
 def test_a_broken_file_is_refused_with_its_line_and_with_advice(content: bytes, message: str, tmp_path: Path) -> None:
+    """datasets#7092, #6641: a Latin-1 byte, UTF-16, an empty file ended in errors without a place."""
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(DataError) as error:
         check_file(spec(tmp_path / "d.jsonl"))
@@ -218,7 +224,10 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     file = write(tmp_path / "d.jsonl", {"question": "Which?", "options": ["oak", "trout"]})
-    with pytest.raises(DataError, match="lacks the column answer or answer_idx; its columns are question, options"):
+    with pytest.raises(
+        DataError,
+        match="lacks the column answer_idx or answer or answerKey or label; its columns are question, options",
+    ):
         check_file(spec(file, format="multiple_choice"))
     with pytest.raises(DataError, match="has no column nosuch"):
         check_file(spec(file, columns={"answer": "nosuch"}))
@@ -228,3 +237,226 @@ def test_a_file_with_both_layouts_is_read_as_asked(tmp_path: Path) -> None:
     file = write(tmp_path / "d.jsonl", {**ROW, **CHAT})
     assert check_file(spec(file)).format == "multiple_choice"
     assert load(spec(file, format="messages")).examples[0][1].conversation == CHAT["messages"]
+
+
+# -- files as people have them
+
+
+def test_every_mistake_of_a_file_is_said_at_once_with_its_line(tmp_path: Path) -> None:
+    """datasets#7092, #6460: the reader named neither the line nor the others."""
+    good = json.dumps(ROW).encode()
+    (tmp_path / "d.jsonl").write_bytes(
+        b"\n".join([good, b'{"question": ', good, b"[1]", b'{"a": "caf\xe9"}', good, b""])
+    )
+    with pytest.raises(DataError) as error:
+        check_file(spec(tmp_path / "d.jsonl"))
+    places = [line.partition("d.jsonl:")[2].partition(": ")[0] for line in error.value.what.splitlines()]
+    assert places == ["2", "4", "5"]
+    assert check_file(spec(tmp_path / "d.jsonl", limit=1)).usable == 1  # what is not asked for may be wrong
+
+    (tmp_path / "many.jsonl").write_bytes(b"x\n" * 25)
+    with pytest.raises(DataError, match="and 15 more lines"):
+        check_file(spec(tmp_path / "many.jsonl"))
+    (tmp_path / "d.csv").write_text("question,options,answer\na,b,c,d\na,b,c\n1,2,3,4,5\n")
+    with pytest.raises(DataError, match=r"d\.csv:2: 4 values for 3 columns\n.*d\.csv:4: 5 values"):
+        check_file(spec(tmp_path / "d.csv"))
+
+
+def test_rows_that_begin_with_null_are_read_by_what_comes_later(tmp_path: Path) -> None:
+    """datasets#7222: the type of a column was guessed from the first rows, which were null."""
+    empty = {"question": None, "options": None, "answer": None}
+    loaded = load(spec(write(tmp_path / "d.jsonl", *[empty] * 300, ROW)))
+    assert (loaded.summary.rows, loaded.summary.usable) == (301, 1)
+    late = load(spec(write(tmp_path / "late.jsonl", *[{"id": n} for n in range(300)], ROW)))
+    assert (late.summary.format, late.summary.usable) == ("multiple_choice", 1)
+
+
+def test_values_of_mixed_types_are_each_read_for_what_they_are(tmp_path: Path) -> None:
+    """datasets#6460: "could not convert ... mixed types"."""
+    rows = [
+        ROW,
+        {**ROW, "options": ["oak", "trout"]},
+        {**ROW, "options": {"A": 1, "B": 2.5}, "answer": "1", "answer_idx": "A"},
+    ]
+    loaded = load(spec(write(tmp_path / "d.jsonl", *rows, {**ROW, "answer_idx": 1, "extra": [1, "x", None]})))
+    assert loaded.summary.usable == 4
+    assert loaded.examples[2][1].choice.options == {"A": "1", "B": "2.5"}  # type: ignore[union-attr]
+
+
+def test_a_last_line_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    """datasets#6641 and others: half a row at the end, as an interrupted copy leaves it."""
+    whole = "".join(json.dumps(ROW) + "\n" for _ in range(3))
+    (tmp_path / "d.jsonl").write_text(whole[:-20])
+    with pytest.raises(DataError, match=r"d\.jsonl:3: the last line is cut off") as error:
+        check_file(spec(tmp_path / "d.jsonl"))
+    assert error.value.do == "Write or copy the file again."
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_unicode_encodings_are_refused_by_name(encoding: str, tmp_path: Path) -> None:
+    """datasets#7092: UTF-16 ended in a traceback."""
+    (tmp_path / "d.jsonl").write_text(json.dumps(ROW), encoding=encoding)
+    with pytest.raises(DataError, match=r"is UTF-16|is no text: it has zero bytes"):
+        check_file(spec(tmp_path / "d.jsonl"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": []}', "question,options,answer\n"])
+def test_a_file_without_rows_is_empty_and_no_bare_stop_iteration(content: str, tmp_path: Path) -> None:
+    """TRL ended in a bare StopIteration."""
+    (tmp_path / ("d.csv" if "," in content else "d.json")).write_text(content)
+    with pytest.raises(DataError, match=r"is empty|no list"):
+        check_file(spec(next(tmp_path.iterdir())))
+
+
+def packed(name: str, content: bytes) -> bytes:
+    if name.endswith(".gz"):
+        return gzip.compress(content)
+    return pytest.importorskip("backports.zstd").compress(content) if name.endswith(".zst") else content  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_kind_of_file_is_read_packed_or_not(kind: str, suffix: str, tmp_path: Path) -> None:
+    row = {"prompt": "Hi, you", "completion": "Hello"}
+    contents = {
+        "jsonl": json.dumps(row).encode() + b"\n", "json": json.dumps([row], indent=1).encode(),
+        "csv": b'prompt,completion\n"Hi, you",Hello\n', "tsv": b"prompt\tcompletion\nHi, you\tHello\n",
+    }  # fmt: skip
+    if kind == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "plain")
+        contents["parquet"] = (tmp_path / "plain").read_bytes()
+    file = tmp_path / f"d.{kind}{suffix}"
+    file.write_bytes(packed(file.name, contents[kind]))
+    for source in (file, f"file://{file}"):
+        loaded = load(spec(source))
+        assert [e.conversation[0]["content"] for _, e in loaded.examples] == ["Hi, you"]
+        assert loaded.summary.format == "prompt_completion"
+
+
+def test_a_json_document_may_hold_the_list_of_rows_in_an_object(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text(json.dumps({"version": 1, "data": [ROW, ROW]}, indent=2))
+    assert check_file(spec(tmp_path / "d.json")).usable == 2
+    long = {**ROW, "context": "word " * 5000}
+    (tmp_path / "lines.json").write_text((json.dumps(long) + "\n") * 3)
+    assert check_file(spec(tmp_path / "lines.json")).usable == 3
+    (tmp_path / "one.json").write_text(json.dumps(CHAT))
+    assert load(spec(tmp_path / "one.json")).examples[0][1].conversation == CHAT["messages"]
+    (tmp_path / "two.json").write_text(json.dumps({"train": [ROW], "test": [ROW]}, indent=2))
+    with pytest.raises(DataError, match="one JSON object with the lists train, test"):
+        check_file(spec(tmp_path / "two.json"))
+
+
+def test_a_cut_off_zstd_file_and_foreign_archives_are_refused(tmp_path: Path) -> None:
+    whole = packed("x.zst", b"".join(json.dumps({**ROW, "n": n}).encode() + b"\n" for n in range(500)))
+    contents = {"cut.zst": whole[:-20], "bad.zst": whole[:8] + b"\0" * 90, "a.zip": b"PK\x03\x04", "a.bz2": b"BZh91AY"}
+    words = {
+        "cut.zst": "damaged zstd",
+        "bad.zst": "damaged zstd",
+        "a.zip": "a zip archive",
+        "a.bz2": "packed with bzip2",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=words[name]):
+            check_file(spec(tmp_path / name))
+
+
+def test_zstd_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
+    with pytest.raises(DataError, match=r"pip install 'loraq\[data\]'"):
+        check_file(spec(tmp_path / "d.jsonl.zst"))
+
+
+def test_urls_that_cannot_be_read_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="Give a path, a hub id, or a URL"):
+        check_file(spec("ftpx://host/d.jsonl"))
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(DataError, match="Install s3fs on the workers"):
+        check_file(spec("s3://bucket/d.jsonl"))
+    with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:9/d\.jsonl cannot be read"):
+        check_file(spec("http://127.0.0.1:9/d.jsonl"))
+
+
+# -- the hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The datasets library, with a folder of this machine in the place of the hub; the calls that it got."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub" / "train.jsonl", ROW, ROW)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    original, calls = datasets.load_dataset, []
+
+    def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
+        calls.append({"path": path, "name": name, **options})
+        return original(
+            str(tmp_path / "hub"), **{key: options[key] for key in ("split", "cache_dir") if key in options}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_a_hub_data_set_has_a_name_a_revision_and_a_split(hub: list[dict[str, Any]], tmp_path: Path) -> None:
+    loaded = load(spec("org/set", name="main", revision="v1", split="train"))
+    assert loaded.summary.usable == 2
+    assert hub == [{"path": "org/set", "name": "main", "revision": "v1", "split": "train"}]
+    with pytest.raises(DataError, match=r"org/set \(name main, split tset\) is no file here .* Unknown split"):
+        load(spec("org/set", name="main", split="tset"))
+    with pytest.raises(DataError, match="is a file; name and revision are of data sets of the hub"):
+        load(spec(write(tmp_path / "d.jsonl", ROW), revision="v1"))
+
+
+def test_a_job_whose_shared_cache_another_one_broke_reads_into_its_own(
+    hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """datasets#4661, #2728, huggingface_hub#4306: jobs crashed on one cache; flock does nothing on some NFS."""
+    assert load(spec("org/set")).summary.usable == 2
+    for file in (tmp_path / "cache").rglob("*"):
+        if file.suffix == ".arrow":
+            file.write_bytes(b"another job writes here now")
+    assert load(spec("org/set")).summary.usable == 2
+    assert ["cache_dir" in call for call in hub] == [False, False, True]
+
+
+CONCURRENT = """
+import sys
+import datasets
+from pathlib import Path
+from jobqueue.rows import load
+from jobqueue.spec import DataSpec
+original = datasets.load_dataset
+def load_dataset(path, name=None, *, split, revision=None, **options):
+    return original(sys.argv[1], split=split, **options)
+datasets.load_dataset = load_dataset
+print("ready", flush=True)
+sys.stdin.readline()
+print(load(DataSpec(source="org/set")).summary.usable)
+"""
+
+
+def test_concurrent_jobs_share_one_cache(tmp_path: Path) -> None:
+    """datasets#4661, #2728."""
+    pytest.importorskip("datasets")
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub" / "train.jsonl", *[{**ROW, "n": n} for n in range(2000)])
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", CONCURRENT, str(tmp_path / "hub")]
+    jobs = [
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    try:
+        assert [job.stdout.readline() for job in jobs if job.stdout] == ["ready\n"] * 4
+        for job in jobs:
+            assert job.stdin is not None
+            job.stdin.write("\n")
+            job.stdin.flush()
+        assert [job.communicate(timeout=180)[0].strip() for job in jobs] == ["2000"] * 4
+    finally:
+        for job in jobs:
+            job.kill()

@@ -96,7 +96,7 @@ def test_braces_in_a_users_names_are_the_users(client: Client, tmp_path: Path) -
     assert client.job("b.1.eval").spec["evaluation"]["source"] == "owner/{batch}"
 
 
-@pytest.mark.parametrize("content", [None, "", '{"text": 1}\n'])
+@pytest.mark.parametrize("content", [None, "", '{"words": 1}\n'])
 def test_a_data_file_that_cannot_be_used_leaves_nothing_behind(
     client: Client, tmp_path: Path, content: str | None
 ) -> None:

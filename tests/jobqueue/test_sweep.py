@@ -197,7 +197,7 @@ def test_set_of_a_key_in_a_wrong_section_is_told_apart_from_the_file(problems: P
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora: {use_gradient_checkpointing: maybe}", "must be true or false or 'unsloth', not 'maybe'"),
+        ("lora: {use_gradient_checkpointing: maybe}", "must be true or false or 'unsloth' or 'auto', not 'maybe'"),
         ("lora: {target_modules: q_proj}", "must be a list or 'all-linear', not 'q_proj'"),
         ("lora: {r: [8, 16]}", "must be an integer; several values to try belong under sweep.grid"),
         (
@@ -407,3 +407,27 @@ def test_a_grid_with_a_value_twice_or_with_a_key_of_the_list_is_refused(problems
 
 def test_packing_is_refused_until_rows_can_be_kept_apart(problems: Problems) -> None:
     assert "comes with a later version" in problems(GOOD + "training: {packing: true}\n")[0][2]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('{source: d.csv, template: {user: "{{ q"}}', "data.template.user: is no valid Jinja template"),
+        ('{source: d.csv, template: {user: "{{ q }}"}}', "data.template: needs user and assistant"),
+        ('{source: d.csv, template: {text: "{{ q }}", system: x}}', "data.template: needs user and assistant"),
+        ("{source: d.csv, template: {asks: x}}", "data.template.asks: unknown key 'asks'"),
+        ('{source: d.csv, format: text, template: {text: "{{ q }}"}}', "data: template says how a row is read"),
+        ("{source: d.csv, validation_split: 1}", "data.validation_split: must be less than 1"),
+        ("{source: d.csv, revison: main}", "data.revison: unknown key 'revison'; did you mean revision?"),
+    ],
+)
+def test_mistakes_of_the_data_are_told_by_their_key(read: Read, data: str, message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        read(HEAD + f"data: {data}\n")
+    assert message in str(error.value.problems[0])
+
+
+def test_a_validation_loss_needs_rows_to_validate_on(problems: Problems, read: Read) -> None:
+    ((_, _, message),) = problems(GOOD + "training: {eval_steps: 10}\n")
+    assert "training.eval_steps needs rows to validate on: set data.validation_split" in message
+    assert read(HEAD + "data: {source: a/b, validation_split: 0.1}\ntraining: {eval_steps: 10}\n").trials

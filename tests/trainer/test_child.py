@@ -18,6 +18,7 @@ from trainer_child import DEADLINE_S, DEMO, Child, Done, evaluate_spec, train_sp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.protocol import Failed, Progress, Ready
+from jobqueue.templates import NAMED
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def lines(done: Done) -> list[dict[str, Any]]:
 
 def test_training_reports_memory_time_losses_and_data(trained: Done) -> None:
     outcome = trained.outcome
-    assert outcome.keys() == {"memory", "time", "training", "losses", "data", "versions"}
+    assert outcome.keys() == {"memory", "time", "training", "losses", "validation", "data", "versions"}
     memory, spent, training = outcome["memory"], outcome["time"], outcome["training"]
     assert (memory["kind"], memory["gpu"]) == ("ram", "cpu")
     assert 0 < memory["reserved_at_start_bytes"] <= memory["peak_reserved_bytes"] < memory["total_bytes"]
@@ -51,6 +52,35 @@ def test_training_reports_memory_time_losses_and_data(trained: Done) -> None:
     assert outcome["losses"][-1][1] < outcome["losses"][0][1]
     assert training["final_loss"] == outcome["losses"][-1][1]
     assert (outcome["data"]["rows"], outcome["data"]["used"], outcome["data"]["dropped"]) == (64, 64, {})
+    assert outcome["data"]["format_reason"] == "multiple_choice: columns question, options, answer_idx, answer"
+    assert outcome["validation"] == {"rows": 0, "losses": []}
+
+
+def test_rows_that_are_kept_back_are_not_trained_on_and_their_loss_is_reported(child: Child) -> None:
+    done = child.run(train_spec(training={"max_steps": 9, "eval_steps": 4}, data={"validation_split": 0.25}))
+    outcome, validation = done.outcome, done.outcome["validation"]
+    assert [step for step, _ in validation["losses"]] == [4, 8, 9]  # and at the end, wherever that is
+    assert all(loss == pytest.approx(outcome["training"]["mean_loss"], abs=0.2) for _, loss in validation["losses"])
+    assert outcome["data"]["rows"] + validation["rows"] == 64
+    assert validation["rows"] == 13
+    assert outcome["training"]["rows"] == 51 + 2 * 8  # an epoch and two steps: what validates is not counted as trained
+
+
+def test_dataset_num_proc_starts_no_processes_that_could_die(child: Child, trained: Done) -> None:
+    """unsloth#2693, LlamaFactory#7079, celery#1709: dataset_num_proc=4 inside a worker ended with "subprocesses has
+    abruptly died" or "daemonic processes are not allowed to have children"."""
+    done = child.run(train_spec(training={"max_steps": 12, "dataset_num_proc": 4}))
+    assert done.outcome["losses"] == trained.outcome["losses"]
+
+
+def test_another_chat_template_is_trained_with_and_goes_with_the_adapter(child: Child) -> None:
+    """transformers#33246, unsloth#2096: a base model without a template is trained with the one that was chosen."""
+    done = child.run(train_spec(chat_template="alpaca", training={"max_steps": 1}))
+    assert done.outcome["data"]["preview"].startswith("<|bos|>### Instruction:\n")
+    saved = AutoTokenizer.from_pretrained(done.folder / "adapter")
+    assert saved.chat_template == NAMED["alpaca"]
+    asked = child.run(evaluate_spec(chat_template="alpaca"), adapter=done.folder / "adapter")
+    assert asked.outcome["questions"] == 24
 
 
 def test_progress_runs_from_load_to_save(trained: Done) -> None:

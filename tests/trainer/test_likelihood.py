@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gpu_worker.trainer import likelihood
 from gpu_worker.trainer.likelihood import Tree, score
 from gpu_worker.trainer.questions import Question
-from jobqueue.formats import MultipleChoice
+from jobqueue.example import MultipleChoice
 
 VOCABULARY = 300
 COMMON = {

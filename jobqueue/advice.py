@@ -1,0 +1,53 @@
+"""What is unusual about a configuration and its data, in the words of somebody who has fine-tuned before; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jobqueue.spec import RunSpec
+from jobqueue.tokens import DataReport
+
+# Where a learning rate is in its usual range, by what is trained: Unsloth's and TRL's guides.
+ADAPTER_RATES = (5e-6, 5e-4)
+FULL_RATES = (1e-6, 5e-5)
+MOST_EPOCHS = 3.0  # from then on answers are learned by heart
+FEW_ROWS = 100
+CUT_SHARE = 0.05
+DOUBLED_SHARE = 0.01
+
+
+def on_training(run: RunSpec, rows: int) -> Iterator[str]:
+    """Learning rate, length of training, and whether anything tells when it gets worse; `rows` are trained on."""
+    training = run.training
+    low, high = FULL_RATES if run.method == "full" else ADAPTER_RATES
+    if not low <= training.learning_rate <= high:
+        side = "above" if training.learning_rate > high else "below"
+        yield (
+            f"learning_rate {training.learning_rate:g} is {side} the usual range for method {run.method} "
+            f"({low:g} to {high:g})"
+        )
+    epochs = training.num_train_epochs or 1.0
+    if training.steps:
+        epochs = training.steps * training.effective_batch / rows
+    if epochs > MOST_EPOCHS:
+        yield f"{epochs:.1f} epochs: after {MOST_EPOCHS:g} a model mostly learns its rows by heart"
+    elif epochs < 1 and training.steps:
+        seen = training.steps * training.effective_batch
+        yield f"{training.steps} steps of {training.effective_batch} see {seen:,} of {rows:,} rows"
+    if rows < FEW_ROWS:
+        yield f"{rows} rows are few: some hundreds are usual"
+    if run.evaluation is None and run.data is not None and run.data.validation_split is None:
+        yield "nothing will tell whether it helps: set evaluation, or data.validation_split"
+
+
+def on_data(report: DataReport, max_seq_length: int) -> Iterator[str]:
+    """Rows that are dropped, cut or doubled."""
+    if report.used < report.rows:
+        yield f"{report.rows - report.used} of {report.rows} rows are dropped: {'; '.join(report.dropped)}"
+    if report.truncated > CUT_SHARE * report.rows:
+        yield (
+            f"{report.truncated} of {report.rows} rows are cut at max_seq_length {max_seq_length}, "
+            f"the longest has {report.longest} tokens"
+        )
+    if report.duplicates > DOUBLED_SHARE * report.rows:
+        yield f"{report.duplicates} of {report.rows} rows read the same as an earlier one"

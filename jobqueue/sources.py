@@ -1,0 +1,54 @@
+"""What the names of a sweep file mean on this machine: data files and chat templates, relative to the file's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from jobqueue.errors import DataError, Problem, SpecError
+from jobqueue.spec import RowsSpec
+
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".txt")
+
+AnyData = TypeVar("AnyData", bound=RowsSpec)
+
+
+def data_file(spec: RowsSpec, folder: Path) -> Path | None:
+    """The file of this machine that a source names, None for a URL or a hub id. Raises DataError."""
+    path = _path(spec.source, folder)
+    if "://" in spec.source or not (path.is_file() or spec.source.endswith(DATA_SUFFIXES)):
+        return None
+    if not path.is_file():
+        raise DataError(f"there is no data file {path}", f"Correct `source: {spec.source}`, or give a hub id.")
+    return path
+
+
+def readable(spec: AnyData, folder: Path) -> AnyData:
+    """The same data, as this machine can read it. Raises DataError."""
+    path = data_file(spec, folder)
+    return spec if path is None else spec.model_copy(update={"source": str(path)})
+
+
+def chat_template(given: str | None, sweep_file: Path) -> str | None:
+    """A name or Jinja as it is, else what a file of that name holds. Raises SpecError."""
+    if given is None:
+        return None
+    from jobqueue.templates import NAMED, syntax_error  # Jinja: only where it is needed
+
+    if given in NAMED:
+        return given
+    wrong, source = None, given
+    if "{{" not in given and "{%" not in given:
+        try:
+            source = _path(given, sweep_file.parent).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            wrong = f"{given!r} is neither {', '.join(NAMED)}, nor a file that can be read, nor Jinja"
+    wrong = wrong or syntax_error(source)
+    if wrong:
+        raise SpecError([Problem(wrong, str(sweep_file), path="chat_template")])
+    return source
+
+
+def _path(name: str, folder: Path) -> Path:
+    path = Path(name).expanduser()
+    return path if path.is_absolute() else folder / path
