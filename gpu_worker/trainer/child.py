@@ -121,8 +121,11 @@ def _outcome(request: Request, emit: Emit) -> dict[str, Any]:
     report: Callable[[Progress | Checkpoint], None] = emit
     usage.hold_to(request.budget_bytes)
     if isinstance(spec, TrainSpec):
+        from gpu_worker.trainer import parked
         from gpu_worker.trainer.train import train
 
+        if os.environ.get("LORAQ_DEVICE") != "gpu":
+            parked.forget()  # here it would be in the memory that the training is measured by
         return train(spec, request, report)
     from gpu_worker.trainer.evaluate import evaluate
 

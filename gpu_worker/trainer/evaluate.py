@@ -25,10 +25,12 @@ from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.data import chat_of, end_ids
 from gpu_worker.trainer.failures import bad_data
 from gpu_worker.trainer.likelihood import TIES, score
+from gpu_worker.trainer.parked import loaded_for_asking
 from gpu_worker.trainer.questions import Question, padded, to_questions
 from gpu_worker.trainer.texts import Text, add_losses, bleu, perplexity, to_texts
 from jobqueue import answers, rows
 from jobqueue.chat import Chat
+from jobqueue.example import MultipleChoice
 from jobqueue.extraction import extract, has_asked_form
 from jobqueue.spec import BY_QUESTION, EvaluateSpec
 
@@ -61,10 +63,24 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
             f"{asked.source} has the format {file.summary.format}"
         )
     clock.lap("data_s")
-    if spec.method == "full" and request.adapter:  # what it trained is a whole model
-        base = models.load_for_asking(request.adapter, spec.load_in_4bit, None)
-    else:
-        base = models.load_for_asking(spec.base_model, spec.load_in_4bit, request.adapter, spec.revision)
+    with loaded_for_asking(spec, request.adapter) as base:
+        outcome = _ask(spec, request, report, clock, file, choices, base)
+    clock.lap("save_s")
+    return outcome | {"time": clock.report(), "versions": usage.versions()}
+
+
+def _ask(
+    spec: EvaluateSpec,
+    request: Request,
+    report: Report,
+    clock: Clock,
+    file: rows.Rows,
+    choices: list[tuple[int, MultipleChoice]],
+    base: models.Loaded,
+) -> dict[str, Any]:
+    """Everything that needs the model."""
+    asked, metrics = spec.evaluation, spec.evaluation.metrics
+    by_question = [metric for metric in metrics if metric in BY_QUESTION]
     model, tokenizer = base.model, base.tokenizer
     chat = chat_of(tokenizer, spec.chat_template)
     reserved_at_start = usage.reserved()
@@ -123,9 +139,7 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
     return outcome | {
         "commit": getattr(model.config, "_commit_hash", None),  # of a hub model
         "memory": memory,
-        "time": clock.report(),
         "data": file.summary.report() | {"too_long": too_long, "dropped": dropped},
-        "versions": usage.versions(),
     }
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -44,7 +43,7 @@ def load(
     Raises JobFailure: bad_spec where there is no such model or it cannot be trained here.
     """
     name = resolve(base_model)
-    tokenizer = _tokenizer(name, revision)
+    tokenizer = tokenizer_of(name, revision)
     _check_causal(name, revision)
     # Unsloth's own tokenizer is not used: on a GPU it exchanges a pad token that equals eos, where needed by a
     # new one. Padding is masked by the attention mask here, so the tokenizer can stay as it was published.
@@ -87,15 +86,15 @@ def add_lora(model: Any, lora: LoraSpec, max_seq_length: int) -> Any:
         )
 
 
-def load_for_asking(base_model: str, load_in_4bit: bool, adapter: str | None, revision: str | None = None) -> Loaded:
-    """Load a base model, and an adapter on it, as transformers and PEFT themselves run them.
+def load_for_asking(base_model: str, load_in_4bit: bool, revision: str | None = None) -> Loaded:
+    """Load a model as transformers itself runs it.
 
     Without Unsloth's kernels: they round differently in 16 bits, which turns the pick of one question in a
     hundred, and a score should be what anybody gets who loads the adapter. Raises JobFailure: bad_spec where
-    there is no such model, storage where there is no adapter.
+    there is no such model.
     """
     name = resolve(base_model)
-    tokenizer = _tokenizer(name, revision)
+    tokenizer = tokenizer_of(name, revision)
     config = _check_causal(name, revision)
     options: dict[str, Any] = {
         "revision": revision or "main",
@@ -111,12 +110,6 @@ def load_for_asking(base_model: str, load_in_4bit: bool, adapter: str | None, re
         )
     with _refusals(f"{base_model} cannot be loaded"):
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
-    if adapter is not None:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise JobFailure(FailureReason.STORAGE, f"there is no adapter in {adapter}")
-        # PEFT puts the adapter into the base model's own layers. That model is asked, not the wrapper, whose
-        # forward Unsloth replaces.
-        model = PeftModel.from_pretrained(model, str(Path(adapter).absolute())).get_base_model()
     return Loaded(model.eval(), tokenizer, name)
 
 
@@ -190,7 +183,8 @@ def _check_folder(path: Path) -> None:
         raise bad_spec(f"base_model {path} has no weights (*.safetensors)")
 
 
-def _tokenizer(name: str, revision: str | None) -> Any:
+def tokenizer_of(name: str, revision: str | None) -> Any:
+    """As its makers published it. Raises JobFailure."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision or "main")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sacrebleu
+import safetensors.torch
 import torch
 from trainer_child import DEADLINE_S, DEMO, Child, Done, evaluate_spec, train_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -169,6 +172,41 @@ def test_an_adapter_changes_the_scores_and_half_the_batch_does_not(child: Child,
     for tuned, same, plain in zip(lines(asked), lines(again), lines(base), strict=True):
         assert tuned["scores"] == pytest.approx(same["scores"], abs=1e-3)
         assert tuned["scores"] != pytest.approx(plain["scores"], abs=1e-3)
+
+
+def test_adapters_of_one_base_are_asked_on_one_loaded_base_with_the_same_scores(trained: Done, tmp_path: Path) -> None:
+    """Byte for byte those of trainers that load everything anew."""
+    spec = evaluate_spec(evaluation={"limit": 8})
+    other = tmp_path / "other"  # another adapter of the same base
+    shutil.copytree(trained.folder / "adapter", other)
+    weights = safetensors.torch.load_file(other / "adapter_model.safetensors")
+    safetensors.torch.save_file({name: -2 * w for name, w in weights.items()}, other / "adapter_model.safetensors")
+    asked = [trained.folder / "adapter", other, None]
+
+    def answers_of(jobs: Sequence[Path | None], name: str) -> tuple[list[str], int]:
+        folder = tmp_path / name
+        folder.mkdir()
+        trainer = Child(folder)
+        try:
+            assert isinstance(trainer.next_event(), Ready)
+            done = [trainer.run(spec, adapter) for adapter in jobs]
+            kept = trainer.log.read_text().count("the base model is still loaded")
+            return [(one.folder / "questions.jsonl").read_text() for one in done if one.outcome], kept
+        finally:
+            trainer.close()
+
+    alone = [answers_of([adapter], f"alone{place}")[0][0] for place, adapter in enumerate(asked)]
+    assert len(set(alone)) == 3
+    assert answers_of([*asked, asked[0]], "together") == ([*alone, alone[0]], 3)
+
+
+def test_a_base_that_an_adapter_has_changed_is_loaded_anew(child: Child, tmp_path: Path) -> None:
+    biased = child.run(train_spec(lora={"bias": "lora_only"}, training={"max_steps": 1}))
+    before = child.log.read_text().count("the base model is still loaded")
+    asked = evaluate_spec(evaluation={"limit": 4, "metrics": ["likelihood"]})
+    child.run(asked, biased.folder / "adapter")
+    child.run(asked)
+    assert child.log.read_text().count("the base model is still loaded") == before
 
 
 def test_four_bits_and_all_weights_are_trained_and_asked_too(child: Child) -> None:
