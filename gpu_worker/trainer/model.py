@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from gpu_worker.trainer import gguf
+from gpu_worker.trainer import gguf, stock
 from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
 from jobqueue.job import FailureReason
 from jobqueue.spec import LoraSpec, Method
@@ -44,7 +44,7 @@ def load(
     """
     name = resolve(base_model)
     tokenizer = tokenizer_of(name, revision)
-    _check_causal(name, revision)
+    stock.remember(config_of(name, revision))
     # Unsloth's own tokenizer is not used: on a GPU it exchanges a pad token that equals eos, where needed by a
     # new one. Padding is masked by the attention mask here, so the tokenizer can stay as it was published.
     with _refusals(f"{base_model} cannot be loaded"):
@@ -95,7 +95,7 @@ def load_for_asking(base_model: str, load_in_4bit: bool, revision: str | None = 
     """
     name = resolve(base_model)
     tokenizer = tokenizer_of(name, revision)
-    config = _check_causal(name, revision)
+    config = config_of(name, revision)
     options: dict[str, Any] = {
         "revision": revision or "main",
         "dtype": _dtype(),
@@ -194,8 +194,8 @@ def tokenizer_of(name: str, revision: str | None) -> Any:
     return tokenizer
 
 
-def _check_causal(name: str, revision: str | None) -> Any:
-    """The model's config."""
+def config_of(name: str, revision: str | None) -> Any:
+    """Of a causal language model. Raises JobFailure."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:

@@ -18,6 +18,7 @@ import torch
 from peft import PeftConfig, PeftModel
 
 from gpu_worker.trainer import model as models
+from gpu_worker.trainer import stock
 from gpu_worker.trainer.failures import JobFailure
 from jobqueue import base_model
 from jobqueue.job import FailureReason
@@ -47,14 +48,24 @@ def forget() -> None:
 
 @contextmanager
 def loaded_for_asking(spec: EvaluateSpec, adapter: str | None) -> Iterator[models.Loaded]:
-    """The base model, with the adapter on it, for the time of the block; then the base model is parked if it can be.
+    """The base model, with the adapter on it, for the time of the block, run by transformers' own classes.
 
     Raises JobFailure: bad_spec where there is no such model, storage where there is no adapter.
     """
-    global _parked
     whole = spec.method == "full" and adapter is not None  # what was trained is a whole model
     name = models.resolve(adapter if whole and adapter else spec.base_model)
     revision = None if whole else spec.revision
+    with (
+        stock.classes(models.config_of(name, revision)),
+        _loaded(spec, name, revision, None if whole else adapter) as base,
+    ):
+        yield base
+
+
+@contextmanager
+def _loaded(spec: EvaluateSpec, name: str, revision: str | None, adapter: str | None) -> Iterator[models.Loaded]:
+    """When the block is done, the base model is parked if it can be."""
+    global _parked
     key = (name, revision, spec.load_in_4bit, base_model.fingerprint(name) if base_model.is_path(name) else "")
     parked, _parked = _parked, None  # one that is not wanted now is not kept either
     model = _unpark(parked.model) if parked and parked.key == key else None
@@ -65,9 +76,8 @@ def loaded_for_asking(spec: EvaluateSpec, adapter: str | None) -> Iterator[model
         log.info("the base model is still loaded")
         base = models.Loaded(model, models.tokenizer_of(name, revision), name)
         del model
-    if whole or adapter is None:
+    if adapter is None:
         yield base
-        tuned = None
     else:
         before = _tensors(base.model)
         tuned = _with_adapter(base.model, adapter)
@@ -76,7 +86,7 @@ def loaded_for_asking(spec: EvaluateSpec, adapter: str | None) -> Iterator[model
         yield models.Loaded(tuned.get_base_model().eval(), base.tokenizer, base.name)
         if not _restored(tuned, before):
             return
-    if not whole and _fits(base.model) and _move(base.model, "cpu"):
+    if name == models.resolve(spec.base_model) and _fits(base.model) and _move(base.model, "cpu"):
         _parked = Parked(key, base.model)
 
 
