@@ -1,6 +1,7 @@
 """How near the memory estimate is: jobs of many settings, their peaks measured, each in a trainer of its own.
 
     python benchmarks/memory.py TOKENIZER_DIR TEST.jsonl.gz OUT_DIR [--gpus 0,1] [--at-once 3]
+    python benchmarks/memory.py --again results/memory.json    # today's estimates for what was measured; needs no GPU
 
 Writes OUT_DIR/memory.json: of each setting the estimate, what PyTorch reserved at most, and what the driver saw.
 """
@@ -19,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from shapes import COMMON, SHAPES
 
 from jobqueue.memory import estimate
 from jobqueue.spec import EvaluateSpec, RunSpec, TrainSpec
@@ -127,12 +130,32 @@ def measure(spec: TrainSpec | EvaluateSpec) -> dict[str, Any]:
 
 def figures(settings: list[dict[str, Any]]) -> dict[str, Any]:
     """How far the estimates are under and over what was measured, as shares of it."""
-    shares = [s["estimated_bytes"] / s["driver_bytes"] - 1 for s in settings]
-    return {
-        "settings": len(settings),
-        "worst_under": round(max(0.0, -min(shares)), 4),
-        "worst_over": round(max(0.0, *shares), 4),
-    }
+    found: dict[str, Any] = {}
+    for kind, prefix in (("train", ""), ("evaluate", "evaluation_")):
+        shares = [s["estimated_bytes"] / s["driver_bytes"] - 1 for s in settings if s["kind"] == kind]
+        found |= {
+            f"{prefix}settings": len(shares),
+            f"{prefix}worst_under": round(max(0.0, -min(shares, default=0.0)), 4),
+            f"{prefix}worst_over": round(max(0.0, *shares, 0.0), 4),
+        }
+    return found
+
+
+def estimated(wanted: dict[str, Any]) -> int:
+    """Today's estimate of that setting."""
+    spec = spec_of(wanted, Path("/models"), Path("/test"), Path("/rows"))
+    return estimate({**COMMON, **SHAPES[wanted["size"]]}, spec)
+
+
+def again(file: Path) -> None:
+    known = json.loads(file.read_text())
+    for setting in known["settings"]:
+        if "failed" not in setting:
+            setting["estimated_bytes"] = estimated(setting)
+            setting["estimated_over_measured"] = round(setting["estimated_bytes"] / setting["driver_bytes"], 3)
+    known["figures"] = figures([s for s in known["settings"] if "failed" not in s])
+    file.write_text(json.dumps(known, indent=1))
+    print(json.dumps(known["figures"], indent=1))
 
 
 def main() -> None:
@@ -144,7 +167,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=3, help="jobs on each GPU")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "loraq-shapes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--again", type=Path)
     options = parser.parse_args()
+    if options.again:
+        again(options.again)
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     rows = options.out / "rows.jsonl"
     if options.one:
@@ -170,9 +197,7 @@ def main() -> None:
             )  # fmt: skip
         if done.returncode != 0:
             return {**wanted, "failed": done.returncode}
-        config = json.loads((options.models / wanted["size"] / "config.json").read_text())
-        spec = spec_of(wanted, options.models, options.test, rows)
-        result = {**wanted, "estimated_bytes": estimate(config, spec), **json.loads(done.stdout.splitlines()[-1])}
+        result = {**wanted, "estimated_bytes": estimated(wanted), **json.loads(done.stdout.splitlines()[-1])}
         result["estimated_over_measured"] = round(result["estimated_bytes"] / result["driver_bytes"], 3)
         print({key: value for key, value in result.items() if key not in ("memory", "versions")}, flush=True)
         return result

@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
+COMMON = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {  # Llama-3.2-1B
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
@@ -26,13 +24,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def make(size: str, tokenizer_dir: Path, out: Path) -> None:
     """The model in bf16, and the tokenizer, as a folder; there already, it is left alone."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     if (out / "config.json").exists():
         return
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
-        vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
-        rope_theta=500000.0, **tokens, **SHAPES[size],
+        max_position_embeddings=131072, rope_theta=500000.0, **COMMON, **SHAPES[size], **tokens
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

@@ -49,7 +49,9 @@ def _losses(out: Console, rows: Sequence[Row]) -> None:
     figure.x_ticks_fkt = lambda value, _: f"{value:.0f}"
     figure.y_ticks_fkt = lambda value, _: f"{value:.3g}"
     figure.set_x_limits(min_=0, max_=max(step for _, _, losses in drawn for step, _ in losses))
-    figure.set_y_limits(min_=0, max_=1.05 * max(loss for _, _, losses in drawn for _, loss in losses) or 1.0)
+    values = [loss for _, _, losses in drawn for _, loss in losses]
+    margin = 0.05 * (max(values) - min(values)) or 0.5
+    figure.set_y_limits(min_=max(0.0, min(values) - margin), max_=max(values) + margin)
     for place, _, losses in drawn:
         colour = _colour(place) if coloured else None
         figure.plot([step for step, _ in losses], [loss for _, loss in losses], lc=colour)

@@ -38,7 +38,8 @@ TABLE = {
         "The GPU's memory, or the host's, was not enough.",
         "Lower `max_seq_length` or `lora.r`, train with `method: qlora`, or start a worker with a larger GPU.",
         counts=False,
-        settings="half the micro-batch, accumulation makes up for it; at one row the job has failed",
+        settings="activations are recomputed, then half the micro-batch, accumulation makes up for it; at one row more "
+        "memory, until the job has had the GPU to itself",
     ),
     R.NAN_LOSS: Rule(
         1, "The loss became NaN or infinite.", "Lower `learning_rate`, add `warmup_steps`, look at the data."

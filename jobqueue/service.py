@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from jobqueue.embedded import connect_url
 from jobqueue.errors import BusyError, CapacityError, NotFoundError, ServerError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
-from jobqueue.memory import GIB, all_classes
+from jobqueue.memory import GIB, all_classes, kind_of
 from jobqueue.plan import BATCH, Plan, PlannedJob, make_plan
 from jobqueue.results import BatchReport
 from jobqueue.settings import Settings
@@ -100,6 +101,7 @@ class Client:
                 "nothing was submitted",
                 "Set maxmemory-policy noeviction there, in its configuration and by CONFIG SET.",
             )
+        plan = self._corrected(plan)
         workers = self.workers()
         if not force:
             _check_capacity(plan, workers)
@@ -137,6 +139,17 @@ class Client:
                 Sender(self.store, path, source, partial(progress, path)).send()
             else:
                 self.storage.put_blob(path, source)
+
+    def _corrected(self, plan: Plan) -> Plan:
+        """With the memory that such jobs were measured to take."""
+
+        def corrected(job: PlannedJob) -> PlannedJob:
+            if isinstance(job.spec, ReportSpec) or job.spec.resources.memory is not None:
+                return job
+            factor = self.store.correction(kind_of(job.spec.model_dump()))
+            return replace(job, need_bytes=int(job.need_bytes * factor))
+
+        return replace(plan, jobs=tuple(map(corrected, plan.jobs)))
 
     def _key(self, plan: Plan) -> str:
         return f"{self.settings.owner}:{plan.key}"

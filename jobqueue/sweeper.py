@@ -18,7 +18,7 @@ from jobqueue import base_model
 from jobqueue.broker import MAX_TOKENS, queue_name, send_tokens
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, Job
-from jobqueue.memory import estimate, memory_class
+from jobqueue.memory import estimate, kind_of, memory_class
 from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.spec import EvaluateSpec, JobSpec, ReportSpec, TrainSpec
@@ -113,6 +113,8 @@ class Sweeper:
         config = read_config(spec.base_model, spec.revision)
         try:
             need = estimate(config, spec) if config else base_model.guess_from_size(spec.base_model)
+            if spec.resources.memory is None:
+                need = int(need * self._store.correction(kind_of(job.spec)))
         except (KeyError, TypeError, LoraqError):
             need = base_model.guess_from_size(spec.base_model)
         send_tokens(self._app, self._store.size(job.id, need, memory_class(need)))

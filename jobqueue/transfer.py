@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jobqueue.errors import ServerError, StorageError
+from jobqueue.records import PREFIX
 from jobqueue.storage import BLOB, Storage
-from jobqueue.store import PREFIX, Store
+from jobqueue.store import Store
 
 if TYPE_CHECKING:
     from redis import Redis

@@ -5,7 +5,7 @@ the job goes on from a checkpoint, only those that are left), `save` (a checkpoi
 when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file),
 `await:FILE` (waits for it), `say:WORD` (in its log), `only:KIND` (what follows is for a train or evaluate job),
 `saving` (a checkpoint without end), `oom:2` (out of memory with micro-batches above 2), `budget:2` (holds itself to 2
-GiB from now on), `fail:REASON`, `exit:CODE`,
+GiB from now on), `took:2` (measures 2 GiB where 1 was estimated), `fail:REASON`, `exit:CODE`,
 `kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `kill-worker` (SIGKILL to the process above its guardian), `gil:2`
 (seconds in native code that lets no other thread run), `child` (starts a child in a session of its own). Every 0.05 s
 it writes a line into LORAQ_BEATS, if that is set: process id, time.
@@ -66,7 +66,7 @@ def sleep(request: dict, seconds: float, saves: bool) -> None:
 def work(request: dict) -> None:
     job, words = request["job_id"], request["spec"]["base_model"].split("/")
     print(f"stub: {job}")
-    kind = request["spec"]["kind"]
+    kind, measured = request["spec"]["kind"], {}
     for word in words:
         verb, _, value = word.partition(":")
         if verb == "only":
@@ -90,6 +90,9 @@ def work(request: dict) -> None:
             if micro > int(value):
                 below = {"rung": request["rung"] + 1} if micro > 1 else {}
                 return say(type="failed", reason="out_of_memory", message="as asked", **below)
+        elif verb == "took":
+            memory = {"kind": "gpu", "estimated_bytes": 2**30, "peak_reserved_bytes": int(float(value) * 2**30)}
+            measured["memory"] = memory
         elif verb == "budget":
             say(type="progress", phase="data", budget_bytes=int(float(value) * 2**30))
         elif verb == "exit":
@@ -119,6 +122,7 @@ def work(request: dict) -> None:
     with open(f"{request['output']}/adapter/adapter_model.txt", "w") as file:
         file.write(job)
     outcome = {"pid": os.getpid(), "adapter": request["adapter"], "resumed": request["resume"]}
+    outcome |= measured
     if training := request["spec"].get("training"):
         micro, rung = training["per_device_train_batch_size"], request["rung"]
         outcome["split"] = [micro >> rung, training["gradient_accumulation_steps"] << rung]

@@ -93,6 +93,8 @@ def _environment() -> None:
     cache = Path(os.environ.get("LORAQ_CACHE_DIR") or default).absolute()
     compiled = cache / "unsloth" / importlib.metadata.version("unsloth")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(compiled))  # else it lands in the working directory
+    # Trainers that start together wait for each other there, one import after the other; 10 s are too short for many.
+    os.environ.setdefault("UNSLOTH_LOCK_TIMEOUT", "600")
     # Threads that wait must not spin: on a CPU with other work to do a step took 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -124,6 +124,7 @@ def test_a_trainer_that_dies_of_an_ecc_error_is_not_to_blame(cards: Cards) -> No
 
 
 def test_memory_of_a_foreign_process_makes_the_card_smaller_while_the_worker_runs_and_is_named(cards: Cards) -> None:
+    """clearml-agent#71: a job was taken though someone else used the GPU."""
     here = cards.here
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:

@@ -15,7 +15,7 @@ from test_cards import TOTAL, Cards
 from worker_process import ROOT, START_S, STUB, Site, site, succeeded_once
 
 from jobqueue.job import FailureReason, JobState
-from jobqueue.memory import GIB, memory_class
+from jobqueue.memory import CONTEXT, GIB, kind_of, memory_class
 
 SLOTS = 4
 
@@ -109,6 +109,14 @@ def test_a_job_that_ran_out_of_what_it_was_given_is_given_more_until_it_has_the_
     assert job.need_bytes > 0.95 * TOTAL
     assert job.rung == 1, "no split was tried twice with the same memory"
     assert job.failures == 1
+
+
+def test_what_a_job_was_measured_to_take_corrects_the_estimate_for_its_kind(here: Site) -> None:
+    submit(here, "learn.1", "took:3", gib=2)
+
+    job = here.ended("learn.1")
+
+    assert here.store.correction(kind_of(job.spec)) == pytest.approx((3 * GIB + CONTEXT) / GIB)
 
 
 def test_a_spare_that_was_killed_does_not_get_a_job_and_is_replaced(here: Site) -> None:

@@ -255,6 +255,25 @@ def test_a_round_estimates_what_the_submitter_could_not(client: Client, tmp_path
     assert 1 * GIB < job.need_bytes < 8 * GIB
 
 
+def test_what_was_measured_of_such_jobs_counts_at_submit_and_in_a_round(client: Client, tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "cli" / "demo" / "model"
+    first = send(client, tmp_path, base_model=str(demo), resources={})
+    known = client.job(f"{first.name}.1").need_bytes
+    client.store.learn(f"train:qlora:{demo}", 1.5)
+    client.store.learn("train:qlora:owner/name-1B", 2.0)
+
+    again = send(client, tmp_path, base_model=str(demo), resources={})
+    fixed = send(client, tmp_path, base_model=str(demo))
+    remote = [send(client, tmp_path, base_model=f"owner/{name}", resources={}) for name in ("name-1B", "other-1B")]
+    Sweeper(client.store, make_app(client.store.url, 5.0), client.settings).round()
+
+    assert client.job(f"{again.name}.1").need_bytes == int(1.5 * known)
+    assert client.job(f"{fixed.name}.1").need_bytes == 4 * GIB, "what the user says is not corrected"
+    corrected, plain = (f"{batch.name}.1" for batch in remote)
+    wait_for(lambda: client.job(corrected).need_bytes and client.job(plain).need_bytes, 60, "both are estimated")
+    assert client.job(corrected).need_bytes == 2 * client.job(plain).need_bytes
+
+
 def test_a_job_of_a_release_that_this_one_does_not_know_is_refused_and_the_others_go_on(client: Client) -> None:
     submit(client.store, new_job("x.1", spec={"kind": "train", "new": 1}, queue="", need=0), new_job("x.2"))
 

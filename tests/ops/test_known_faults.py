@@ -25,7 +25,7 @@ def docstring(test: str) -> str:
     return ast.get_docstring(found[0]) or ""
 
 
-@pytest.mark.parametrize("report", [report for report, tests in REPORTS.items() if tests != "TODO"])
+@pytest.mark.parametrize("report", list(REPORTS))
 def test_a_report_has_its_tests_and_each_number_stands_in_one_of_them(report: str) -> None:
     told = " ".join(docstring(test) for test in re.findall(r"`([^`]+)`", REPORTS[report]))
     numbers = re.findall(r"#\d+", report)

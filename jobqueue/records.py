@@ -1,0 +1,133 @@
+"""The records in Redis as they are read. What changes them is in store.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+from jobqueue.connection import Connection
+from jobqueue.errors import NotFoundError
+from jobqueue.events import Event
+from jobqueue.job import Batch, Job, JobState, WorkerInfo
+
+PREFIX = "{loraq}:"
+SILENT_HEARTBEATS = 3  # a worker that has missed so many is not alive
+
+
+class Records(Connection):
+    """Jobs, batches and workers on one server. Raises ServerError as a Connection does."""
+
+    def submitted(self, key: str) -> str | None:
+        """The batch that a submit with this key has made."""
+        with self._errors():
+            return cast("str | None", self._redis.hget(f"{PREFIX}submits", key))
+
+    def marked(self, what: Literal["held_classes", "drained"]) -> set[str]:
+        with self._errors():
+            return cast("set[str]", self._redis.smembers(f"{PREFIX}{what}"))
+
+    def batch(self, name: str) -> Batch:
+        with self._errors():
+            record = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}batch:{name}"))
+            if not record:
+                raise self._no_batch(name)
+            ids = json.loads(record["jobs"])
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipe.hget(f"{PREFIX}job:{job_id}", "state")
+            by_id = {job_id: JobState(state) for job_id, state in zip(ids, pipe.execute(), strict=True) if state}
+        if by_id.get(f"{name}.report", JobState.WAITING).final:
+            # A base model's evaluation that had failed may be at work again, for another batch: not this one's any more
+            by_id = {job_id: state for job_id, state in by_id.items() if state.final or job_id.startswith(f"{name}.")}
+        states = list(by_id.values())
+        return Batch(
+            name=name,
+            owner=record["owner"],
+            submitted_at=float(record["submitted_at"]) / 1000,
+            trials=int(record["trials"]),
+            base_model=record["base_model"],
+            states={state: states.count(state) for state in JobState if state in states},
+            jobs=tuple(ids),
+        )
+
+    def batch_names(self, limit: int = 10_000) -> list[str]:
+        """Newest first."""
+        with self._errors():
+            return cast("list[str]", self._redis.zrange(f"{PREFIX}batches", 0, limit - 1, desc=True))
+
+    def jobs(self, ids: Sequence[str]) -> list[Job]:
+        """The jobs of these ids, in their order; ids that there are not are left out."""
+        with self._errors():
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipe.hgetall(f"{PREFIX}job:{job_id}")
+                pipe.lrange(f"{PREFIX}job:{job_id}:history", 0, -1)
+            answers = pipe.execute()
+        found = []
+        for record, history in zip(answers[::2], answers[1::2], strict=True):
+            if record:
+                found.append(Job.from_record({**record, "history": f"[{','.join(history)}]"}))
+        return found
+
+    def job(self, job_id: str) -> Job:
+        found = self.jobs([job_id])
+        if not found:
+            raise NotFoundError(f"there is no job {job_id!r}", "See `loraq ls BATCH` for the jobs that there are.")
+        return found[0]
+
+    def events(self, job_id: str, after: str, block_s: float) -> list[Event]:
+        """At most 1,000 entries after that stream id; waits up to `block_s` (under the socket's timeout) for one."""
+        block = max(1, int(min(block_s, 0.6 * self._timeout_s) * 1000)) if block_s else None
+        with self._errors():
+            answer = self._redis.xread({f"{PREFIX}job:{job_id}:events": after}, count=1000, block=block)
+        # RESP2 answers pairs, RESP3 a mapping whose values are nested once more
+        streams: Any = answer.values() if isinstance(answer, dict) else [entries for _, entries in answer or []]
+        found = [entry for entries in streams for entry in entries]
+        flat = found[0] if found and isinstance(found[0], list) else found
+        return [Event.from_entry(entry_id, fields) for entry_id, fields in flat]
+
+    def last_words(self, job_id: str, attempt: int) -> str:
+        """The newest line that the attempt has sent of its log; "" where there is none among its newest entries."""
+        with self._errors():
+            entries: Any = self._redis.xrevrange(f"{PREFIX}job:{job_id}:events", count=100)
+        said = (
+            fields["body"] for _, fields in entries if fields["kind"] == "log" and fields["attempt"] == str(attempt)
+        )
+        return next(said, "")
+
+    def workers(self) -> list[WorkerInfo]:
+        """Every worker that has not left, the silent ones with alive=False."""
+        with self._errors():
+            seconds, micros = self._redis.time()
+            records = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}workers"))
+        found = []
+        for worker_id, record in sorted(records.items()):
+            seen, _, text = record.partition(" ")
+            info = json.loads(text)
+            # what was said in the future was said before the clock went back
+            silent_s = abs(seconds + micros / 1e6 - float(seen) / 1000)
+            found.append(
+                WorkerInfo(
+                    id=worker_id,
+                    seen_at=float(seen) / 1000,
+                    alive=silent_s <= SILENT_HEARTBEATS * info.pop("every_s"),
+                    running=tuple(info.pop("running")),
+                    **info,
+                )
+            )
+        return found
+
+    def correction(self, kind: str) -> float:
+        """What an estimate for that kind of job is to be multiplied with; 1 where none has been measured."""
+        with self._errors():
+            return float(self._redis.hget(f"{PREFIX}peaks", kind) or 1.0)
+
+    def tokens(self, queue: str) -> int:
+        """Wake-up messages that lie in a Celery queue."""
+        with self._errors():
+            return self._redis.llen(queue)
+
+    @staticmethod
+    def _no_batch(name: str) -> NotFoundError:
+        return NotFoundError(f"there is no batch {name!r}", "See `loraq ls` for the batches that there are.")
