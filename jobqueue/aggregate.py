@@ -209,12 +209,10 @@ def _base_for(evaluation: Job, bases: Sequence[Job]) -> Job | None:
     fitting = [
         base
         for base in bases
-        if same(base, "base_model")
-        and same(base, "revision")
-        and same(base, "load_in_4bit")
-        and _asked(base) == _asked(evaluation)
+        if same(base, "base_model") and same(base, "load_in_4bit") and _asked(base) == _asked(evaluation)
     ]
-    return max(fitting, key=lambda base: (same(base, "max_seq_length"), same(base, "method")), default=None)
+    alike = ("revision", "max_seq_length", "method")  # one commit may have been asked for under several names
+    return max(fitting, key=lambda base: [same(base, key) for key in alike], default=None)
 
 
 def _asked(evaluation: Job) -> dict[str, Any]:

@@ -399,3 +399,13 @@ def test_the_highest_bleu_is_first_where_there_is_nothing_else() -> None:
     made = report([train(1), only_bleu("b.1.eval", 10.0), train(2), only_bleu("b.2.eval", 11.0)])
     assert [trial.job for trial in made.trials] == ["b.2", "b.1"]
     assert made.verdict.startswith("Highest BLEU: 11.00")
+
+
+def test_a_trial_is_compared_with_the_base_of_its_revision_whatever_that_is_called() -> None:
+    def of(revision: str | None) -> dict[str, Any]:
+        return {"spec": {"revision": revision}}
+
+    jobs = [train(1), evaluate("b.1.eval", 60, **of("v2"))]
+    bases = [evaluate("base-1", 30, **of(None)), evaluate("base-2", 40, **of("v2"))]
+    assert report([*jobs, *bases]).trials[0].base == "base-2"
+    assert report([*jobs, bases[0]]).trials[0].base == "base-1"  # another batch asked for that commit as main
