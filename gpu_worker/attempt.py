@@ -266,7 +266,7 @@ class Attempt:
             "published_at": time.time(),
         }
         self._patience("write the result", lambda: self._storage.publish(output, folder, manifest))
-        self._learn(outcome)
+        self._learn(outcome, request.correction)
         return Settlement(JobState.SUCCEEDED, outcome=outcome)
 
     def _without_memory(self, end: Failed) -> Settlement:
@@ -283,11 +283,11 @@ class Attempt:
         message = f"{end.message} (nothing smaller is left: the micro-batch is one row)"
         return Settlement(JobState.FAILED, FailureReason.OUT_OF_MEMORY, message, counts=True)
 
-    def _learn(self, outcome: dict[str, Any]) -> None:
-        """What the job took, for the estimates of those like it."""
+    def _learn(self, outcome: dict[str, Any], correction: float) -> None:
+        """What the job took, for the estimates of those like it; its own estimate was corrected already."""
         memory = outcome.get("memory", {})
         if memory.get("kind") == "gpu" and memory.get("estimated_bytes"):
-            ratio = (memory["peak_reserved_bytes"] + CONTEXT) / memory["estimated_bytes"]
+            ratio = correction * (memory["peak_reserved_bytes"] + CONTEXT) / memory["estimated_bytes"]
             with contextlib.suppress(ServerError):
                 self._store.learn(kind_of(self._claim.spec), ratio)
 

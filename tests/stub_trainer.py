@@ -91,8 +91,11 @@ def work(request: dict) -> None:
                 below = {"rung": request["rung"] + 1} if micro > 1 else {}
                 return say(type="failed", reason="out_of_memory", message="as asked", **below)
         elif verb == "took":
-            memory = {"kind": "gpu", "estimated_bytes": 2**30, "peak_reserved_bytes": int(float(value) * 2**30)}
-            measured["memory"] = memory
+            measured["memory"] = {
+                "kind": "gpu",
+                "estimated_bytes": int(2**30 * request["correction"]),
+                "peak_reserved_bytes": int(float(value) * 2**30),
+            }
         elif verb == "budget":
             say(type="progress", phase="data", budget_bytes=int(float(value) * 2**30))
         elif verb == "exit":

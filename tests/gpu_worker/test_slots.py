@@ -112,11 +112,12 @@ def test_a_job_that_ran_out_of_what_it_was_given_is_given_more_until_it_has_the_
 
 
 def test_what_a_job_was_measured_to_take_corrects_the_estimate_for_its_kind(here: Site) -> None:
-    submit(here, "learn.1", "took:3", gib=2)
+    for job_id in ("learn.1", "again.1"):  # the second one's estimate is corrected by what the first one took
+        submit(here, job_id, "took:3", gib=2)
 
-    job = here.ended("learn.1")
+        job = here.ended(job_id)
 
-    assert here.store.correction(kind_of(job.spec)) == pytest.approx((3 * GIB + CONTEXT) / GIB)
+        assert here.store.correction(kind_of(job.spec)) == pytest.approx((3 * GIB + CONTEXT) / GIB)
 
 
 def test_a_spare_that_was_killed_does_not_get_a_job_and_is_replaced(here: Site) -> None:
