@@ -141,6 +141,7 @@ class Attempt:
             self._claim.rung,
             self._budget,
             self._lease.insist(lambda: self._store.correction(kind_of(spec))),
+            any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._before()),
         )
 
     def _work(self, request: Request) -> Settlement | None:
@@ -296,9 +297,12 @@ class Attempt:
         health = self._watch.look()
         return health.foreign if health.usable_bytes < self._claim.need_bytes else ""
 
+    def _before(self) -> list[dict[str, Any]]:
+        """The job's attempts before this one, oldest first."""
+        return self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
+
     def _failure(self, reason: FailureReason, message: str) -> Settlement:
         in_a_row = 1
         if reason is FailureReason.DEVICE:
-            before = self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
-            in_a_row += sum(1 for _ in takewhile(lambda end: end["reason"] == reason, reversed(before)))
+            in_a_row += sum(1 for _ in takewhile(lambda end: end["reason"] == reason, reversed(self._before())))
         return after_failure(reason, message, self._claim.failures, self._settings.max_failures, in_a_row=in_a_row)

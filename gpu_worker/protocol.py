@@ -33,6 +33,7 @@ class Request:
     rung: int = 0  # of the ladder of splits, where this attempt begins; grows when memory ran out
     budget_bytes: int | None = None  # of the GPU, at most, the CUDA context included; None: nothing is known of it
     correction: float = 1.0  # measured peak over estimate, of jobs like this one
+    ran_out: bool = False  # memory has run out in an attempt before this one
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"

@@ -16,6 +16,7 @@ from jobqueue.spec import TrainSpec
 
 # Of one micro-batch: with more, a large GPU gains little and a checkpointed layer's memory still grows.
 MOST_TOKENS = 16_384
+OVER_ESTIMATE = 1.15  # a job that needs more than this over its estimate has run out of memory
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,16 @@ def choose(
         if fits or choice.last:
             return choice
     return None
+
+
+def limit(choice: Choice, budget_bytes: int | None, *, ran_out: bool) -> int | None:
+    """What a job holds itself to, so that its neighbours can have the rest: somewhat more than the estimate.
+
+    `ran_out`: memory has run out before. Then the estimate may be wrong, and only what the job was given is a limit.
+    """
+    if budget_bytes is None or ran_out or not choice.estimated_bytes:
+        return budget_bytes
+    return min(budget_bytes, int(choice.estimated_bytes * OVER_ESTIMATE))
 
 
 def _estimate(spec: TrainSpec, row_tokens: int, config: Mapping[str, Any] | None, correction: float) -> int:

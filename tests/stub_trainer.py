@@ -4,7 +4,8 @@
 the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
 when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file),
 `await:FILE` (waits for it), `say:WORD` (in its log), `only:KIND` (what follows is for a train or evaluate job),
-`saving` (a checkpoint without end), `oom:2` (out of memory with micro-batches above 2), `budget:2` (holds itself to 2
+`saving` (a checkpoint without end), `oom:2` (out of memory with micro-batches above 2), `least:2` (out of memory
+with less than 2 GiB, and it holds itself to 1 until that has happened), `budget:2` (holds itself to 2
 GiB from now on), `took:2` (measures 2 GiB where 1 was estimated), `fail:REASON`, `exit:CODE`,
 `kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `kill-worker` (SIGKILL to the process above its guardian), `gil:2`
 (seconds in native code that lets no other thread run), `child` (starts a child in a session of its own). Every 0.05 s
@@ -90,6 +91,10 @@ def work(request: dict) -> None:
             if micro > int(value):
                 below = {"rung": request["rung"] + 1} if micro > 1 else {}
                 return say(type="failed", reason="out_of_memory", message="as asked", **below)
+        elif verb == "least":
+            held = request["budget_bytes"] / 2**30 if request["ran_out"] else 1
+            if held < float(value):
+                return say(type="failed", reason="out_of_memory", message="as asked")
         elif verb == "took":
             measured["memory"] = {
                 "kind": "gpu",

@@ -28,12 +28,11 @@ from gpu_worker.trainer.watch import Report, Watch, mean_loss, nan_message
 from jobqueue import rows
 from jobqueue.job import FailureReason
 from jobqueue.memory import GIB
-from jobqueue.microbatch import Choice, choose
+from jobqueue.microbatch import Choice, choose, limit
 from jobqueue.spec import TrainSpec
 from jobqueue.tokens import Tokens, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")
-OVER_ESTIMATE = 1.15  # a job that needs more than this over its estimate has run out of memory
 
 
 def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
@@ -69,7 +68,8 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     clock.lap("data_s")
 
     choice = _choose(spec, request, max(len(row.input_ids) for row in [*tokens, *validation]), base.model)
-    report(Progress("data", budget_bytes=usage.hold_to(_budget(request, choice))))
+    most = limit(choice, request.budget_bytes, ran_out=request.ran_out)
+    report(Progress("data", budget_bytes=usage.hold_to(most)))
     with on_rung(choice.rung, last=choice.last):
         outcome = _fit(choice.split.of(spec), base, tokens, validation, request, report, clock)
     outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
@@ -94,13 +94,6 @@ def _choose(spec: TrainSpec, request: Request, row_tokens: int, model: Any) -> C
         choice.estimated_bytes / GIB,
     )
     return choice
-
-
-def _budget(request: Request, choice: Choice) -> int | None:
-    """What the job holds itself to: somewhat more than the estimate, so that its neighbours can have the rest."""
-    if request.budget_bytes is None or not choice.estimated_bytes:
-        return request.budget_bytes
-    return min(request.budget_bytes, int(choice.estimated_bytes * OVER_ESTIMATE))
 
 
 def _fit(

@@ -111,6 +111,15 @@ def test_a_job_that_ran_out_of_what_it_was_given_is_given_more_until_it_has_the_
     assert job.failures == 1
 
 
+def test_a_job_whose_estimate_is_too_small_gets_what_it_needs(here: Site) -> None:
+    submit(here, "small.1", "least:12", gib=2)
+
+    job = here.ended("small.1")
+
+    assert succeeded_once(job)
+    assert job.need_bytes > 8 * GIB, "its estimate grew"
+
+
 def test_what_a_job_was_measured_to_take_corrects_the_estimate_for_its_kind(here: Site) -> None:
     for job_id in ("learn.1", "again.1"):  # the second one's estimate is corrected by what the first one took
         submit(here, job_id, "took:3", gib=2)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jobqueue.memory import GIB, training_peak
-from jobqueue.microbatch import MOST_TOKENS, choose, ladder
+from jobqueue.microbatch import MOST_TOKENS, OVER_ESTIMATE, choose, ladder, limit
 from jobqueue.spec import DataSpec, LoraSpec, ResourcesSpec, TrainingSpec, TrainSpec
 
 LLAMA_1B: dict[str, Any] = {
@@ -113,3 +113,13 @@ def test_without_config_or_budget_the_split_is_the_user_s_own(known: dict[str, A
     assert choice is not None
     assert choice.split.per_device_train_batch_size == 2
     assert choice.split.use_gradient_checkpointing == ("unsloth" if checkpointing == "auto" else checkpointing)
+
+
+def test_a_job_leaves_to_others_what_its_estimate_does_not_ask_for_until_the_estimate_was_wrong() -> None:
+    choice = choose(train(), ROW, 0, config=LLAMA_1B, budget_bytes=70 * GIB)
+    assert choice is not None
+
+    assert limit(choice, 70 * GIB, ran_out=False) == int(choice.estimated_bytes * OVER_ESTIMATE)
+    assert limit(choice, 70 * GIB, ran_out=True) == 70 * GIB
+    assert limit(choice, 1, ran_out=False) == 1
+    assert limit(choice, None, ran_out=True) is None, "on a machine that cannot tell"
