@@ -7,10 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SLACK = 1.15  # over the estimate, where there is room
+MORE = 1.5  # times what a job was given, after it ran out of it
+WHOLE = 0.98  # of a device is all of it: what is usable varies a little from one look to the next
+
+
+def grown(given_bytes: int, usable_bytes: int) -> int | None:
+    """What a job needs that ran out of what it was given; None: it had the device to itself."""
+    most = int(WHOLE * usable_bytes)
+    return min(int(MORE * given_bytes), most) if given_bytes < most else None
 
 
 class Admission:
-    """The memory of one device, shared by its slots.
+    """The memory of one device, shared by its slots; it knows a job by the nonce of its claim.
+
+    A job whose lease was lost may be claimed again, by another slot, before its earlier attempt has ended here.
 
     Args:
         slots: how many jobs share it.
@@ -19,7 +29,7 @@ class Admission:
 
     def __init__(self, slots: int, kept_bytes: int = 0) -> None:
         self._slots, self._kept_bytes = slots, kept_bytes
-        self._promised: dict[str, int] = {}  # job id -> bytes
+        self._promised: dict[str, int] = {}  # nonce -> bytes
         self._lock = threading.Lock()
         self._claiming = threading.Lock()
 
@@ -38,7 +48,7 @@ class Admission:
         """What is left for one more job."""
         return max(0, usable_bytes - self.promised)
 
-    def admit(self, job_id: str, need_bytes: int, usable_bytes: int) -> int:
+    def admit(self, nonce: str, need_bytes: int, usable_bytes: int) -> int:
         """Promises the job what it needs and somewhat more, or a slot's share if that is larger; the bytes.
 
         What it turns out not to need it gives back, see `lower`.
@@ -46,19 +56,19 @@ class Admission:
         wanted = max(int(need_bytes * SLACK), (usable_bytes - self._kept_bytes) // self._slots)
         granted = max(need_bytes, min(wanted, self.room(usable_bytes)))
         with self._lock:
-            self._promised[job_id] = granted
+            self._promised[nonce] = granted
         return granted
 
-    def budget(self, job_id: str) -> int:
+    def budget(self, nonce: str) -> int:
         """What the job was promised."""
         with self._lock:
-            return self._promised[job_id]
+            return self._promised[nonce]
 
-    def lower(self, job_id: str, to_bytes: int) -> None:
+    def lower(self, nonce: str, to_bytes: int) -> None:
         """The job holds itself to less than it was promised."""
         with self._lock:
-            self._promised[job_id] = min(to_bytes, self._promised[job_id])
+            self._promised[nonce] = min(to_bytes, self._promised[nonce])
 
-    def release(self, job_id: str) -> None:
+    def release(self, nonce: str) -> None:
         with self._lock:
-            self._promised.pop(job_id, None)
+            self._promised.pop(nonce, None)

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from gpu_worker.admission import Admission
+from gpu_worker.admission import Admission, grown
 from gpu_worker.checkpoints import CheckpointKeeper
 from gpu_worker.confine import check_source
 from gpu_worker.health import Watch
@@ -34,7 +34,6 @@ from jobqueue.storage import Published, Storage, attempt_folder
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
-MORE = 1.5  # times what a job was given, after it ran out of it
 
 
 class Lost(Enum):
@@ -69,7 +68,7 @@ class Attempt:
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
         self._keeper = CheckpointKeeper(storage, claim, keep)
-        self._budget = admission.budget(claim.job_id) if watch.limits else None
+        self._budget = admission.budget(claim.nonce) if watch.limits else None
         self.sick = ""  # why this host, and not the job, is to blame for how it ended
 
     def run(self) -> None:
@@ -209,7 +208,7 @@ class Attempt:
                 elif isinstance(message, Progress):
                     journal.progress(message)
                     if message.budget_bytes is not None:
-                        self._admission.lower(self._claim.job_id, message.budget_bytes)
+                        self._admission.lower(self._claim.nonce, message.budget_bytes)
                     stop.can_save = message.phase == "train"
                 elif isinstance(message, Checkpoint):
                     self._keeper.take(message)
@@ -277,8 +276,7 @@ class Attempt:
         if end.rung is not None:
             return replace(again, rung=end.rung)
         usable = self._watch.look().usable_bytes
-        if self._budget is not None and self._budget < usable:
-            need = min(int(self._budget * MORE), usable)
+        if self._budget is not None and (need := grown(self._budget, usable)):
             message = f"{end.message} (with {self._budget / GIB:.1f} GiB of its own; it is given {need / GIB:.1f} next)"
             return replace(again, message=message, rung=self._claim.rung, need_bytes=need)
         message = f"{end.message} (nothing smaller is left: the micro-batch is one row)"

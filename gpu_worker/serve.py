@@ -41,12 +41,13 @@ class Server:
 
     def _ask(self) -> None:
         """A wake-up may be eaten by the wrong worker: an idle slot asks by itself."""
-        while True:
-            self._worker.tend()
-            if self._worker.leaving.wait(self._settings.poll_s):
-                return
-            if self._worker.idle_slots > 0:
-                threading.Thread(target=self._worker.work, kwargs={"wait": False}, daemon=True).start()
+        while not self._worker.leaving.wait(self._settings.poll_s):
+            try:
+                self._worker.tend()
+                if self._worker.idle_slots > 0:
+                    threading.Thread(target=self._worker.work, kwargs={"wait": False}, daemon=True).start()
+            except Exception:  # a host without memory starts no process and no thread; the next round may
+                log.exception("the trainers were not looked after, and no idle slot has asked")
 
     def _beat(self) -> None:
         """Tells the store that it lives, what it is and what it does; hears whether it is to drain."""

@@ -57,10 +57,10 @@ class Worker:
         environment = trainer_environment(device.kind, cache)
         self.pool = TrainerPool(environment, cache, settings.grace_s, settings.trainer_command, spares, self._may_rest)
         self._slots = threading.BoundedSemaphore(slots)
-        self._running: set[str] = set()
+        self._running: dict[str, str] = {}  # nonce -> job
         self._unanswered: list[str] = []  # nonces of claims that may have been given
         self._pause_s = self._well_at = 0.0
-        self._paused_for = ""
+        self._paused_for, self._pausing = "", threading.Lock()
         self._storage_watch = StorageWatch(self.storage, cache)
         self._watch = watch(device, cache, alive=lambda: bool(self._running or self.pool.resting))
 
@@ -103,15 +103,15 @@ class Worker:
         if claim is None:
             return False
         log.info("%s: attempt %d begins", claim.job_id, claim.attempt)
-        self._running.add(claim.job_id)
+        self._running[claim.nonce] = claim.job_id
         try:
             self._run(claim, claimed_at)
         except Exception:  # nothing that a job does may end its worker; the lease ends the job
             log.exception("%s: attempt %d broke its slot", claim.job_id, claim.attempt)
             self._pause("an attempt broke its slot")
         finally:
-            self._running.discard(claim.job_id)
-            self._admission.release(claim.job_id)
+            self._running.pop(claim.nonce)
+            self._admission.release(claim.nonce)
         return True
 
     def _claim(self) -> Claim | None:
@@ -136,8 +136,7 @@ class Worker:
             self._unanswered.append(nonce)  # a claim whose answer was lost is asked for again
             return None
         if claim is not None and self.device.kind != "control":
-            self._running.add(claim.job_id)
-            granted = self._admission.admit(claim.job_id, claim.need_bytes, usable)
+            granted = self._admission.admit(claim.nonce, claim.need_bytes, usable)
             log.info("%s: %.1f GiB of %.1f GiB are its own", claim.job_id, granted / GIB, usable / GIB)
         return claim
 
@@ -179,8 +178,11 @@ class Worker:
     def _pause(self, sick: str) -> None:
         """A host whose storage or disk fails would spoil the whole queue, one job after the other: it rests, longer
         each time, until an attempt shows that it is well again. (What is full for an adapter may hold a trial.)"""
-        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S) if sick else 0.0
-        self._well_at, self._paused_for = time.monotonic() + self._pause_s, sick
+        with self._pausing:
+            if sick and time.monotonic() < self._well_at:
+                return  # what another slot has met already
+            self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S) if sick else 0.0
+            self._well_at, self._paused_for = time.monotonic() + self._pause_s, sick
         if sick:
             self._storage_watch.try_again()
             log.warning("nothing is claimed for %g s: %s", self._pause_s, sick)
@@ -214,7 +216,7 @@ class Worker:
             "uuid": self.device.uuid,
             "usable_bytes": self._watch.health.usable_bytes,
             "slots": self.slots,
-            "running": sorted(self._running),
+            "running": sorted(self._running.values()),
             "note": self.note(),
             "every_s": self.settings.heartbeat_s,
         }

@@ -1,0 +1,115 @@
+"""What the slots of one worker have in common; the worker lives in this process and has no server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from helpers import wait_for
+
+from gpu_worker import worker as workers
+from gpu_worker.admission import Admission, grown
+from gpu_worker.gpu import Device
+from gpu_worker.serve import Server
+from gpu_worker.worker import FIRST_PAUSE_S, Worker
+from jobqueue.broker import make_app
+from jobqueue.job import Claim
+from jobqueue.memory import GIB
+from jobqueue.settings import Settings
+
+URL = "redis://127.0.0.1:1/0"
+SOON_S = 30.0
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    settings = Settings(redis_url=URL, storage=str(tmp_path / "storage"), data_dir=tmp_path, owner="ann")
+    made = Worker(Device("cpu", "cpu"), settings, URL, slots=2)
+    yield made
+    made.leaving.set()
+
+
+def claim(nonce: str) -> Claim:
+    return Claim("batch.1", int(nonce), nonce, {"kind": "train"}, "batch", 0, 60, need_bytes=GIB)
+
+
+def test_a_job_that_is_claimed_again_before_its_earlier_attempt_has_ended_keeps_its_memory(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = [claim("2"), claim("1")]
+    may_end = {"1": threading.Event(), "2": threading.Event()}
+    monkeypatch.setattr(worker.store, "claim", lambda *_, **__: claims.pop() if claims else None)
+    monkeypatch.setattr(worker, "_run", lambda claim, _: may_end[claim.nonce].wait(SOON_S))
+    slots = [threading.Thread(target=worker.work, kwargs={"wait": True}) for _ in may_end]
+    for slot in slots:
+        slot.start()
+    wait_for(lambda: worker.idle_slots == 0, SOON_S, "both attempts run")
+
+    may_end["1"].set()
+    wait_for(lambda: worker.idle_slots == 1, SOON_S, "the earlier one has ended")
+
+    assert worker.info()["running"] == ["batch.1"]
+    assert worker._admission.budget("2") >= GIB
+    may_end["2"].set()
+    for slot in slots:
+        slot.join(SOON_S)
+    assert worker._admission.promised == 0
+
+
+def test_what_all_slots_meet_at_once_is_one_reason_to_pause(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now))
+
+    for _ in range(16):
+        worker._pause("the disk is full")
+    now += FIRST_PAUSE_S
+    assert worker.well() or worker._storage_watch.problem
+    assert not worker.note().startswith("it pauses")
+
+    worker._pause("the disk is full")
+    now += FIRST_PAUSE_S
+    assert worker.note() == "it pauses: the disk is full", "the next time it pauses for longer"
+
+
+def test_an_idle_slot_goes_on_asking_when_no_process_could_be_started(worker: Worker) -> None:
+    asked = threading.Event()
+    failures = iter([OSError("out of memory"), RuntimeError("can't start new thread")])
+
+    def tend() -> None:
+        if error := next(failures, None):
+            raise error
+
+    served = SimpleNamespace(
+        app=make_app(URL, 1.0),
+        settings=worker.settings.model_copy(update={"poll_s": 0.01}),
+        leaving=threading.Event(),
+        idle_slots=1,
+        tend=tend,
+        work=lambda **_: asked.set(),
+    )
+    asking = threading.Thread(target=Server(cast(Worker, served))._ask, daemon=True)
+    asking.start()
+
+    assert asked.wait(SOON_S)
+    served.leaving.set()
+    asking.join(SOON_S)
+
+
+@pytest.mark.parametrize("slots", [1, 16])
+def test_a_job_that_never_has_enough_ends_though_what_is_usable_varies(slots: int) -> None:
+    at_claim, at_failure = int(79.2 * GIB), 80 * GIB
+    admission, need = Admission(slots), GIB
+    for _attempt in range(15):
+        assert need <= at_claim, "it can be claimed again"
+        given = admission.admit("1", need, at_claim)
+        admission.release("1")
+        more = grown(given, at_failure)
+        if more is None:
+            return
+        assert more > need
+        need = more
+    pytest.fail("it is tried again without end")
