@@ -56,7 +56,8 @@ class ChangedQuestion:
 
 def read_answers(lines: str) -> dict[int, Answer]:
     """The content of `questions.jsonl`. Raises ValueError, KeyError where it is something else."""
-    return {row["index"]: _answer(row) for row in map(json.loads, lines.splitlines())}
+    # not splitlines: a question may hold a line separator of Unicode's
+    return {row["index"]: _answer(row) for row in map(json.loads, filter(None, lines.split("\n")))}
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:

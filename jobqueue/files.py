@@ -165,7 +165,7 @@ class _Problems:
 def _is_object(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line.removeprefix(UTF8_MARK)), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -40,7 +40,8 @@ def _letter(value: object, options: dict[str, str], text_first: bool, sure: bool
     by_text = next((letter for letter, text in options.items() if text == wanted), None)
     by_letter = next((letter for letter in options if letter.casefold() == wanted.casefold()), None)
     place = wanted.removesuffix(".0")
-    by_place = list(options)[int(place)] if place.isdecimal() and int(place) < len(options) else None
+    is_place = place.isdecimal() and len(place) < 5 and int(place) < len(options)  # Python refuses 4,301 digits
+    by_place = list(options)[int(place)] if is_place else None
     if isinstance(value, (int, float)):
         found = by_letter or by_place or by_text
     elif not sure and text_first and by_text and by_place and by_text != by_place:

@@ -66,7 +66,9 @@ def _turn(turn: object) -> Message:
 def _call(call: object) -> dict[str, Any]:
     """A call as templates want it: the arguments as an object, where OpenAI's files have them as text."""
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not function.get("name"):
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise SkipRow("a tool call has no function")
+    if not isinstance(function.get("name"), str) or not function["name"]:
         raise SkipRow("a tool call has no function with a name")
     return {"type": "function", **call, "function": {**function, "arguments": parsed(function.get("arguments") or {})}}
 

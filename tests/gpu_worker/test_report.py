@@ -14,7 +14,7 @@ from jobqueue.storage import Storage
 from jobqueue.store import Store
 
 CLAIM = Claim("b.report", 1, "n", {"kind": "report", "batch": "b"}, "b", 0, 60.0)
-MARKUP = "<script>alert(1)</script> & which of A, B?"
+HARD = "<script>alert(1)</script> & which of\u2028A,\x85B?"  # markup, and line separators of Unicode's
 
 
 class Records:
@@ -52,12 +52,13 @@ def evaluation(job_id: str, right: list[bool], storage: Storage) -> Job:
             "answer": "A",
             "picks": {"likelihood": "A" if well else "B"},
             "right": ["likelihood"] if well else [],
-            "question": MARKUP,
+            "question": HARD,
             "options": {"A": "yes", "B": "no"},
         }
         for index, well in enumerate(right)
     ]
-    storage.write_text(f"{job_id}/questions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)  # as evaluations do
+    storage.write_text(f"{job_id}/questions.jsonl", written)
     part = {"correct": sum(right), "accuracy": sum(right) / len(right), "interval": [0.1, 0.9]}
     outcome = {"questions": len(right), "likelihood": part, "folder": job_id}
     return job(job_id, "succeeded", spec, outcome)
@@ -100,7 +101,7 @@ def test_report_has_the_tests_and_the_questions(storage: Storage) -> None:
     assert (versus["gained"], versus["lost"], versus["finding"]) == (12, 0, "better")
     assert versus["p_value"] == versus["p_holm"] == pytest.approx(2 / 2**12)
     assert versus["interval"][0] < versus["points"] == 60 < versus["interval"][1]
-    assert [question["question"] for question in made["changed"]] == [MARKUP] * 12
+    assert [question["question"] for question in made["changed"]] == [HARD] * 12
 
 
 def test_same_batch_same_bytes(storage: Storage, tmp_path: Path) -> None:

@@ -195,8 +195,9 @@ def test_calls_of_tools_and_their_results_stay_as_they_are_but_for_arguments_wri
     assert example.conversation[1]["tool_calls"][0]["type"] == "function"  # templates ask for it
     assert example.conversation[1]["tool_calls"][0]["function"] == {"name": "find", "arguments": {"word": "oak"}}
     assert example.conversation[2] == {"role": "tool", "content": "a tree"}
-    with pytest.raises(SkipRow, match="a tool call has no function"):
-        conversation({"messages": [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]})
+    for wrong in ({"id": 1}, {"function": {"arguments": "{}"}}, {"function": {"name": ["find"]}}):
+        with pytest.raises(SkipRow, match="a tool call has no function"):
+            conversation({"messages": [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [wrong]}]})
     with pytest.raises(SkipRow, match="tools is not a list"):
         conversation({**row, "tools": "find"})
 

@@ -77,6 +77,7 @@ def test_an_options_text_goes_before_its_letter(tmp_path: Path) -> None:
         ({"answer": "oak", "answer_idx": "B"}, "answer and answer_idx disagree"),
         ({"answer": 2, "answer_idx": None}, "answer is not among the options"),
         ({"answer": True, "answer_idx": None}, "answer is not text"),
+        ({"answer": "9" * 5000, "answer_idx": None}, "answer is not among the options"),
     ],
 )
 def test_a_row_that_lacks_something_is_skipped_and_counted(change: Any, reason: str, tmp_path: Path) -> None:
@@ -131,6 +132,7 @@ def test_bom_blank_lines_and_windows_line_ends_are_tolerated(tmp_path: Path) -> 
         (b"", "is empty"),
         (b"\n\n", "is empty"),
         (b'[{"question": 1},\n{"question" 2}]', ":2: not JSON"),
+        (b"[" * 100_000, ":1: not JSON"),
         (b"\x1f\x8b\x08\x00broken", "damaged gzip file"),
         (b"PAR1broken", "damaged Parquet file"),
     ],
