@@ -12,7 +12,7 @@ WHOLE = 0.98  # of a device is all of it: what is usable varies a little from on
 
 
 def grown(given_bytes: int, usable_bytes: int) -> int | None:
-    """What a job needs that ran out of what it was given; None: it had the device to itself."""
+    """What a job needs that ran out of what it was given; None: it had the largest device to itself."""
     most = int(WHOLE * usable_bytes)
     return min(int(MORE * given_bytes), most) if given_bytes < most else None
 

@@ -270,13 +270,15 @@ class Attempt:
         return Settlement(JobState.SUCCEEDED, outcome=outcome)
 
     def _without_memory(self, end: Failed) -> Settlement:
-        """Smaller micro-batches next time; where there are none, more memory, if this device has more than the job was
-        given; else the job has failed."""
+        """Smaller micro-batches next time; where there are none, more memory, if this device or one of another worker
+        has more than the job was given; else the job has failed."""
         again = self._failure(FailureReason.OUT_OF_MEMORY, end.message)
         if end.rung is not None:
             return replace(again, rung=end.rung)
-        usable = self._watch.look().usable_bytes
-        if self._budget is not None and (need := grown(self._budget, usable)):
+        workers = self._lease.insist(self._store.workers)
+        others = [worker.usable_bytes for worker in workers if worker.alive and worker.uuid]
+        most = max(self._watch.look().usable_bytes, *others, 0)
+        if self._budget is not None and (need := grown(self._budget, most)):
             message = f"{end.message} (with {self._budget / GIB:.1f} GiB of its own; it is given {need / GIB:.1f} next)"
             return replace(again, message=message, rung=self._claim.rung, need_bytes=need)
         message = f"{end.message} (nothing smaller is left: the micro-batch is one row)"

@@ -39,7 +39,7 @@ TABLE = {
         "Lower `max_seq_length` or `lora.r`, train with `method: qlora`, or start a worker with a larger GPU.",
         counts=False,
         settings="activations are recomputed, then half the micro-batch, accumulation makes up for it; at one row more "
-        "memory, until the job has had the GPU to itself",
+        "memory, until the job has had the largest GPU to itself",
     ),
     R.NAN_LOSS: Rule(
         1, "The loss became NaN or infinite.", "Lower `learning_rate`, add `warmup_steps`, look at the data."
@@ -69,7 +69,7 @@ TABLE = {
         "The worker stopped renewing the job: it was killed, its host died, or it was cut off from Redis.",
         "Look at the host and its network; `loraq workers` shows who is silent.",
     ),
-    R.STORAGE: Rule(  # the worker pauses as well, see gpu_worker/serve.py
+    R.STORAGE: Rule(  # the worker pauses as well, see gpu_worker/worker.py
         5,
         "The shared storage or a disk of the host could not be written or read: full, read-only, gone, or it hangs.",
         "Free space, or mount it again; the worker takes jobs again by itself.",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from helpers import restartable_server, wait_for
+from helpers import SUCCEEDED, claim, restartable_server, wait_for
 from test_cards import TOTAL, Cards
 from worker_process import ROOT, START_S, STUB, Site, site, succeeded_once
 
@@ -109,6 +109,29 @@ def test_a_job_that_ran_out_of_what_it_was_given_is_given_more_until_it_has_the_
     assert job.need_bytes > 0.95 * TOTAL
     assert job.rung == 1, "no split was tried twice with the same memory"
     assert job.failures == 1
+
+
+def test_a_job_that_had_this_card_to_itself_goes_on_on_a_larger_one(here: Site) -> None:
+    info = {
+        "host": "b",
+        "device": "H100",
+        "uuid": "GPU-b",
+        "usable_bytes": 78 * GIB,
+        "slots": 1,
+        "running": [],
+        "note": "",
+    }
+    here.store.heartbeat("b/gpu0", "gpu", {**info, "every_s": 60})
+    try:
+        submit(here, "large.1", "oom:0", gib=1)
+        wait_for(lambda: here.store.job("large.1").need_bytes > TOTAL, START_S, "this card is too small")
+
+        taken = claim(here.store, "b/gpu0", free=78 * GIB, queues=["gpu48", "gpu80"])
+        assert taken is not None
+        assert taken.job_id == "large.1"
+        here.store.settle(taken, SUCCEEDED)
+    finally:
+        here.store.leave("b/gpu0")
 
 
 def test_a_job_whose_estimate_is_too_small_gets_what_it_needs(here: Site) -> None:
