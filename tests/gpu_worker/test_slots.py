@@ -5,6 +5,7 @@ The card's NVML is simulated; worker and server are real.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -50,9 +51,10 @@ def trainers(here: Site) -> list[int]:
     """The trainers, at work or not."""
     found = []
     for process in here.left(trainers_only=True):
-        command = process.cmdline()
-        if command[-1] == str(STUB) and "guardian" not in " ".join(command):
-            found.append(process.pid)
+        with contextlib.suppress(psutil.Error):  # it has ended since
+            command = process.cmdline()
+            if command[-1:] == [str(STUB)] and "guardian" not in " ".join(command):
+                found.append(process.pid)
     return found
 
 
@@ -155,7 +157,8 @@ def test_what_a_job_was_measured_to_take_corrects_the_estimate_for_its_kind(here
 def test_a_spare_that_was_killed_does_not_get_a_job_and_is_replaced(here: Site) -> None:
     killed = wait_for(lambda: trainers(here), START_S, "there are trainers")
     for pid in killed:
-        psutil.Process(pid).kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).kill()
 
     submit(here, "after.1", "sleep:0.2", gib=2)
     assert succeeded_once(here.ended("after.1"))
