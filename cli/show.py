@@ -55,9 +55,14 @@ def find(client: Client, target: str) -> Batch | Job:
 
 
 def _waits_for(client: Client, job: Job) -> str:
-    """The jobs that it still waits for, or what else keeps it from the queue."""
+    """The jobs that it still waits for, or what else keeps it from running."""
+    from cli.render import memory
     from jobqueue.job import JobKind, JobState
 
+    if job.state is JobState.QUEUED:
+        living = [worker.usable_bytes for worker in client.workers() if worker.alive and worker.device != "control"]
+        if job.kind is not JobKind.REPORT and (not living or job.need_bytes > max(living)):
+            return f"a larger worker: the largest that lives has {memory(max(living))}" if living else "a worker"
     if job.state is not JobState.WAITING:
         return ""
     if job.waits and job.batch and job.kind is JobKind.REPORT:

@@ -70,12 +70,14 @@ class Attempt:
         self._keeper = CheckpointKeeper(storage, claim, keep)
         self._budget = admission.budget(claim.nonce) if watch.limits else None
         self.sick = ""  # why this host, and not the job, is to blame for how it ended
+        self.succeeded = False
 
     def run(self) -> None:
         try:
             end = self._end()
             if end is not None:
                 self.sick = end.message if end.reason == FailureReason.STORAGE else ""
+                self.succeeded = end.state is JobState.SUCCEEDED
                 self._wake(self._lease.settle(end, self._leaving))
                 if end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
                     self._patience("remove checkpoints", self._keeper.forget, settled=True, hurry=True)

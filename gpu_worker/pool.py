@@ -65,7 +65,10 @@ class TrainerPool:
             surplus = self._surplus()
         for other in surplus:
             other.trainer.kill()
-        return resting.trainer if resting is not None else self._start()
+        if resting is None:
+            return self._start()
+        self._pause_s = 0.0  # trainers do well here
+        return resting.trainer
 
     def _pick(self, base_model: str) -> Resting | None:
         with self._lock:

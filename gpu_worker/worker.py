@@ -173,7 +173,8 @@ class Worker:
             wake,
         )
         attempt.run()
-        self._pause(attempt.sick)
+        if attempt.sick or attempt.succeeded:  # how else it ended says nothing of this host
+            self._pause(attempt.sick)
 
     def _pause(self, sick: str) -> None:
         """A host whose storage or disk fails would spoil the whole queue, one job after the other: it rests, longer

@@ -104,14 +104,14 @@ def choose(
     return None
 
 
-def limit(choice: Choice, budget_bytes: int | None, *, ran_out: bool) -> int | None:
+def limit(estimated_bytes: int, budget_bytes: int | None, *, ran_out: bool) -> int | None:
     """What a job holds itself to, so that its neighbours can have the rest: somewhat more than the estimate.
 
     `ran_out`: memory has run out before. Then the estimate may be wrong, and only what the job was given is a limit.
     """
-    if budget_bytes is None or ran_out or not choice.estimated_bytes:
+    if budget_bytes is None or ran_out or not estimated_bytes:
         return budget_bytes
-    return min(budget_bytes, int(choice.estimated_bytes * OVER_ESTIMATE))
+    return min(budget_bytes, int(estimated_bytes * OVER_ESTIMATE))
 
 
 def _estimate(spec: TrainSpec, row_tokens: int, config: Mapping[str, Any] | None, correction: float) -> int:

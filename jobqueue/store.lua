@@ -34,6 +34,7 @@ Fields of a record
   attempt(the fence) nonce(proof of the claim) settled(number, nonce and state of the last settled attempt) failures
   rung(of the job's ladder of splits, where the next attempt begins; grows when memory ran out)
   submission(of the submit that made it, random) said(entries of its stream that the attempt has appended)
+  kept_by(the worker that runs empty for it) kept_until(T)
   submitted_at queued_at claimed_at ended_at not_before (T) worker reason message progress(JSON) outcome(JSON)
 ]]
 
@@ -41,6 +42,8 @@ local P = '{loraq}:'
 local HALF_LIFE = 24 * 3600 * 1000 -- of GPU seconds in the fair share
 local PAGE, LOOK = 16, 1024 -- how many jobs of an owner and class a claim reads at once, and looks at in all
 local PATIENCE = 60 * 1000 -- a job that has waited for longer lets no other overtake it where it would fit
+local RESERVED = 15 * 1000 -- how long a device is kept free for a job that waits, since it last asked
+local MOST_CORRECTION = 2 -- of an estimate: what is further off is something else than its constants
 local GPU_ALIVE = 30 * 1000 -- a GPU worker that has been silent for longer does not keep CPU workers away
 local FORGET = 24 * 3600 * 1000 -- of silent workers
 local FINAL = { succeeded = true, failed = true, cancelled = true }
@@ -260,9 +263,16 @@ local function before(a, b)
   return a.seq < b.seq
 end
 
+-- Whether this worker may run empty for the job: no other does.
+local function keeps(id, worker, now)
+  local by, til = unpack(redis.call('HMGET', key(id), 'kept_by', 'kept_until'))
+  return not by or by == worker or tonumber(til) < now
+end
+
 -- The first job of that owner and class which the worker may and can hold; for a CPU worker none that wants a GPU.
--- One that has waited for long, and would fit if nothing else ran here, is `blocked`: nothing behind it may overtake it.
-local function first_fit(queue, owner, device, free, whole, now)
+-- One that has waited for long, and would fit if nothing else ran here, is `blocked`: nothing behind it may overtake it,
+-- on one device only.
+local function first_fit(queue, owner, worker, device, free, whole, now)
   local list = P .. 'queue:' .. queue .. ':' .. owner
   for start = 0, LOOK - PAGE, PAGE do
     local ids = redis.call('ZRANGE', list, start, start + PAGE - 1)
@@ -274,7 +284,7 @@ local function first_fit(queue, owner, device, free, whole, now)
       if not need then -- evicted, by a server that may do that
         redis.call('ZREM', list, id)
       elseif not (device == 'cpu' and meant == 'gpu') then
-        local blocked = need > free and need <= whole and now - queued_at > PATIENCE
+        local blocked = need > free and need <= whole and now - queued_at > PATIENCE and keeps(id, worker, now)
         if need <= free or blocked then
           return { id = id, priority = tonumber(priority), seq = tonumber(seq), blocked = blocked }
         end
@@ -284,19 +294,20 @@ local function first_fit(queue, owner, device, free, whole, now)
   end
 end
 
-local function best(device, free, whole, queues, now)
+local function best(worker, device, free, whole, queues, now)
   local chosen
   for _, queue in ipairs(served(device, queues, now)) do
     local held = redis.call('SISMEMBER', P .. 'held_classes', queue) == 1
     for _, owner in ipairs(held and {} or redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
-      local candidate = first_fit(queue, owner, device, free, whole, now)
+      local candidate = first_fit(queue, owner, worker, device, free, whole, now)
       if candidate then
         candidate.usage = usage(owner, now)
         if not chosen or before(candidate, chosen) then chosen = candidate end
       end
     end
   end
-  return chosen and not chosen.blocked and chosen.id or nil
+  if not chosen or not chosen.blocked then return chosen and chosen.id end
+  redis.call('HSET', key(chosen.id), 'kept_by', worker, 'kept_until', now + RESERVED)
 end
 
 -- claim(not after, worker, device gpu|cpu|control, free bytes, bytes if nothing ran there, lease, nonce, class...)
@@ -311,7 +322,7 @@ local function claim(_, args)
     local host = string.match(worker, '^[^/]*')
     local drained = redis.call('SISMEMBER', P .. 'drained', worker) + redis.call('SISMEMBER', P .. 'drained', host)
     if drained > 0 or quiet(now, tonumber(lease)) then return {} end
-    id = best(device, tonumber(free), tonumber(whole), { unpack(args, 8) }, now)
+    id = best(worker, device, tonumber(free), tonumber(whole), { unpack(args, 8) }, now)
     if not id then return {} end
     unplace(id)
     redis.call('HINCRBY', key(id), 'attempt', 1)
@@ -397,7 +408,7 @@ end
 -- learn(kind, ratio) -> 1: what a job of that kind was measured to take, over what it was thought to
 -- It grows at once and falls slowly: a little too much is waste, a little too little a failed attempt.
 local function learn(_, args)
-  local kind, ratio = args[1], tonumber(args[2])
+  local kind, ratio = args[1], math.min(math.max(tonumber(args[2]), 1 / MOST_CORRECTION), MOST_CORRECTION)
   local known = tonumber(redis.call('HGET', P .. 'peaks', kind) or '')
   redis.call('HSET', P .. 'peaks', kind, tostring(known and math.max(ratio, 0.75 * known + 0.25 * ratio) or ratio))
   return 1

@@ -32,6 +32,7 @@ from jobqueue import answers, rows
 from jobqueue.chat import Chat
 from jobqueue.example import MultipleChoice
 from jobqueue.extraction import extract, has_asked_form
+from jobqueue.memory import evaluation_peak
 from jobqueue.spec import BY_QUESTION, EvaluateSpec
 
 log = logging.getLogger("loraq.trainer")
@@ -98,6 +99,8 @@ def _ask(
         texts, dropped = to_texts(chat, file.examples, limit, new_tokens)
     clock.lap("data_s")
 
+    longest = max([question.longest for question in questions] + [len(text.row.input_ids) for text in texts], default=0)
+    estimated = _estimated(spec, model.config, longest, request.correction)
     batch = asked.per_device_eval_batch_size
     scored = min(batch * SCORED_PER_GENERATED, MOST_SCORED)
     steps = sum(len(questions if metric in BY_QUESTION else texts) for metric in metrics)
@@ -138,9 +141,19 @@ def _ask(
     clock.lap("save_s")
     return outcome | {
         "commit": getattr(model.config, "_commit_hash", None),  # of a hub model
-        "memory": memory,
+        "memory": memory | {"estimated_bytes": estimated},
         "data": file.summary.report() | {"too_long": too_long, "dropped": dropped},
     }
+
+
+def _estimated(spec: EvaluateSpec, config: Any, row_tokens: int, correction: float) -> int:
+    """Peak bytes on the GPU; 0 where there is none, or the estimate does not know such a model."""
+    if not models.ON_GPU:
+        return 0
+    try:
+        return int(evaluation_peak(config.to_dict(), spec, row_tokens) * correction)
+    except (KeyError, TypeError):
+        return 0
 
 
 def _likelihood(questions: list[Question], tie: float, plain_because: str | None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     clock.lap("data_s")
 
     choice = _choose(spec, request, max(len(row.input_ids) for row in [*tokens, *validation]), base.model)
-    most = limit(choice, request.budget_bytes, ran_out=request.ran_out)
+    most = limit(choice.estimated_bytes, request.budget_bytes, ran_out=request.ran_out)
     report(Progress("data", budget_bytes=usage.hold_to(most)))
     with on_rung(choice.rung, last=choice.last):
         outcome = _fit(choice.split.of(spec), base, tokens, validation, request, report, clock)

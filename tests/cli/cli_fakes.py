@@ -166,6 +166,7 @@ class FakeClient:
     answers: dict[str, dict[int, Answer]] = field(default_factory=dict)
     price: float | dict[str, float] | None = None
     risks: list[str] = field(default_factory=list)
+    present: list[WorkerInfo] = field(default_factory=list)
 
     def read(self, file: Path, sets: Sequence[str] = ()) -> Sweep:
         return read_sweep(file, sets)
@@ -212,7 +213,7 @@ class FakeClient:
         return [replace(job, cancel_requested=True) for job in jobs if not job.state.final]
 
     def workers(self) -> list[WorkerInfo]:
-        return []
+        return self.present
 
     def events(self, job_id: str, after: str = "0", block_s: float = 0) -> list[Event]:
         """The next of `streams`, which must begin after `after`; nothing when they are used up."""

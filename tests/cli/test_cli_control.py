@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from cli_fakes import Command, FakeClient, make_job, trained, two_trials
 
-from jobqueue.job import Batch, FailureReason, Job, JobState
+from jobqueue.job import Batch, FailureReason, Job, JobState, WorkerInfo
+from jobqueue.memory import GIB
 
 LONG = "llama-3.2-1b-medqa-learning-rate-and-rank"
 
@@ -104,6 +105,20 @@ def test_show_says_what_a_job_waits_for(command: Command, client: FakeClient) ->
     assert line("medqa.1.eval", "waits for") == "waits for medqa.1"
     assert line("medqa.2", "waits for") == "waits for a worker's estimate of its memory"
     assert line("medqa.report", "waits for") == "waits for medqa.1 medqa.1.eval medqa.2"
+
+
+def test_show_says_that_no_living_worker_could_hold_a_queued_job(command: Command, client: FakeClient) -> None:
+    client.known["medqa"] = [make_job("medqa.1", JobState.QUEUED, need_bytes=200 * GIB)]
+
+    def waits_for() -> str:
+        text = " ".join(command("show", "medqa.1").stdout.split())
+        return text[text.index("waits for") :][:70]
+
+    assert waits_for().startswith("waits for a worker needs 200.0 GiB")
+    gpu = WorkerInfo("h/gpu0", "h", "NVIDIA", "", 79 * GIB, 1, (), 0.0, alive=True)
+    control = WorkerInfo("h/control", "h", "control", "", 999 * GIB, 1, (), 0.0, alive=True)
+    client.present = [gpu, replace(gpu, id="h/gpu1", usable_bytes=999 * GIB, alive=False), control]
+    assert waits_for().startswith("waits for a larger worker: the largest that lives has 79.0 GiB")
 
 
 def test_show_of_a_batch_whose_name_looks_like_a_job(command: Command, client: FakeClient) -> None:

@@ -147,11 +147,11 @@ def test_a_job_whose_estimate_is_too_small_gets_what_it_needs(here: Site) -> Non
 
 def test_what_a_job_was_measured_to_take_corrects_the_estimate_for_its_kind(here: Site) -> None:
     for job_id in ("learn.1", "again.1"):  # the second one's estimate is corrected by what the first one took
-        submit(here, job_id, "took:3", gib=2)
+        submit(here, job_id, "took:0.5", gib=2)
 
         job = here.ended(job_id)
 
-        assert here.store.correction(kind_of(job.spec)) == pytest.approx((3 * GIB + CONTEXT) / GIB)
+        assert here.store.correction(kind_of(job.spec)) == pytest.approx((0.5 * GIB + CONTEXT) / GIB)
 
 
 def test_a_spare_that_was_killed_does_not_get_a_job_and_is_replaced(here: Site) -> None:

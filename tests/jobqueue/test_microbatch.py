@@ -119,7 +119,7 @@ def test_a_job_leaves_to_others_what_its_estimate_does_not_ask_for_until_the_est
     choice = choose(train(), ROW, 0, config=LLAMA_1B, budget_bytes=70 * GIB)
     assert choice is not None
 
-    assert limit(choice, 70 * GIB, ran_out=False) == int(choice.estimated_bytes * OVER_ESTIMATE)
-    assert limit(choice, 70 * GIB, ran_out=True) == 70 * GIB
-    assert limit(choice, 1, ran_out=False) == 1
-    assert limit(choice, None, ran_out=True) is None, "on a machine that cannot tell"
+    assert limit(choice.estimated_bytes, 70 * GIB, ran_out=False) == int(choice.estimated_bytes * OVER_ESTIMATE)
+    assert limit(choice.estimated_bytes, 70 * GIB, ran_out=True) == 70 * GIB
+    assert limit(choice.estimated_bytes, 1, ran_out=False) == 1
+    assert limit(choice.estimated_bytes, None, ran_out=True) is None, "on a machine that cannot tell"

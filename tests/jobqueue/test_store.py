@@ -269,6 +269,25 @@ def test_a_big_job_that_has_waited_for_long_is_not_overtaken_where_it_would_fit(
     assert next_one(4 * GIB, 24 * GIB) == "small.3"
 
 
+def test_one_device_only_runs_empty_for_a_job_that_waits(store: Store) -> None:
+    submit(store, new_job("big.1", need=20 * GIB, queue="gpu24"))
+    submit(store, new_job("small.1"), new_job("small.2"), new_job("small.3"))
+    store._redis.hset("{loraq}:job:big.1", "queued_at", 0)
+
+    def next_one(worker: str, free: int) -> str | None:
+        classes = ["gpu8", "gpu24"]
+        found = store.claim(worker, "gpu", free, LEASE_S, secrets.token_hex(8), classes, whole_bytes=24 * GIB)
+        return found and found.job_id
+
+    assert next_one("host/gpu0", 10 * GIB) is None
+    assert next_one("host/gpu1", 10 * GIB) == "small.1", "the other device goes on"
+    assert next_one("host/gpu0", 10 * GIB) is None
+    store._redis.hset("{loraq}:job:big.1", "kept_until", 0)  # gpu0 has not asked for long
+    assert next_one("host/gpu1", 10 * GIB) is None
+    assert next_one("host/gpu0", 10 * GIB) == "small.2"
+    assert next_one("host/gpu0", 22 * GIB) == "big.1", "whoever has the room takes it"
+
+
 def test_what_goes_before_a_big_job_by_priority_does_not_wait_for_it(store: Store) -> None:
     submit(store, new_job("big.1", need=20 * GIB, queue="gpu24"))
     submit(store, new_job("urgent.1", priority=5))
@@ -304,4 +323,6 @@ def test_a_correction_grows_at_once_and_falls_slowly(store: Store) -> None:
         seen.append(store.correction("train:qlora:m"))
 
     assert seen == pytest.approx([1.2, 1.1, 1.025, 1.5])
+    store.learn("train:qlora:m", 40)
+    assert store.correction("train:qlora:m") == 2, "what is so far off is no matter of a factor"
     assert store.correction("train:qlora:other") == 1
