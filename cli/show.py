@@ -194,7 +194,14 @@ def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
     validation = outcome.get("validation") or {}
     if validation.get("losses"):
         _title(out, f"Validation loss on {counted(validation['rows'], 'row')}")
-        facts(out, {f"step {step}": f"{loss:.4f}" for step, loss in validation["losses"]})
+        marks = {validation.get("best_step"): "best"}
+        if (kept := validation.get("kept_step")) is not None:
+            marks[kept] = f"{marks[kept]}, kept" if kept in marks else "kept"
+        losses = {step: f"{loss:.4f}" for step, loss in validation["losses"]}
+        facts(
+            out,
+            {f"step {step}": f"{loss} ({marks[step]})" if step in marks else loss for step, loss in losses.items()},
+        )
     scores = {key: part for key, part in outcome.items() if isinstance(part, dict) and "accuracy" in part}
     if scores:
         _title(out, f"Scores on {number(outcome.get('questions'))} questions")

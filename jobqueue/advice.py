@@ -30,7 +30,8 @@ def on_training(run: RunSpec, rows: int) -> Iterator[str]:
     if training.steps:
         epochs = training.steps * training.effective_batch / rows
     if epochs > MOST_EPOCHS:
-        yield f"{epochs:.1f} epochs: after {MOST_EPOCHS:g} a model mostly learns its rows by heart"
+        remedy = "" if training.early_stopping_patience else "; early_stopping_patience stops when it does"
+        yield f"{epochs:.1f} epochs: after {MOST_EPOCHS:g} a model mostly learns its rows by heart{remedy}"
     elif epochs < 1 and training.steps:
         seen = training.steps * training.effective_batch
         yield f"{training.steps} steps of {training.effective_batch} see {seen:,} of {rows:,} rows"
@@ -38,6 +39,8 @@ def on_training(run: RunSpec, rows: int) -> Iterator[str]:
         yield f"{rows} rows are few: some hundreds are usual"
     if run.evaluation is None and run.data is not None and run.data.validation_split is None:
         yield "nothing will tell whether it helps: set evaluation, or data.validation_split"
+    elif run.data is not None and run.data.validation_split and not training.eval_steps:
+        yield "the validation loss is known at the end alone: training.eval_steps shows from where on it rises"
 
 
 def on_data(report: DataReport, max_seq_length: int) -> Iterator[str]:

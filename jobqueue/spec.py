@@ -167,6 +167,15 @@ class TrainingSpec(Part):
     report_to: Tracker | list[Tracker] = "none"
     eval_steps: PositiveInt | None = None
     """With data.validation_split: the loss on the rows kept back every so many steps; None: at the end alone."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after so many validations in a row without a better loss (3 is usual); None: train to the end."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """By how much a loss must be lower to count as better."""
+    load_best_model_at_end: bool | None = None
+    """Keep the weights of the step with the lowest validation loss, not the last ones; None: where
+    early_stopping_patience is set."""
+    metric_for_best_model: Literal["eval_loss"] = "eval_loss"
+    """What decides which weights are best: the validation loss."""
     save_steps: PositiveInt | None = None
     """A checkpoint every so many steps, from which a lost or drained job goes on; None: by time alone."""
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
@@ -183,6 +192,12 @@ class TrainingSpec(Part):
         if self.max_steps > 0 and self.num_train_epochs is not None:
             raise ValueError("max_steps and num_train_epochs are both set; one of them says how long to train")
         return self
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the weights with the lowest validation loss are kept."""
+        chosen = self.load_best_model_at_end
+        return self.early_stopping_patience is not None if chosen is None else chosen
 
     @property
     def steps(self) -> int | None:
@@ -266,6 +281,13 @@ class RunSpec(Part):
             raise ValueError("neither data nor evaluation is set; there is nothing to do")
         if self.training.eval_steps and not (self.data and self.data.validation_split):
             raise ValueError("training.eval_steps needs rows to validate on: set data.validation_split")
+        if not self.training.eval_steps and self.data is not None:
+            for option, is_set in (
+                ("early_stopping_patience", self.training.early_stopping_patience),
+                ("load_best_model_at_end", self.training.load_best_model_at_end),
+            ):
+                if is_set:
+                    raise ValueError(f"training.{option} needs validations to compare: set training.eval_steps")
         return self
 
     @property

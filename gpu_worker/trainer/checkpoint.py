@@ -37,12 +37,16 @@ class Checkpoints(TrainerCallback):
     """Asks transformers for a checkpoint every `save_steps` or `save_minutes`, and when SIGUSR1 has asked."""
 
     def __init__(
-        self, training: TrainingSpec, counts: Callable[[], dict[str, float]], report: Callable[[Any], None]
+        self,
+        training: TrainingSpec,
+        counts: Callable[[], dict[str, float]],
+        save_more: Callable[[Path], None],
+        report: Callable[[Any], None],
     ) -> None:
         global _asked
         _asked = False  # for the job before, perhaps
         self._every_steps, self._every_s = training.save_steps, training.save_minutes * 60
-        self._counts, self._report = counts, report
+        self._counts, self._save_more, self._report = counts, save_more, report
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._dtypes: dict[str, torch.dtype] = {}
 
@@ -67,6 +71,7 @@ class Checkpoints(TrainerCallback):
         _asked = False
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / COUNTS).write_text(json.dumps(self._counts()))
+        self._save_more(folder)
         self._saved_at, self._saved_step = time.monotonic(), state.global_step
         self._report(Checkpoint(step=state.global_step, folder=str(folder)))
 

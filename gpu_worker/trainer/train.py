@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from gpu_worker.protocol import Progress, Request
 from gpu_worker.trainer import usage
+from gpu_worker.trainer.best import Best
 from gpu_worker.trainer.checkpoint import Checkpoints, counts_of
 from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.collator import KEPT_BACK, Collator
@@ -116,7 +117,8 @@ def _fit(
     config = _config(spec, request, torch.cuda.is_available(), bool(validation))
     collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     watch = Watch(report, collator)
-    checkpoints = Checkpoints(training, watch.counts, report)
+    best = Best(training, model, Path(config.output_dir or ""))
+    checkpoints = Checkpoints(training, watch.counts, best.save, report)
     checkpoints.remember_dtypes(model)
     try:
         trainer = SFTTrainer(
@@ -126,7 +128,7 @@ def _fit(
             train_dataset=_dataset(tokens),
             eval_dataset=_dataset(validation, kept_back=True) if validation else None,
             data_collator=collator,
-            callbacks=[watch, checkpoints],
+            callbacks=[watch, best, checkpoints],
         )
     except (ValueError, NotImplementedError) as error:
         raise bad_spec(one_line(f"the trainer refuses these settings: {error}")) from error
@@ -136,6 +138,7 @@ def _fit(
 
     if request.resume:
         watch.go_on(counts_of(request.resume))
+        best.go_on(Path(request.resume))
         log.info("going on from %s", request.resume)
     result = trainer.train(resume_from_checkpoint=request.resume)
     clock.lap("train_s")
@@ -144,6 +147,11 @@ def _fit(
     if validation and not any(e["step"] == trainer.state.global_step for e in _validations(trainer)):
         trainer.evaluate()
         clock.lap("validation_s")
+    if best.stopped:
+        log.info("stopped early: %s", best.stopped)
+    kept_step = best.step if best.restore() else trainer.state.global_step
+    if kept_step != trainer.state.global_step:
+        log.info("the weights of step %d are kept, with the validation loss %.4f", best.step, best.loss)
     memory = usage.memory(reserved_at_start)
 
     report(Progress("save", step=trainer.state.global_step, steps=trainer.state.max_steps))
@@ -172,11 +180,15 @@ def _fit(
             "trained_parameters": sum(size for trained, size in parameters if trained),
             "seed": training.seed,
             "resumed_from_step": resumed_from,
+            "stopped_early": best.stopped or None,
         },
         "losses": losses,
         "validation": {
             "rows": len(validation),
             "losses": [[entry["step"], entry["eval_loss"]] for entry in _validations(trainer)],
+            "best_step": best.step or None,
+            "best_loss": best.loss if best.step else None,
+            "kept_step": kept_step,
         },
     }
 

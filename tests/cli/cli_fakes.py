@@ -77,7 +77,7 @@ def trained(steps: int = 20, loss: float = 1.25) -> dict[str, Any]:
         "time": {"load_s": 9.5, "data_s": 1.0, "train_s": 150.0, "save_s": 0.5, "total_s": 161.0, "train_minutes": 2.5},
         "training": {"steps": steps, "tokens_per_s": 5123.4, "final_loss": loss, "trained_parameters": 11_000_000},
         "losses": [[1, 2.0, 1e-4], [steps // 2, 1.5, 1e-4], [steps, loss, 0.0]],
-        "validation": {"rows": 40, "losses": [[10, 1.5], [steps, 1.375]]},
+        "validation": {"rows": 40, "losses": [[10, 1.25], [steps, 1.375]], "best_step": 10, "kept_step": 10},
         "versions": {"unsloth": "2026.1.1"},
     }
 

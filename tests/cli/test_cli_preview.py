@@ -92,11 +92,16 @@ def test_what_is_unusual_is_pointed_out(command: Command, folder: Path) -> None:
     warnings = document(command, folder / "sweep.yaml", *(x for item in sets for x in ("--set", item)))["warnings"]
     assert warnings == [
         "learning_rate 0.1 is above the usual range for method qlora (5e-06 to 0.0005)",
-        "160.0 epochs: after 3 a model mostly learns its rows by heart",
+        "160.0 epochs: after 3 a model mostly learns its rows by heart; early_stopping_patience stops when it does",
         "5 rows are few: some hundreds are usual",
         "nothing will tell whether it helps: set evaluation, or data.validation_split",
         "1 of 5 rows read the same as an earlier one",
     ]
+    validates = ["--set", "data.validation_split=0.5", "--set", "data.validation_seed=1"]
+    warnings = document(command, folder / "sweep.yaml", *validates)["warnings"]
+    assert "the validation loss is known at the end alone: training.eval_steps shows from where on it rises" in warnings
+    warnings = document(command, folder / "sweep.yaml", *validates, "--set", "training.eval_steps=10")["warnings"]
+    assert not any("at the end alone" in warning for warning in warnings)
     same = ["--set", "data.source=questions.jsonl", "--set", "evaluation.source=questions.jsonl"]
     warnings = document(command, folder / "sweep.yaml", *same, "--set", "training.max_seq_length=512")["warnings"]
     assert "1 of 1 questions of the evaluation are also trained on" in warnings

@@ -431,3 +431,11 @@ def test_a_validation_loss_needs_rows_to_validate_on(problems: Problems, read: R
     ((_, _, message),) = problems(GOOD + "training: {eval_steps: 10}\n")
     assert "training.eval_steps needs rows to validate on: set data.validation_split" in message
     assert read(HEAD + "data: {source: a/b, validation_split: 0.1}\ntraining: {eval_steps: 10}\n").trials
+
+
+@pytest.mark.parametrize("option", ["early_stopping_patience: 3", "load_best_model_at_end: true"])
+def test_stopping_early_needs_validations_to_compare(problems: Problems, read: Read, option: str) -> None:
+    data = HEAD + "data: {source: a/b, validation_split: 0.1}\n"
+    ((_, _, message),) = problems(data + f"training: {{{option}}}\n")
+    assert f"training.{option.partition(':')[0]} needs validations to compare: set training.eval_steps" in message
+    assert read(data + f"training: {{{option}, eval_steps: 10}}\n").trials[0].run.training.keeps_best
