@@ -25,6 +25,8 @@ from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
 from gpu_worker.stop import ON_REQUEST, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
+from jobqueue import adapters
+from jobqueue.adapters import STORED
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
 from jobqueue.memory import CONTEXT, GIB, kind_of
@@ -120,17 +122,17 @@ class Attempt:
         """The job as this machine can do it: sources readable, the adapter in a folder."""
         spec = dict(self._claim.spec)
         section = "data" if spec["kind"] == "train" else "evaluation"
-        for source in (spec["base_model"], spec[section]["source"]):
+        sources = (spec["base_model"], spec[section]["source"], spec.get("from_adapter"))
+        for source in filter(None, sources):
             check_source(source, self._settings.model_roots)
         spec[section] = {**spec[section], "source": self._storage.resolve(spec[section]["source"])}
         adapter = resume = None
         if spec["kind"] == "train":
             resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
+            adapter = self._adapter(spec["from_adapter"]) if spec.get("from_adapter") else None
         elif spec["adapter_job"]:
             trained = self._lease.insist(lambda: self._store.job(spec["adapter_job"])).outcome["folder"]
-            folder = self._scratch / "adapter"
-            fetched = self._patience("read the adapter", lambda: self._storage.fetch(f"{trained}/adapter", folder))
-            adapter = str(fetched)
+            adapter = self._adapter(f"{STORED}{trained}/adapter")
         output = self._scratch / "output"
         output.mkdir()
         return Request(
@@ -144,6 +146,16 @@ class Attempt:
             self._lease.insist(lambda: self._store.correction(kind_of(spec))),
             any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._before()),
         )
+
+    def _adapter(self, source: str) -> str:
+        """As a folder of this machine, or a hub id."""
+        folder = self._scratch / "adapter"
+        if source.startswith(STORED):
+            stored = source.removeprefix(STORED)
+            return str(self._patience("read the adapter", lambda: self._storage.fetch(stored, folder)))
+        if "://" in source:
+            return str(self._patience("read the adapter", lambda: adapters.download(source, folder)))
+        return source
 
     def _work(self, request: Request) -> Settlement | None:
         with Journal(self._store, self._claim, self._scratch / "log.txt") as journal:

@@ -9,11 +9,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobqueue.adapters import STORED
 from jobqueue.base_model import HUB_ID
 from jobqueue.errors import LoraqError
 from jobqueue.storage import BLOB
 
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
+STORED_ADAPTER = re.compile(rf"{STORED}batches/[\w.-]+/[\w.-]+/[\w.-]+/adapter")
 BLOB_NAME = re.compile(rf"{re.escape(BLOB)}[0-9a-f]{{64}}/[^/]+")
 
 
@@ -22,6 +24,8 @@ def check_source(source: str, roots: Sequence[Path]) -> None:
     scheme, _, rest = source.partition("://")
     if source.startswith(BLOB):
         allowed = bool(BLOB_NAME.fullmatch(source)) and not source.endswith(("/.", "/.."))
+    elif source.startswith(STORED):
+        allowed = bool(STORED_ADAPTER.fullmatch(source)) and ".." not in source
     elif rest:
         allowed = scheme in SCHEMES and "::" not in source
     elif source.startswith("/"):

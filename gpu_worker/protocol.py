@@ -28,7 +28,7 @@ class Request:
     job_id: str
     spec: dict[str, Any]  # a TrainSpec or an EvaluateSpec, its sources made readable for this machine
     output: str  # an empty folder for everything that the job leaves behind
-    adapter: str | None = None  # the folder of the trained adapter that an evaluation asks
+    adapter: str | None = None  # the folder (or hub id) of the adapter that an evaluation asks or training goes on from
     resume: str | None = None  # the folder of the checkpoint that training goes on from
     rung: int = 0  # of the ladder of splits, where this attempt begins; grows when memory ran out
     budget_bytes: int | None = None  # of the GPU, at most, the CUDA context included; None: nothing is known of it

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from jobqueue import base_model, rows, sources
+from jobqueue import adapters, base_model, rows, sources
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
@@ -136,6 +136,21 @@ class _Lookups:
             self.versions[located, revision] = base_model.fingerprint(located, revision)
         return self.versions[located, revision]
 
+    def adapter(self, name: str | None) -> str | None:
+        """What training goes on from, as `adapters.locate` has it. Raises SpecError."""
+        if name is None:
+            return None
+        place = str(self.sweep.file)
+        try:
+            located = adapters.locate(name, self.sweep.file.parent)
+        except ValueError as error:
+            raise SpecError([Problem(str(error), place, path="from_adapter")]) from None
+        if base_model.is_path(located) and not Path(located).exists() and self.workers_are_here:
+            raise SpecError([Problem(f"there is no adapter at {located}", place, path="from_adapter")])
+        if base_model.is_path(located) and not self.workers_are_here:
+            self.warn(f"{located} is a folder; every worker must have it")
+        return located
+
 
 def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     """The jobs of a sweep, each after those that it waits for.
@@ -169,6 +184,7 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
             method=run.method,
             chat_template=sources.chat_template(run.chat_template, look.sweep.file),
             data=look.data(run.data),
+            from_adapter=look.adapter(run.from_adapter),
             lora=run.lora,
             training=run.training,
             resources=run.resources,

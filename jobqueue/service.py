@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobqueue import adapters
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
@@ -90,6 +91,7 @@ class Client:
 
         Raises:
             CapacityError: unless forced.
+            SpecError: the trial of `from_adapter` is not there, has no adapter, or one that does not fit.
             StorageError: a file could not be uploaded; nothing was submitted.
             ServerError: the server drops jobs at its memory limit, and nothing was submitted; or it did not answer, or
                 did not confirm in time that what it accepted is on its disk.
@@ -105,8 +107,9 @@ class Client:
         workers = self.workers()
         if not force:
             _check_capacity(plan, workers)
-        self._upload(plan, progress or (lambda file, arrived, size: None))
         key = "" if again else self._key(plan)
+        plan = adapters.in_storage(plan, self.store.job)
+        self._upload(plan, progress or (lambda file, arrived, size: None))
         name, number = plan.sweep.name, 1
         # What the storage has of that name may be of another server, or of a time that this one has forgotten; of the
         # same plan it may just as well be the batch itself.

@@ -270,6 +270,8 @@ class RunSpec(Part):
     """Instead of the base model's own: alpaca, chatml, gemma, llama-3, mistral, a .jinja file, or Jinja itself."""
     data: DataSpec | None = None
     """Without it nothing is trained: the base model itself is evaluated."""
+    from_adapter: Annotated[str, Field(min_length=1)] | None = None
+    """Go on from an adapter instead of a fresh one: a trial (BATCH/NUMBER), or a folder, URL or hub id."""
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec | None = None
@@ -279,6 +281,13 @@ class RunSpec(Part):
     def _something_to_do(self) -> Self:
         if self.data is None and self.evaluation is None:
             raise ValueError("neither data nor evaluation is set; there is nothing to do")
+        for clashes, why in (
+            (self.data is None, "without data nothing is trained"),
+            (self.method == "full", "method full trains no adapter"),
+            (self.lora.loftq_config, "lora.loftq_config initialises a fresh one"),
+        ):
+            if self.from_adapter and clashes:
+                raise ValueError(f"from_adapter goes on from an adapter, and {why}")
         if self.training.eval_steps and not (self.data and self.data.validation_split):
             raise ValueError("training.eval_steps needs rows to validate on: set data.validation_split")
         if not self.training.eval_steps and self.data is not None:
@@ -321,6 +330,7 @@ class TrainSpec(Part):
     method: Method
     chat_template: str | None = None
     data: DataSpec
+    from_adapter: str | None = None
     lora: LoraSpec
     training: TrainingSpec
     resources: ResourcesSpec

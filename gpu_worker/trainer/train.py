@@ -18,7 +18,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from gpu_worker.protocol import Progress, Request
-from gpu_worker.trainer import usage
+from gpu_worker.trainer import adapters, usage
 from gpu_worker.trainer.best import Best
 from gpu_worker.trainer.checkpoint import Checkpoints, counts_of
 from gpu_worker.trainer.clock import Clock
@@ -75,6 +75,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
         outcome = _fit(choice.split.of(spec), base, tokens, validation, request, report, clock)
     outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
     outcome["training"] |= asdict(choice.split)
+    outcome["training"]["from_adapter"] = spec.from_adapter
     return outcome | {"data": file.summary.report() | asdict(data), "versions": usage.versions()}
 
 
@@ -111,6 +112,8 @@ def _fit(
     model, tokenizer = base.model, base.tokenizer
     if spec.method != "full":
         model = models.add_lora(model, spec.lora, training.max_seq_length)
+        if request.adapter and not request.resume:
+            adapters.start_from(model, request.adapter, spec)
     parameters = [(p.requires_grad, _size(p)) for p in model.parameters()]
     clock.lap("load_s")
 

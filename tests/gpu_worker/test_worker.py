@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -14,7 +17,7 @@ from helpers import restartable_server, wait_for
 from worker_process import START_S, Site, Worker, gone, site, succeeded_once, train_job
 
 from cli.main import loraq
-from jobqueue.job import FailureReason, JobState
+from jobqueue.job import FailureReason, Job, JobState
 from jobqueue.service import Client
 from jobqueue.storage import blob_source
 from jobqueue.transfer import Sender
@@ -66,6 +69,42 @@ def test_a_batch_succeeds_and_one_trainer_does_all_jobs_of_a_base_model(
         assert "log.txt" in manifest.manifest["files"]
     adapter = client.job(f"{batch.name}.2.eval").outcome["adapter"]
     assert (Path(adapter) / "adapter_model.txt").read_text() == f"{batch.name}.2"
+
+
+def test_training_goes_on_from_a_trial_and_from_an_address(here: Site, worker: Worker, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    (tmp_path / "rows.jsonl").write_text(ROW * 8)
+    one = {"base_model": "/stub/sleep:0.1", "data": {"source": "rows.jsonl"}, "resources": {"memory": "1GiB"}}
+    client = Client(here.settings)
+
+    def send(name: str, **changes: object) -> Job:
+        file.write_text(json.dumps({"name": name, **one, **changes}))
+        batch = client.submit(client.plan(client.read(file)))
+        wait_for(lambda: client.batch(batch.name).ended, START_S, f"{name} ends")
+        return client.job(f"{batch.name}.1")
+
+    def trained(name: str, **changes: object) -> dict[str, object]:
+        job = send(name, **changes)
+        assert job.state is JobState.SUCCEEDED, job.message
+        return job.outcome
+
+    first = trained("first")
+    second = trained("second", from_adapter="first/1")
+    folder = Path(here.settings.storage_url) / str(first["folder"]) / "adapter"
+    assert (first["adapter"], second["adapter"]) == (None, str(folder))
+    (tmp_path / "there").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "there" / name).write_text("x")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        third = trained("third", from_adapter=f"{address}/there")
+        failed = send("fourth", from_adapter=f"{address}/gone")
+        server.shutdown()
+    assert third["adapter"] not in (None, str(folder)), "a copy of its own"
+    assert failed.reason is FailureReason.BAD_SPEC
+    assert f"there is no {address}/gone/adapter_config.json" in failed.message
 
 
 def test_a_control_worker_takes_files_from_machines_that_cannot_reach_the_storage(
