@@ -93,6 +93,8 @@ def _print(out: Console, shown: Preview, trials: int) -> None:
     ]
     if shown.kept_back:
         lines.append(("validation", f"{counted(shown.kept_back, 'row')} kept back"))
+    if shown.replayed:
+        lines.append(("replay", f"{counted(shown.replayed, 'row')} of other data mixed in"))
     if trials > 1:
         lines.append(("sweep", f"the first of {trials} configurations"))
     if shown.tokens:

@@ -122,10 +122,11 @@ class Attempt:
         """The job as this machine can do it: sources readable, the adapter in a folder."""
         spec = dict(self._claim.spec)
         section = "data" if spec["kind"] == "train" else "evaluation"
-        sources = (spec["base_model"], spec[section]["source"], spec.get("from_adapter"))
-        for source in filter(None, sources):
+        replay = spec[section].get("replay")
+        read = [spec["base_model"], spec.get("from_adapter"), spec[section]["source"], replay and replay["source"]]
+        for source in filter(None, read):
             check_source(source, self._settings.model_roots)
-        spec[section] = {**spec[section], "source": self._storage.resolve(spec[section]["source"])}
+        spec[section] = self._readable(spec[section]) | ({"replay": self._readable(replay)} if replay else {})
         adapter = resume = None
         if spec["kind"] == "train":
             resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
@@ -146,6 +147,9 @@ class Attempt:
             self._lease.insist(lambda: self._store.correction(kind_of(spec))),
             any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._before()),
         )
+
+    def _readable(self, data: dict[str, Any]) -> dict[str, Any]:
+        return {**data, "source": self._storage.resolve(data["source"])}
 
     def _adapter(self, source: str) -> str:
         """As a folder of this machine, or a hub id."""

@@ -13,7 +13,16 @@ from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
 from jobqueue.sources import AnyData
-from jobqueue.spec import BY_QUESTION, EvaluateSpec, EvaluationSpec, QuestionFormat, ReportSpec, RunSpec, TrainSpec
+from jobqueue.spec import (
+    BY_QUESTION,
+    DataSpec,
+    EvaluateSpec,
+    EvaluationSpec,
+    QuestionFormat,
+    ReportSpec,
+    RunSpec,
+    TrainSpec,
+)
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
@@ -85,10 +94,12 @@ class _Lookups:
 
     def data(self, spec: AnyData) -> AnyData:
         """With the source of a local file replaced by its content's address. Raises DataError."""
+        if isinstance(spec, DataSpec) and spec.replay is not None:
+            spec = spec.model_copy(update={"replay": self.data(spec.replay)})
         path = sources.data_file(spec, self.sweep.file.parent)
         if path is None:
             return spec
-        reading = (path, type(spec), spec.model_dump_json(exclude={"source"}))
+        reading = (path, type(spec), spec.model_dump_json(exclude={"source", "replay"}))
         if reading not in self.checked:
             summary = rows.check_file(spec.model_copy(update={"source": str(path)}))
             self.checked.add(reading)

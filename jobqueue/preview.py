@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jobqueue import advice, rows, sources
+from jobqueue import advice, replay, rows, sources
 from jobqueue.chat import Chat
 from jobqueue.errors import DataError, LoraqError, Problem, SpecError
 from jobqueue.example import Example, Message
@@ -37,6 +37,7 @@ class Preview:
     base_model: str
     rows: rows.Summary
     kept_back: int  # for validation
+    replayed: int  # of other data, mixed in
     max_seq_length: int
     tokens: DataReport | None
     no_tokens: str | None
@@ -58,7 +59,11 @@ def preview(sweep: Sweep, chat: Chat | str, number: int | None, data_alone: bool
     loaded = rows.load(data)
     trained, kept_back = rows.split(data, [example for _, example in loaded.examples])
     limit = run.training.max_seq_length
-    warnings = [] if data_alone else list(advice.on_training(run, len(trained)))
+    mixed_in = replay.draw(data.replay, len(trained))
+    seen = len(trained) + (len(mixed_in.examples) if mixed_in else 0)
+    warnings = [] if data_alone else list(advice.on_training(run, seen))
+    if mixed_in and mixed_in.shortage:
+        warnings.append(f"replay: {mixed_in.shortage}")
     report = None
     if isinstance(chat, Chat):
         report = survey(chat, trained, limit)[1]
@@ -70,6 +75,7 @@ def preview(sweep: Sweep, chat: Chat | str, number: int | None, data_alone: bool
         base_model=run.base_model,
         rows=loaded.summary,
         kept_back=len(kept_back),
+        replayed=len(mixed_in.examples) if mixed_in else 0,
         max_seq_length=limit,
         tokens=report,
         no_tokens=chat if isinstance(chat, str) else None,

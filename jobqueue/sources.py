@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jobqueue.errors import DataError, Problem, SpecError
-from jobqueue.spec import RowsSpec
+from jobqueue.spec import DataSpec, RowsSpec
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".txt")
 
@@ -25,6 +25,8 @@ def data_file(spec: RowsSpec, folder: Path) -> Path | None:
 
 def readable(spec: AnyData, folder: Path) -> AnyData:
     """The same data, as this machine can read it. Raises DataError."""
+    if isinstance(spec, DataSpec) and spec.replay is not None:
+        spec = spec.model_copy(update={"replay": readable(spec.replay, folder)})
     path = data_file(spec, folder)
     return spec if path is None else spec.model_copy(update={"source": str(path)})
 

@@ -110,6 +110,15 @@ class RowsSpec(Part):
     """Take the first so many rows."""
 
 
+class ReplaySpec(RowsSpec):
+    """Rows of another kind that are mixed in, so that the model keeps what it could do before."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of all rows trained on that come from here."""
+    seed: NonNegativeInt = 3407
+    """Another seed draws others."""
+
+
 class DataSpec(RowsSpec):
     """Rows to train on."""
 
@@ -119,6 +128,8 @@ class DataSpec(RowsSpec):
     """Share of the rows that is kept back: they are not trained on, and the loss on them is reported."""
     validation_seed: NonNegativeInt = 3407
     """Another seed keeps others back. Equal rows are always on one side."""
+    replay: ReplaySpec | None = None
+    """Section, see below. Without it these rows alone are trained on."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

@@ -26,11 +26,12 @@ from gpu_worker.trainer.collator import KEPT_BACK, Collator
 from gpu_worker.trainer.data import chat_of
 from gpu_worker.trainer.failures import JobFailure, bad_spec, on_rung, one_line
 from gpu_worker.trainer.watch import Report, Watch, mean_loss, nan_message
-from jobqueue import rows
+from jobqueue import replay, rows
+from jobqueue.chat import Chat
 from jobqueue.job import FailureReason
 from jobqueue.memory import GIB
 from jobqueue.microbatch import Choice, choose, limit
-from jobqueue.spec import TrainSpec
+from jobqueue.spec import DataSpec, TrainSpec
 from jobqueue.tokens import Tokens, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")
@@ -56,6 +57,8 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     chat = chat_of(base.tokenizer, spec.chat_template)
     trained, kept_back = rows.split(spec.data, [example for _, example in file.examples])
     tokens, data = tokenise(chat, trained, training.max_seq_length)
+    mixed_in, replayed = _replay(spec.data, chat, len(trained), training.max_seq_length)
+    tokens += mixed_in
     validation = survey(chat, kept_back, training.max_seq_length)[0]
     for reason, skipped in file.summary.skipped.items():
         log.warning("%d of %d rows cannot be used: %s", skipped.count, file.summary.rows, reason)
@@ -76,7 +79,19 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
     outcome["training"] |= asdict(choice.split)
     outcome["training"]["from_adapter"] = spec.from_adapter
-    return outcome | {"data": file.summary.report() | asdict(data), "versions": usage.versions()}
+    return outcome | {"data": file.summary.report() | asdict(data) | {"replay": replayed}, "versions": usage.versions()}
+
+
+def _replay(data: DataSpec, chat: Chat, own: int, max_seq_length: int) -> tuple[list[Tokens], dict[str, Any] | None]:
+    """The general rows that are mixed in, and the outcome's word of them."""
+    drawn = replay.draw(data.replay, own)
+    if drawn is None:
+        return [], None
+    tokens, said = drawn.tokens(chat, max_seq_length)
+    log.info("replay: %s", said)
+    if drawn.shortage:
+        log.warning("replay: %s", drawn.shortage)
+    return tokens, said
 
 
 def _choose(spec: TrainSpec, request: Request, row_tokens: int, model: Any) -> Choice:

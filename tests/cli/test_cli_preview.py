@@ -107,6 +107,16 @@ def test_what_is_unusual_is_pointed_out(command: Command, folder: Path) -> None:
     assert "1 of 1 questions of the evaluation are also trained on" in warnings
 
 
+def test_rows_that_are_mixed_in_are_counted(command: Command, folder: Path) -> None:
+    (folder / "general.jsonl").write_text(json.dumps(HI) + "\n")
+    replay = ["--set", "data.replay.source=general.jsonl", "--set", "data.replay.fraction=0.5"]
+    found = document(command, folder / "sweep.yaml", *replay)
+    assert found["replayed"] == 1
+    assert f"replay: {folder / 'general.jsonl'} has 1 rows, and its fraction would be 5" in found["warnings"]
+    shown = command("preview", str(folder / "sweep.yaml"), *replay).stdout
+    assert "replay     1 row of other data mixed in" in shown
+
+
 def test_a_data_file_alone_needs_no_sweep_and_without_a_model_has_no_tokens(command: Command, folder: Path) -> None:
     text = command("preview", str(folder / "rows.jsonl")).stdout
     assert "tokens     none: no base model; give one with --base-model" in text

@@ -70,6 +70,18 @@ def test_rows_that_are_kept_back_are_not_trained_on_and_their_loss_is_reported(c
     assert outcome["training"]["rows"] == 51 + 2 * 8  # an epoch and two steps: what validates is not counted as trained
 
 
+def test_general_rows_are_mixed_in_and_counted(child: Child, trained: Done, tmp_path: Path) -> None:
+    file = tmp_path / "general.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Say {n}", "completion": str(n)}) + "\n" for n in range(40)))
+    replay = {"source": str(file), "fraction": 0.2}
+    whole = {"max_steps": -1, "num_train_epochs": 1.0}
+    outcome = child.run(train_spec(data={"replay": replay}, training=whole)).outcome
+    assert outcome["training"]["rows"] == 64 + 16
+    assert (outcome["data"]["used"], outcome["data"]["replay"]["used"]) == (64, 16)
+    assert outcome["training"]["tokens"] == outcome["data"]["tokens"] + outcome["data"]["replay"]["tokens"]
+    assert trained.outcome["data"]["replay"] is None
+
+
 def test_dataset_num_proc_starts_no_processes_that_could_die(child: Child, trained: Done) -> None:
     """unsloth#2693, LlamaFactory#7079, celery#1709: dataset_num_proc=4 inside a worker ended with "subprocesses has
     abruptly died" or "daemonic processes are not allowed to have children"."""
