@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -98,6 +100,14 @@ def survey(chat: Chat, examples: Sequence[Example], max_seq_length: int) -> tupl
     report.tokens = sum(len(row.input_ids) for row in rows)
     report.trained_tokens = sum(row.trained for row in rows)
     return rows, report
+
+
+def fingerprint(rows: Sequence[Tokens]) -> str:
+    """sha256 of what is trained and validated on, hex: the same for the same tokens, labels and order."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps([row.input_ids, row.labels]).encode())
+    return found.hexdigest()
 
 
 def label(chat: Chat, examples: Iterable[Example]) -> Iterator[Tokens | str]:

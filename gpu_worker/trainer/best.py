@@ -22,16 +22,23 @@ class Best(TrainerCallback):
     """Stops as transformers' EarlyStoppingCallback does, without its checkpoints in the output folder: here those are
     moved away as they are written. What is trained is kept in a file of its own, which goes into each checkpoint."""
 
-    def __init__(self, training: TrainingSpec, model: Any, folder: Path) -> None:
+    def __init__(self, training: TrainingSpec, model: Any, folder: Path, *, validates: bool) -> None:
+        self._validates = validates
         self._patience, self._threshold = training.early_stopping_patience, training.early_stopping_threshold
         self._keeps, self._model, self._folder = training.keeps_best, model, folder
         self.step, self.loss = 0, math.inf
         self._in_vain = 0  # validations in a row without a better loss
         self._last_step = 0
+        self.seconds = 0.0  # that validations took, of this attempt
         self.stopped = ""  # why, in words; "" while there is no reason to
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._validates and state.global_step >= state.max_steps:
+            control.should_evaluate = True  # at the end, whatever eval_steps is
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         loss = more["metrics"]["eval_loss"]
+        self.seconds += more["metrics"].get("eval_runtime", 0.0)
         self._in_vain = 0 if loss < self.loss - self._threshold else self._in_vain + 1
         if loss < self.loss:
             self.step, self.loss = state.global_step, loss

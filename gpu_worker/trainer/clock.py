@@ -18,6 +18,12 @@ class Clock:
         self.laps[phase] = self.laps.get(phase, 0.0) + now - self.last
         self.last = now
 
+    def move(self, part: str, to: str, seconds: float) -> None:
+        """Some of one part was another."""
+        if seconds:
+            self.laps[part] -= seconds
+            self.laps[to] = self.laps.get(to, 0.0) + seconds
+
     def report(self) -> dict[str, float]:
         laps = {phase: round(seconds, 3) for phase, seconds in self.laps.items()}
         return laps | {"total_s": round(time.perf_counter() - self.begun, 3)}

@@ -39,6 +39,13 @@ def bad_data(message: str) -> JobFailure:
     return JobFailure(FailureReason.BAD_DATA, message)
 
 
+def nan_loss(step: int) -> JobFailure:
+    return JobFailure(
+        FailureReason.NAN_LOSS,
+        f"the loss became NaN by step {step}; a lower learning_rate, or more warmup_steps, may help",
+    )
+
+
 def one_line(text: str) -> str:
     """`text` without line breaks, cut to LONGEST_MESSAGE."""
     line = " ".join(text.split())

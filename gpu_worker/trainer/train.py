@@ -18,21 +18,22 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from gpu_worker.protocol import Progress, Request
-from gpu_worker.trainer import adapters, usage
+from gpu_worker.trainer import adapters, trackers, usage
 from gpu_worker.trainer.best import Best
 from gpu_worker.trainer.checkpoint import Checkpoints, counts_of
 from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.collator import KEPT_BACK, Collator
 from gpu_worker.trainer.data import chat_of
-from gpu_worker.trainer.failures import JobFailure, bad_spec, on_rung, one_line
-from gpu_worker.trainer.watch import Report, Watch, mean_loss, nan_message
+from gpu_worker.trainer.failures import JobFailure, bad_spec, nan_loss, on_rung, one_line
+from gpu_worker.trainer.finite import Finite
+from gpu_worker.trainer.watch import Report, Watch, mean_loss
 from jobqueue import replay, rows
 from jobqueue.chat import Chat
 from jobqueue.job import FailureReason
 from jobqueue.memory import GIB
 from jobqueue.microbatch import Choice, choose, limit
 from jobqueue.spec import DataSpec, TrainSpec
-from jobqueue.tokens import Tokens, survey, tokenise
+from jobqueue.tokens import Tokens, fingerprint, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")
 
@@ -48,6 +49,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     set_seed(training.seed)
 
     report(Progress("load"))
+    trackers.check(training.report_to)
     file = rows.load(spec.data)  # before the model: a bad file costs seconds, not minutes
     clock.lap("data_s")
     base = models.load(spec.base_model, spec.method, training.max_seq_length, spec.method == "qlora", spec.revision)
@@ -74,12 +76,16 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     choice = _choose(spec, request, max(len(row.input_ids) for row in [*tokens, *validation]), base.model)
     most = limit(choice.estimated_bytes, request.budget_bytes, ran_out=request.ran_out)
     report(Progress("data", budget_bytes=usage.hold_to(most)))
-    with on_rung(choice.rung, last=choice.last):
-        outcome = _fit(choice.split.of(spec), base, tokens, validation, request, report, clock)
+    with (
+        on_rung(choice.rung, last=choice.last),
+        trackers.of(training.report_to, request.job_id, Path(request.output)) as report_to,
+    ):
+        outcome = _fit(choice.split.of(spec), base, tokens, validation, request, report, clock, report_to)
     outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
     outcome["training"] |= asdict(choice.split)
     outcome["training"]["from_adapter"] = spec.from_adapter
-    return outcome | {"data": file.summary.report() | asdict(data) | {"replay": replayed}, "versions": usage.versions()}
+    of_data = {"replay": replayed, "sha256": fingerprint([*tokens, *validation])}
+    return outcome | {"data": file.summary.report() | asdict(data) | of_data, "versions": usage.versions()}
 
 
 def _replay(data: DataSpec, chat: Chat, own: int, max_seq_length: int) -> tuple[list[Tokens], dict[str, Any] | None]:
@@ -121,6 +127,7 @@ def _fit(
     request: Request,
     report: Report,
     clock: Clock,
+    report_to: list[str],
 ) -> dict[str, Any]:
     """Adapter, training, saving. Returns the outcome's parts of it."""
     training = spec.training
@@ -132,12 +139,13 @@ def _fit(
     parameters = [(p.requires_grad, _size(p)) for p in model.parameters()]
     clock.lap("load_s")
 
-    config = _config(spec, request, torch.cuda.is_available(), bool(validation))
+    config = _config(spec, request, torch.cuda.is_available(), bool(validation), report_to)
     collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     watch = Watch(report, collator)
-    best = Best(training, model, Path(config.output_dir or ""))
+    best = Best(training, model, Path(config.output_dir or ""), validates=bool(validation))
     checkpoints = Checkpoints(training, watch.counts, best.save, report)
     checkpoints.remember_dtypes(model)
+    finite = Finite(model.device)
     try:
         trainer = SFTTrainer(
             model=model,
@@ -146,10 +154,11 @@ def _fit(
             train_dataset=_dataset(tokens),
             eval_dataset=_dataset(validation, kept_back=True) if validation else None,
             data_collator=collator,
-            callbacks=[watch, best, checkpoints],
+            callbacks=[watch, finite, best, checkpoints],
         )
     except (ValueError, NotImplementedError) as error:
         raise bad_spec(one_line(f"the trainer refuses these settings: {error}")) from error
+    finite.watch(trainer)
     models.for_training(model)
     reserved_at_start = usage.reserved()
     clock.lap("setup_s")
@@ -160,11 +169,9 @@ def _fit(
         log.info("going on from %s", request.resume)
     result = trainer.train(resume_from_checkpoint=request.resume)
     clock.lap("train_s")
+    clock.move("train_s", "validation_s", best.seconds)
     if not math.isfinite(result.training_loss):
-        raise JobFailure(FailureReason.NAN_LOSS, nan_message(trainer.state.global_step))
-    if validation and not any(e["step"] == trainer.state.global_step for e in _validations(trainer)):
-        trainer.evaluate()
-        clock.lap("validation_s")
+        raise nan_loss(trainer.state.global_step)
     if best.stopped:
         log.info("stopped early: %s", best.stopped)
     kept_step = best.step if best.restore() else trainer.state.global_step
@@ -221,7 +228,7 @@ def _validations(trainer: SFTTrainer) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
-def _config(spec: TrainSpec, request: Request, on_gpu: bool, validates: bool) -> SFTConfig:
+def _config(spec: TrainSpec, request: Request, on_gpu: bool, validates: bool, report_to: list[str]) -> SFTConfig:
     """Every field that matters is written out: Unsloth and TRL change the defaults of transformers."""
     training = spec.training
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
@@ -273,8 +280,9 @@ def _config(spec: TrainSpec, request: Request, on_gpu: bool, validates: bool) ->
             logging_first_step=True,
             logging_nan_inf_filter=False,  # else a NaN loss is logged as a fine one
             disable_tqdm=True,
-            report_to=[training.report_to] if isinstance(training.report_to, str) else [*training.report_to],
+            report_to=report_to or "none",
             run_name=request.job_id,
+            project=request.job_id,
             eval_strategy="steps" if validates and training.eval_steps else "no",
             eval_steps=training.eval_steps,
             per_device_eval_batch_size=training.per_device_train_batch_size,

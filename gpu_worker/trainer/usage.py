@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pynvml
 import torch
 
 from jobqueue.memory import CONTEXT
 
-PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate")
+PACKAGES = (
+    "loraq", "unsloth", "unsloth_zoo", "torch", "triton", "transformers", "tokenizers", "trl", "peft", "datasets",
+    "bitsandbytes", "accelerate", "xformers",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -24,6 +28,11 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            found["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
+            pynvml.nvmlShutdown()
     return found
 
 

@@ -12,8 +12,7 @@ from transformers import TrainerCallback
 from gpu_worker.protocol import Checkpoint, Progress
 from gpu_worker.trainer import usage
 from gpu_worker.trainer.collator import Collator
-from gpu_worker.trainer.failures import JobFailure
-from jobqueue.job import FailureReason
+from gpu_worker.trainer.failures import nan_loss
 
 Report = Callable[[Progress | Checkpoint], None]
 SILENCE_S = 2.0  # a running job says something at least this often (a step permitting)
@@ -70,7 +69,7 @@ class Watch(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
-            raise JobFailure(FailureReason.NAN_LOSS, nan_message(state.global_step))
+            raise nan_loss(state.global_step)
         self._say(state, logs)
 
     def _say(self, state: Any, logs: dict[str, float]) -> None:
@@ -98,7 +97,3 @@ def mean_loss(losses: list[list[float]]) -> float:
     steps = [0, *(step for step, _, _ in losses)]
     sums = [loss * (step - before) for (step, loss, _), before in zip(losses, steps, strict=False)]
     return sum(sums) / steps[-1]
-
-
-def nan_message(step: int) -> str:
-    return f"the loss became NaN by step {step}; a lower learning_rate, or more warmup_steps, may help"

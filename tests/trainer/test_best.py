@@ -67,7 +67,7 @@ def test_without_patience_all_steps_are_done_and_the_last_weights_kept_unless_th
 
 def run(losses: list[float], tmp_path: Path, **training: Any) -> tuple[Best, int]:
     """Validations with these losses; returns also after how many it stopped."""
-    best = Best(TrainingSpec(eval_steps=1, **training), torch.nn.Linear(1, 1), tmp_path)
+    best = Best(TrainingSpec(eval_steps=1, **training), torch.nn.Linear(1, 1), tmp_path, validates=True)
     for step, loss in enumerate(losses, start=1):
         control = SimpleNamespace(should_training_stop=False, should_save=True)
         state = SimpleNamespace(global_step=step, max_steps=99)

@@ -119,6 +119,16 @@ def test_an_adapter_folder_holds_the_adapter_its_tokenizer_and_no_base_model(tra
 def test_the_same_job_in_the_same_process_gives_the_same_losses(child: Child, trained: Done) -> None:
     again = child.run(train_spec(training={"max_steps": 12}))
     assert again.outcome["losses"] == trained.outcome["losses"]
+    assert again.outcome["data"]["sha256"] == trained.outcome["data"]["sha256"]
+    assert again.outcome["versions"] == trained.outcome["versions"]
+    shorter = child.run(train_spec(training={"max_steps": 1}, data={"limit": 63}))
+    assert shorter.outcome["data"]["sha256"] != trained.outcome["data"]["sha256"]
+
+
+def test_a_loss_that_is_no_number_ends_the_job_within_a_few_steps(child: Child) -> None:
+    failure = child.run(train_spec(training={"max_steps": 200, "logging_steps": 100, "learning_rate": 1e30})).failure
+    assert failure.reason == "nan_loss"
+    assert int(failure.message.partition("by step ")[2].partition(";")[0]) <= 4
 
 
 @pytest.mark.parametrize(("micro", "accumulation"), [(8, 1), (2, 4), (1, 8)])
