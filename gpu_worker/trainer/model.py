@@ -62,7 +62,10 @@ def load(
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
-        raise bad_spec(f"{base_model}: its tokenizer has a token {highest}, its embeddings only {rows} rows")
+        raise bad_spec(
+            f"{base_model}: its tokenizer has a token {highest}, its embeddings only {rows} rows; take the tokenizer "
+            "that was published with it, or a model whose embeddings were extended"
+        )
     return Loaded(model, tokenizer, name)
 
 
@@ -210,6 +213,11 @@ def config_of(name: str, revision: str | None) -> Any:
 def _unreadable(name: str, what: str, error: Exception) -> JobFailure:
     """A hub that cannot be reached may be there later; a model that is not there will not."""
     text = one_line(str(error))
+    if "gated repo" in text.lower() or "401 client error" in text.lower():
+        return bad_spec(
+            f"{name} is gated or private, and this worker may not read it; ask for access on its page of the hub, "
+            "and set HF_TOKEN in the worker's environment"
+        )
     if "couldn't connect" in text.lower() or "connection" in type(error).__name__.lower():
         return JobFailure(FailureReason.STORAGE, f"{name}: its {what} cannot be fetched: {text}")
     return bad_spec(one_line(f"{name}: its {what} cannot be read: {text}"))

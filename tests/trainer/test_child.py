@@ -39,6 +39,7 @@ def lines(done: Done) -> list[dict[str, Any]]:
 
 
 def test_training_reports_memory_time_losses_and_data(trained: Done) -> None:
+    """trl#6168, unsloth#10785: SFTTrainer refused tokenizer= and max_seq_length=; it is given what this TRL takes."""
     outcome = trained.outcome
     assert outcome.keys() == {"memory", "time", "training", "losses", "validation", "data", "versions"}
     memory, spent, training = outcome["memory"], outcome["time"], outcome["training"]
@@ -108,6 +109,7 @@ def test_progress_runs_from_load_to_save(trained: Done) -> None:
 
 
 def test_an_adapter_folder_holds_the_adapter_its_tokenizer_and_no_base_model(trained: Done) -> None:
+    """unsloth#1061: a folder with both configs was taken for an adapter and for a base model."""
     files = {path.name for path in (trained.folder / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
     assert "config.json" not in files
@@ -135,6 +137,7 @@ def test_a_loss_that_is_no_number_ends_the_job_within_a_few_steps(child: Child) 
 def test_every_split_of_the_same_effective_batch_gives_the_same_losses_to_rounding(
     child: Child, trained: Done, micro: int, accumulation: int
 ) -> None:
+    """transformers#37197, transformers#35203: the loss was multiplied by the accumulation."""
     split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation, "max_steps": 12}
     other = child.run(train_spec(training=split)).outcome
 
