@@ -75,8 +75,10 @@ def _trained(job: Job, spec: TrainSpec) -> str:
         raise ValueError(f"{job.id} has no adapter: it is {'all weights' if job.kind is JobKind.TRAIN else job.kind}")
     if job.state is not JobState.SUCCEEDED:
         raise ValueError(f"{job.id} has no adapter: it is {job.state}; submit once it has succeeded")
-    if job.spec["base_model"] != spec.base_model:
-        raise ValueError(f"{job.id} was trained on {job.spec['base_model']}, and this trains {spec.base_model}")
+    theirs, ours = (job.spec["base_model"], job.spec.get("revision")), (spec.base_model, spec.revision)
+    if theirs != ours:
+        then, now = ("@".join(filter(None, model)) for model in (theirs, ours))
+        raise ValueError(f"{job.id} was trained on {then}, and this trains {now}")
     wrong = misfits(spec.lora, job.spec["lora"])
     modules = (_modules(job.spec["lora"]["target_modules"]), _modules(spec.lora.target_modules))
     if modules[0] != modules[1]:

@@ -62,6 +62,7 @@ def test_a_trial_is_taken_from_where_its_training_left_it(
     [
         ({"from_adapter": "b/9"}, "b.9"),
         ({"from_adapter": "b/1", "base_model": "owner/other-1B"}, "b.1 was trained on owner/name-1B"),
+        ({"from_adapter": "b/1", "revision": "v2"}, "and this trains owner/name-1B@v2"),
         (
             {"from_adapter": "b/1", "lora": {"r": 8, "use_rslora": True, "target_modules": ["q_proj"]}},
             "b.1 does not fit; as it was trained, set under lora: r: 16, use_rslora: false, target_modules: [down_proj",
