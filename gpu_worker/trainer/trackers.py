@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from typing import get_args
 from gpu_worker.trainer.failures import bad_spec
 from jobqueue.spec import Tracker
 
+log = logging.getLogger("loraq.trainer")
 KNOWN = tuple(name for name in get_args(Tracker) if name not in ("none", "all"))
 PACKAGES = {"comet_ml": "comet-ml"}  # by pip, where it is not the tracker's name
 
@@ -37,6 +39,7 @@ def check(report_to: Tracker | list[Tracker]) -> list[str]:
 @contextlib.contextmanager
 def of(report_to: Tracker | list[Tracker], job_id: str, output: Path) -> Iterator[list[str]]:
     """The trackers' names for transformers, with their environment set for the time of one job.
+
     Raises JobFailure: bad_spec where a package is missing.
     """
     names = check(report_to)
@@ -49,18 +52,25 @@ def of(report_to: Tracker | list[Tracker], job_id: str, output: Path) -> Iterato
     try:
         yield names
     finally:
-        # Else the next job of this process would write into this one's run.
-        if "wandb" in names and "wandb" in sys.modules:
-            sys.modules["wandb"].finish()
-            sys.modules["wandb"].teardown()
-        if "mlflow" in names and "mlflow" in sys.modules:
-            sys.modules["mlflow"].end_run()
-        if "trackio" in names:
-            (output / "trackio").mkdir()
-            with contextlib.suppress(FileNotFoundError):  # it reports to a Space
-                shutil.move(_trackio_file(job_id), output / "trackio")
+        try:
+            _close(names, job_id, output)
+        except Exception as error:  # what was trained is worth more
+            log.warning("report_to: a tracker could not be closed: %s: %s", type(error).__name__, error)
         os.environ.clear()
         os.environ.update(before)
+
+
+def _close(names: list[str], job_id: str, output: Path) -> None:
+    """Else the next job of this process would write into this one's run."""
+    if "wandb" in names and "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+        sys.modules["wandb"].teardown()
+    if "mlflow" in names and "mlflow" in sys.modules:
+        sys.modules["mlflow"].end_run()
+    if "trackio" in names:
+        (output / "trackio").mkdir()
+        with contextlib.suppress(FileNotFoundError):  # it reports to a Space
+            shutil.move(_trackio_file(job_id), output / "trackio")
 
 
 def _environment(name: str, batch: str, folder: Path) -> dict[str, str]:
