@@ -20,6 +20,7 @@ from gpu_worker.trainer_process import TrainerProcess
 log = logging.getLogger(__name__)
 IDLE_S = 60.0  # how long a trainer waits for another job of its model before it is ended
 FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0  # before a spare is started again, where one has ended by itself
+CALM_S = 60.0  # after one that lived so long, the pause is the first again
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class TrainerPool:
         for resting in (*tired, *dead, *surplus):
             resting.trainer.kill()
         if dead:
-            self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S)
+            calm = all(now - resting.since >= CALM_S for resting in dead)
+            self._pause_s = FIRST_PAUSE_S if calm else min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S)
             self._start_at = now + self._pause_s
             log.warning("a spare trainer has ended by itself; the next is started in %g s", self._pause_s)
         for _ in range(lack if now >= self._start_at else 0):

@@ -18,7 +18,7 @@ import psutil
 import redis
 from celery import Celery
 from helpers import RestartableServer
-from hosts import LEASE_S, Host, alive, beating
+from hosts import LEASE_S, STORAGE_TIMEOUT_S, Disk, Host, alive, beating
 
 from jobqueue.broker import queue_name
 from jobqueue.settings import Settings
@@ -37,6 +37,7 @@ class Fault:
     ended: float = 0.0  # when it was undone, and the host or server up again; 0: not yet
     host: str = ""  # "" where it was the server, or everybody
     job: str = ""
+    lasts: bool = False  # it is undone later
 
 
 class Run(Protocol):
@@ -44,8 +45,9 @@ class Run(Protocol):
 
     dice: random.Random
     server: RestartableServer
+    disk: Disk  # below the storage
     hosts: list[Host]
-    busy: set[str]  # names of hosts, "server"
+    busy: set[str]  # names of hosts, "server", "storage"
     problems: list[str]
     app: Celery
 
@@ -58,8 +60,8 @@ def _client(run: Run) -> redis.Redis:
     return redis.Redis.from_url(run.server.url, socket_timeout=2, socket_connect_timeout=2)
 
 
-def _calm_host(run: Run, fault: Fault) -> Host | None:
-    calm = [host for host in run.hosts if host.name not in run.busy and host.runs]
+def _calm_host(run: Run, fault: Fault, fit: Callable[[Host], object] = bool) -> Host | None:
+    calm = [host for host in run.hosts if host.name not in run.busy and host.runs and fit(host)]
     if not calm:
         return None
     fault.host = (chosen := run.dice.choice(calm)).name
@@ -69,6 +71,7 @@ def _calm_host(run: Run, fault: Fault) -> Host | None:
 def _undo(run: Run, fault: Fault, seconds: float, what: str, action: Callable[[], None]) -> None:
     """`what` is busy until the action, which comes in `seconds`, is done."""
     run.busy.add(what)
+    fault.lasts = True
 
     def done() -> None:
         action()
@@ -162,12 +165,32 @@ def _trainer_at_work(run: Run, fault: Fault) -> psutil.Process | None:
     return None
 
 
-def guardian_kill(run: Run, fault: Fault) -> bool:
-    trainer = _trainer_at_work(run, fault)
+def spare_kill(run: Run, fault: Fault) -> bool:
+    """Or its guardian; of those that rest, whether a job had them before or not."""
+    hosts = [host for host in run.hosts if host.name not in run.busy]
+    run.dice.shuffle(hosts)
+    for host in hosts:
+        if at_rest := [trainer for trainer in host.trainers() if trainer.pid not in beating(host.beats)]:
+            fault.host = host.name
+            if run.dice.random() < 0.5:
+                _kill_guardian_of(at_rest[0])
+            else:
+                with contextlib.suppress(psutil.Error):
+                    at_rest[0].kill()
+            return True
+    return False
+
+
+def _kill_guardian_of(trainer: psutil.Process) -> None:
     with contextlib.suppress(psutil.Error):
-        parent = trainer.parent() if trainer else None
+        parent = trainer.parent()
         if parent and any("guardian.py" in word for word in parent.cmdline()):
             parent.kill()
+
+
+def guardian_kill(run: Run, fault: Fault) -> bool:
+    if trainer := _trainer_at_work(run, fault):
+        _kill_guardian_of(trainer)
     return trainer is not None
 
 
@@ -211,6 +234,7 @@ def drain(run: Run, fault: Fault) -> bool:
         return False
     host.tell(signal.SIGTERM)
     run.busy.add(host.name)
+    fault.lasts = True
     give_up_at = time.monotonic() + 5 * LEASE_S
 
     def look() -> None:
@@ -236,6 +260,39 @@ def storage_away(run: Run, fault: Fault) -> bool:
         return False
     host.unmount()
     _undo(run, fault, run.dice.uniform(0.5, 4), host.name, host.mount)
+    return True
+
+
+def storage_full(run: Run, fault: Fault) -> bool:
+    if "storage" in run.busy or not run.disk.fill():
+        return False
+    _undo(run, fault, run.dice.uniform(0.5, 3), "storage", run.disk.empty)
+    return True
+
+
+def storage_hangs(run: Run, fault: Fault) -> bool:
+    """Of all hosts whose storage can, for less or more than they wait for it."""
+    able = [host for host in run.hosts if host.may_hang]
+    if "storage" in run.busy or not able:
+        return False
+    hang = able[0].shared / "hang"
+    hang.touch()
+    _undo(run, fault, run.dice.uniform(0.5, 1.5 * STORAGE_TIMEOUT_S), "storage", lambda: hang.unlink(missing_ok=True))
+    return True
+
+
+def cut_off(run: Run, fault: Fault) -> bool:
+    """The way to the server swallows all that comes, for less or more than a lease; nobody is told."""
+    host = _calm_host(run, fault, lambda host: host.proxy)
+    if host is None or (proxy := host.proxy) is None:
+        return False
+
+    def heal() -> None:
+        proxy.swallows = False
+        proxy.break_all()  # they lack what was swallowed
+
+    proxy.swallows = True
+    _undo(run, fault, run.dice.uniform(0.5, 1.7 * LEASE_S), host.name, heal)
     return True
 
 
@@ -289,11 +346,15 @@ KINDS: dict[Callable[[Run, Fault], bool], int] = {
     celery_kill: 3,
     guardian_kill: 3,
     trainer_kill: 3,
+    spare_kill: 2,
     worker_stop_short: 3,
     worker_stop_long: 1,
     worker_stop_then_kill: 1,
     drain: 3,
     storage_away: 1,
+    storage_full: 1,
+    storage_hangs: 1,
+    cut_off: 2,
     double_tokens: 3,
     lose_tokens: 3,
     second_sweeper: 2,

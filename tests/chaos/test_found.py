@@ -15,6 +15,7 @@ from hosts import STUB, Host, alive
 from jobs import evaluation, train
 
 from gpu_worker import guardian
+from gpu_worker import pool as pools
 from gpu_worker.lease import Lease
 from gpu_worker.pool import TrainerPool
 from gpu_worker.trainer_process import Ended
@@ -140,3 +141,28 @@ def test_a_trainer_that_was_ended_right_after_its_result_is_not_kept_for_the_nex
         assert other.alive()
     finally:
         other.kill()
+
+
+def test_spares_that_were_killed_after_a_long_life_are_replaced_as_soon_as_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "CALM_S", 0.0)
+    monkeypatch.setattr(pools, "FIRST_PAUSE_S", 0.05)
+    pool = TrainerPool({"PATH": os.environ["PATH"]}, tmp_path, 0.5, [sys.executable, str(STUB)], 1)
+
+    def one_rests() -> bool:
+        pool.tend()
+        return pool.resting == 1
+
+    def none_rests() -> bool:
+        pool.tend()
+        return pool.resting == 0
+
+    try:
+        for _ in range(12):  # a pause that doubled each time would be 100 s by now
+            wait_for(one_rests, 30, "a spare rests")
+            pool._resting[0].trainer.guardian.kill()
+            wait_for(none_rests, 30, "its end is noticed")
+        wait_for(one_rests, 10, "the next is started at once")
+    finally:
+        pool.close()
