@@ -116,12 +116,14 @@ class Attempt:
         return self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
 
     def _request(self) -> Request:
-        """The job as this machine can do it: sources readable, the adapter in a folder."""
+        """The job as this machine can do it: what lies in the storage is copied, no trainer waits for a mount."""
         spec = dict(self._claim.spec)
         section = "data" if spec["kind"] == "train" else "evaluation"
         for source in (spec["base_model"], spec[section]["source"]):
             check_source(source, self._settings.model_roots)
-        spec[section] = {**spec[section], "source": self._storage.resolve(spec[section]["source"])}
+        source, data = spec[section]["source"], self._scratch / "data"
+        read = self._patience("read the data", lambda: self._storage.fetch_source(source, data))
+        spec[section] = {**spec[section], "source": read}
         adapter = resume = None
         if spec["kind"] == "train":
             resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
@@ -174,10 +176,11 @@ class Attempt:
                     trainer.send(request)
                 end = self._follow(trainer, journal)
             except BaseException:
-                trainer.kill()
+                self._pool.give_back(trainer, request.spec["base_model"], clean=False)
                 raise
             if not (isinstance(end, Ended) and trainer.rested and journal.silent) or self._lease.overran:
                 return trainer, end
+            self._pool.give_back(trainer, request.spec["base_model"], clean=False)
 
     def _finish_checkpoints(self) -> None:
         try:

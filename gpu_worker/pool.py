@@ -54,19 +54,30 @@ class TrainerPool:
         self._environment, self.folder, self._grace_s = environment, folder, grace_s
         self._spares, self._most = spares, most
         self._command = list(command) if command else [sys.executable, "-P", "-m", "gpu_worker.trainer.child"]
+        self.at_work = 0  # trainers that attempts have taken
         self._resting: list[Resting] = []  # the one that began to rest last comes last
         self._lock = threading.Lock()
         self._pause_s = self._start_at = 0.0
 
     def take(self, base_model: str) -> TrainerProcess:
-        """A resting trainer that knows the base model, else a spare, else a new one; what may not rest on is ended."""
+        """A resting trainer that knows the base model, else a spare, else a new one; what may not rest on is ended.
+
+        Whatever becomes of it is to be given back.
+        """
+        with self._lock:
+            self.at_work += 1
         while (resting := self._pick(base_model)) is not None and not resting.trainer.alive():
             resting.trainer.kill()
         with self._lock:
             surplus = self._surplus()
         for other in surplus:
             other.trainer.kill()
-        return resting.trainer if resting is not None else self._start()
+        try:
+            return resting.trainer if resting is not None else self._start()
+        except BaseException:
+            with self._lock:
+                self.at_work -= 1
+            raise
 
     def _pick(self, base_model: str) -> Resting | None:
         with self._lock:
@@ -84,9 +95,12 @@ class TrainerPool:
         """To rest where it ended its job well, to its end otherwise; nothing of it is left then."""
         if not clean or not trainer.alive():  # its guardian may have ended it right after its last word
             trainer.kill()
+            with self._lock:
+                self.at_work -= 1
             return
         trainer.rest()
         with self._lock:
+            self.at_work -= 1
             self._resting.append(Resting(trainer, base_model, time.monotonic()))
 
     def _surplus(self) -> list[Resting]:

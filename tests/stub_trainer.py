@@ -121,7 +121,10 @@ def work(request: dict) -> None:
     os.makedirs(f"{request['output']}/adapter")
     with open(f"{request['output']}/adapter/adapter_model.txt", "w") as file:
         file.write(job)
-    outcome = {"pid": os.getpid(), "adapter": request["adapter"], "resumed": request["resume"]}
+    outcome = {"pid": os.getpid(), "adapter": None, "resumed": request["resume"]}
+    if request["adapter"]:
+        with open(f"{request['adapter']}/adapter_model.txt") as file:
+            outcome["adapter"] = file.read()
     outcome |= measured
     if training := request["spec"].get("training"):
         micro, rung = training["per_device_train_batch_size"], request["rung"]

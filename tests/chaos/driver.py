@@ -25,7 +25,9 @@ import redis
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from faults import KINDS, Fault
+import faults
+import host_faults
+from faults import Fault, Run
 from helpers import RestartableServer, wait_for
 from hosts import ANY_TRAINER, Disk, Host, alive
 from invariants import Verdict, judge
@@ -41,6 +43,31 @@ QUIET_S = 180.0  # what all jobs may need to their end once nothing goes wrong a
 START_S = 30.0
 
 log = logging.getLogger(__name__)
+
+# How often each comes in a deck that is shuffled and dealt to its end.
+KINDS: dict[Callable[[Run, Fault], bool], int] = {
+    faults.client_kill: 4,
+    faults.server_kill: 2,
+    faults.server_stop: 2,
+    faults.memory_full: 2,
+    host_faults.supervisor_kill: 2,
+    host_faults.celery_kill: 3,
+    host_faults.guardian_kill: 3,
+    host_faults.trainer_kill: 3,
+    host_faults.spare_kill: 2,
+    host_faults.worker_stop_short: 3,
+    host_faults.worker_stop_long: 1,
+    host_faults.worker_stop_then_kill: 1,
+    host_faults.drain: 3,
+    host_faults.storage_away: 1,
+    host_faults.storage_full: 1,
+    host_faults.storage_hangs: 1,
+    host_faults.cut_off: 2,
+    faults.double_tokens: 3,
+    faults.lose_tokens: 3,
+    faults.second_sweeper: 2,
+    faults.cancel: 1,
+}
 
 
 class Chaos:

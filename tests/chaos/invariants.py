@@ -39,7 +39,7 @@ HOST_DOWN = {
     "cut_off",
 }
 CAUSES = {
-    "crashed": {"trainer_kill", "guardian_kill", "spare_kill", "storage_away"},
+    "crashed": {"trainer_kill", "guardian_kill", "spare_kill"},
     "lost": SERVER | HOST_DOWN | {"drain", "memory_full"},
     "storage": STORAGE,
     "preempted": {"drain"},
@@ -224,8 +224,8 @@ def _lost(job: Job, storage: Storage, wanted: int, done: int) -> list[str]:
     except (OSError, ValueError, KeyError) as error:
         found.append(f"no manifest: {error!r}")
     if (adapter := job.spec.get("adapter_job")) and not _is_real(job):
-        text = (Path(job.outcome["adapter"]) / "adapter_model.txt").read_text()
-        found += [] if text == adapter else [f"it has evaluated {text} instead of {adapter}"]
+        evaluated = job.outcome["adapter"]
+        found += [] if evaluated == adapter else [f"it has evaluated {evaluated} instead of {adapter}"]
     return found
 
 
