@@ -2,8 +2,9 @@
 
     python benchmarks/soak.py [--minutes 30] [--seed 1] [--out benchmarks/results/soak.json]
 
-Server, hosts, workers and guardians are loraq's own; the trainer is the stub of tests/stub_trainer.py, so that
-no GPU and no model is needed. Exits with 1 where an invariant did not hold; the file then says which.
+Server, hosts, workers and guardians are loraq's own. Most trainers are the stub of tests/stub_trainer.py; a few are
+loraq's, with Unsloth on the CPU and the model of `loraq demo`. No GPU is needed, but root: the storage is a mount, so
+that it can be full. Exits with 1 where an invariant did not hold; the file then says which.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from jobqueue.embedded import server_binary
 
 ROOT = Path(__file__).parents[1]
 PAUSE_S = (0.4, 2.4)  # between two faults
-HOSTS = 4
+HOSTS = 5
+REAL_EVERY = 8  # batches for each that has a real train
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix=f"loraq-soak-{options.seed}-"))
     logging.basicConfig(filename=folder / "driver.log", level=logging.INFO, format="%(asctime)s %(message)s")
     print(f"logs in {folder}; code in {jobqueue.__file__}, {gpu_worker.__file__}", flush=True)
-    chaos, began = Chaos(folder, options.seed, HOSTS), time.monotonic()
+    chaos, began = Chaos(folder, options.seed, HOSTS, REAL_EVERY), time.monotonic()
     try:
         verdict = chaos.run(options.minutes * 60, pause_s=PAUSE_S)
     finally:

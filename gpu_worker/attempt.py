@@ -119,14 +119,16 @@ class Attempt:
         return self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
 
     def _request(self) -> Request:
-        """The job as this machine can do it: sources readable, the adapter in a folder."""
+        """The job as this machine can do it: what lies in the storage is copied, no trainer waits for a mount."""
         spec = dict(self._claim.spec)
         section = "data" if spec["kind"] == "train" else "evaluation"
         replay = spec[section].get("replay")
         read = [spec["base_model"], spec.get("from_adapter"), spec[section]["source"], replay and replay["source"]]
         for source in filter(None, read):
             check_source(source, self._settings.model_roots)
-        spec[section] = self._readable(spec[section]) | ({"replay": self._readable(replay)} if replay else {})
+        spec[section] = self._copied(spec[section], "data") | (
+            {"replay": self._copied(replay, "replay")} if replay else {}
+        )
         adapter = resume = None
         if spec["kind"] == "train":
             resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
@@ -148,8 +150,10 @@ class Attempt:
             any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._before()),
         )
 
-    def _readable(self, data: dict[str, Any]) -> dict[str, Any]:
-        return {**data, "source": self._storage.resolve(data["source"])}
+    def _copied(self, data: dict[str, Any], name: str) -> dict[str, Any]:
+        folder = self._scratch / name
+        source = self._patience("read the data", lambda: self._storage.fetch_source(data["source"], folder))
+        return {**data, "source": source}
 
     def _adapter(self, source: str) -> str:
         """As a folder of this machine, or a hub id."""
@@ -192,10 +196,11 @@ class Attempt:
                     trainer.send(request)
                 end = self._follow(trainer, journal)
             except BaseException:
-                trainer.kill()
+                self._pool.give_back(trainer, request.spec["base_model"], clean=False)
                 raise
             if not (isinstance(end, Ended) and trainer.rested and journal.silent) or self._lease.overran:
                 return trainer, end
+            self._pool.give_back(trainer, request.spec["base_model"], clean=False)
 
     def _finish_checkpoints(self) -> None:
         try:

@@ -20,6 +20,7 @@ from gpu_worker.trainer_process import TrainerProcess
 log = logging.getLogger(__name__)
 IDLE_S = 60.0  # how long a trainer waits for another job of its model before it is ended
 FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0  # before a spare is started again, where one has ended by itself
+CALM_S = 60.0  # after one that lived so long, the pause is the first again
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,30 @@ class TrainerPool:
         self._environment, self.folder, self._grace_s = environment, folder, grace_s
         self._spares, self._most = spares, most
         self._command = list(command) if command else [sys.executable, "-P", "-m", "gpu_worker.trainer.child"]
+        self.at_work = 0  # trainers that attempts have taken
         self._resting: list[Resting] = []  # the one that began to rest last comes last
         self._lock = threading.Lock()
         self._pause_s = self._start_at = 0.0
 
     def take(self, base_model: str) -> TrainerProcess:
-        """A resting trainer that knows the base model, else a spare, else a new one; what may not rest on is ended."""
+        """A resting trainer that knows the base model, else a spare, else a new one; what may not rest on is ended.
+
+        Whatever becomes of it is to be given back.
+        """
+        with self._lock:
+            self.at_work += 1
         while (resting := self._pick(base_model)) is not None and not resting.trainer.alive():
             resting.trainer.kill()
         with self._lock:
             surplus = self._surplus()
         for other in surplus:
             other.trainer.kill()
-        if resting is None:
-            return self._start()
-        self._pause_s = 0.0  # trainers do well here
-        return resting.trainer
+        try:
+            return resting.trainer if resting is not None else self._start()
+        except BaseException:
+            with self._lock:
+                self.at_work -= 1
+            raise
 
     def _pick(self, base_model: str) -> Resting | None:
         with self._lock:
@@ -86,9 +95,12 @@ class TrainerPool:
         """To rest where it ended its job well, to its end otherwise; nothing of it is left then."""
         if not clean or not trainer.alive():  # its guardian may have ended it right after its last word
             trainer.kill()
+            with self._lock:
+                self.at_work -= 1
             return
         trainer.rest()
         with self._lock:
+            self.at_work -= 1
             self._resting.append(Resting(trainer, base_model, time.monotonic()))
 
     def _surplus(self) -> list[Resting]:
@@ -110,7 +122,8 @@ class TrainerPool:
         for resting in (*tired, *dead, *surplus):
             resting.trainer.kill()
         if dead:
-            self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S)
+            calm = all(now - resting.since >= CALM_S for resting in dead)
+            self._pause_s = FIRST_PAUSE_S if calm else min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S)
             self._start_at = now + self._pause_s
             log.warning("a spare trainer has ended by itself; the next is started in %g s", self._pause_s)
         for _ in range(lack if now >= self._start_at else 0):

@@ -148,8 +148,11 @@ class Worker:
             self.pool.close()
 
     def _may_rest(self) -> int:
-        """Trainers: one for each idle slot and the spares, as far as the memory that nobody was promised holds them."""
-        wanted = self.idle_slots + self._spares
+        """Trainers: one for each slot without and the spares, as far as the memory that nobody was promised holds them.
+
+        A trainer rests as soon as it has done its part, while its job's result is still written.
+        """
+        wanted = self.slots - self.pool.at_work + self._spares
         if self.device.kind != "gpu":
             return wanted
         return min(wanted, self._admission.room(self._watch.health.usable_bytes) // CONTEXT)

@@ -79,10 +79,6 @@ class Storage:
         path = f"{self._root}/{relative}"
         return path if self.local else self._fs.unstrip_protocol(path)
 
-    def resolve(self, source: str) -> str:
-        """A spec's data source as this machine can read it."""
-        return self.address("blobs/" + source.removeprefix(BLOB)) if source.startswith(BLOB) else source
-
     def pin(self) -> None:
         """From now on it must keep its mark: where a mount has gone, the folder below it can be written as well.
 
@@ -242,12 +238,17 @@ class Storage:
         return Published(folder, manifest) if not submission or manifest.get("submission") == submission else None
 
     def fetch(self, folder: str, into: Path) -> Path:
-        """A folder of the storage as one of this machine: itself where it is one, else a copy below `into`."""
-        if self.local:
-            return Path(f"{self._root}/{folder}")
+        """A copy of a folder of the storage, also where that is a mount: it may go, or hang, while a trainer reads."""
         with self._errors("read"):
             self._fs.get(f"{self._root}/{folder}/", f"{into}/", recursive=True)
         return into
+
+    def fetch_source(self, source: str, into: Path) -> str:
+        """A spec's data source as this machine can read it; what was submitted is copied below `into`."""
+        if not source.startswith(BLOB):
+            return source
+        sha256, _, name = source.removeprefix(BLOB).partition("/")
+        return str(self.fetch(f"blobs/{sha256}", into) / name)
 
     def read_text(self, relative: str) -> str:
         with self._errors("read"):

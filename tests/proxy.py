@@ -70,8 +70,16 @@ class Proxy:
             end.close()
             self._open.discard(end)
 
+    def break_all(self) -> None:
+        """Every connection that is open."""
+        self._shut(*self._open)
+
     def close(self) -> None:
-        for end in (self._listener, *self._open):
+        self._shut(self._listener, *self._open)
+
+    @staticmethod
+    def _shut(*ends: socket.socket) -> None:
+        for end in ends:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()

@@ -9,7 +9,7 @@ with less than 2 GiB, and it holds itself to 1 until that has happened), `budget
 GiB from now on), `took:2` (measures 2 GiB where 1 was estimated), `fail:REASON`, `exit:CODE`,
 `kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `kill-worker` (SIGKILL to the process above its guardian), `gil:2`
 (seconds in native code that lets no other thread run), `child` (starts a child in a session of its own). Every 0.05 s
-it writes a line into LORAQ_BEATS, if that is set: process id, time.
+it writes a line into LORAQ_BEATS, if that is set: process id, time, step.
 """
 
 import ctypes
@@ -34,10 +34,10 @@ def say(**fields: object) -> None:
     events.write(json.dumps(fields) + "\n")
 
 
-def beat(job: str) -> None:
+def beat(job: str, step: int) -> None:
     if folder := os.environ.get("LORAQ_BEATS"):
         with open(f"{folder}/{job}", "a") as file:
-            file.write(f"{os.getpid()} {time.time():.3f}\n")
+            file.write(f"{os.getpid()} {time.time():.3f} {step}\n")
 
 
 def checkpoint(request: dict, step: int) -> None:
@@ -57,7 +57,7 @@ def sleep(request: dict, seconds: float, saves: bool) -> None:
         print(f"stub: going on from step {done}")
     for step in range(done + 1, steps + 1):
         time.sleep(0.05)
-        beat(request["job_id"])
+        beat(request["job_id"], step)
         say(type="progress", phase="train", step=step, steps=steps, loss=1 / step)
         if asked or (saves and step % 10 == 0):
             asked = False
@@ -129,7 +129,10 @@ def work(request: dict) -> None:
     os.makedirs(f"{request['output']}/adapter")
     with open(f"{request['output']}/adapter/adapter_model.txt", "w") as file:
         file.write(job)
-    outcome = {"pid": os.getpid(), "adapter": request["adapter"], "resumed": request["resume"]}
+    outcome = {"pid": os.getpid(), "adapter": None, "resumed": request["resume"]}
+    if request["adapter"]:
+        with open(f"{request['adapter']}/adapter_model.txt") as file:
+            outcome["adapter"] = file.read()
     outcome |= measured
     if training := request["spec"].get("training"):
         micro, rung = training["per_device_train_batch_size"], request["rung"]

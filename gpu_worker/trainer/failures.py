@@ -10,7 +10,10 @@ from gpu_worker.protocol import Failed
 from jobqueue.errors import ChatTemplateError, DataError, StorageError
 from jobqueue.job import FailureReason
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOENT}
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOENT),
+    *(errno.ENOTDIR, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO),  # of mounts that went
+}
 _NOT_WRITTEN = (  # in the words of safetensors (Rust) and of torch.save, whose exceptions carry no errno
     "No space left on device",
     "Disk quota exceeded",

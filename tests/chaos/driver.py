@@ -25,11 +25,14 @@ import redis
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from faults import KINDS, Fault
+import faults
+import host_faults
+from faults import Fault, Run
 from helpers import RestartableServer, wait_for
-from hosts import Host, alive
+from hosts import ANY_TRAINER, Disk, Host, alive
 from invariants import Verdict, judge
 from jobs import batch
+from proxy import Proxy
 
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.errors import LoraqError, ServerError
@@ -41,16 +44,43 @@ START_S = 30.0
 
 log = logging.getLogger(__name__)
 
+# How often each comes in a deck that is shuffled and dealt to its end.
+KINDS: dict[Callable[[Run, Fault], bool], int] = {
+    faults.client_kill: 4,
+    faults.server_kill: 2,
+    faults.server_stop: 2,
+    faults.memory_full: 2,
+    host_faults.supervisor_kill: 2,
+    host_faults.celery_kill: 3,
+    host_faults.guardian_kill: 3,
+    host_faults.trainer_kill: 3,
+    host_faults.spare_kill: 2,
+    host_faults.worker_stop_short: 3,
+    host_faults.worker_stop_long: 1,
+    host_faults.worker_stop_then_kill: 1,
+    host_faults.drain: 3,
+    host_faults.storage_away: 1,
+    host_faults.storage_full: 1,
+    host_faults.storage_hangs: 1,
+    host_faults.cut_off: 2,
+    faults.double_tokens: 3,
+    faults.lose_tokens: 3,
+    faults.second_sweeper: 2,
+    faults.cancel: 1,
+}
+
 
 class Chaos:
     """One run. The faults come from this thread, submissions from another."""
 
-    def __init__(self, folder: Path, seed: int, hosts: int = 4) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int, hosts: int = 4, real_every: int = 0) -> None:
+        """`real_every`: each so many batches one has a real train, see jobs.py; 0: none has."""
+        self.folder, self.seed, self.real_every = folder, seed, real_every
         self.dice = random.Random(seed)
         self.server = RestartableServer(folder / "server")
         self.server.start()
-        self.hosts = [Host(f"h{number}", folder, self.server.url) for number in range(1, hosts + 1)]
+        self.disk = Disk(folder / "storage")
+        self.hosts = [self._host(number) for number in range(1, hosts + 1)]
         self.app = make_app(self.server.url, 5)
         self.busy: set[str] = set()
         self.faults: list[Fault] = []
@@ -61,6 +91,20 @@ class Chaos:
         self._due: list[tuple[float, Callable[[], None]]] = []
         self._deck: list[Callable[..., bool]] = []
         self._enough = threading.Event()
+
+    def _host(self, number: int) -> Host:
+        """The first is plain; the second has slots, a spare, a proxy to the server; the third a storage that hangs."""
+        kind = (number - 1) % 3
+        way = Proxy(self.server.port) if kind == 1 else None
+        return Host(
+            f"h{number}",
+            self.folder,
+            way.url if way else self.server.url,
+            options=("--slots", "3", "--spares", "1") if kind == 1 else ("--spares", "1") if kind == 2 else (),
+            trainer=ANY_TRAINER,
+            proxy=way,
+            may_hang=kind == 2,
+        )
 
     # -- what a fault may use
 
@@ -80,7 +124,7 @@ class Chaos:
         """Batches, so that about `backlog` jobs have not ended, until `most` were submitted or it is enough."""
         dice = random.Random(f"jobs {self.seed}")
         store = Store(self.server.url, timeout_s=2)
-        jobs = batch(self.batches, dice)
+        jobs = batch(self.batches, dice, self.real_every)
         while not self._enough.wait(0.2):
             try:
                 self._states |= {job.id: job.state.value for job in store.jobs(self.unfinished())}
@@ -97,7 +141,7 @@ class Chaos:
             self.ids += [job_id for job_id in ids if job_id not in self.ids]
             self._states.pop(ids[4], None)  # the base model's evaluation may run again
             self.batches += 1
-            jobs = batch(self.batches, dice)
+            jobs = batch(self.batches, dice, self.real_every)
         store.close()
 
     # -- faults
@@ -111,14 +155,11 @@ class Chaos:
             fault = Fault(kind.__name__, time.time())
             if kind(self, fault):
                 self._deck.remove(kind)
-                if not fault.ended and not self._is_undone_later(fault):
+                if not fault.lasts:
                     fault.ended = time.time()
                 self.faults.append(fault)
                 log.info("%s %s%s", fault.kind, fault.host, fault.job)
                 return
-
-    def _is_undone_later(self, fault: Fault) -> bool:
-        return (fault.host or "server") in self.busy
 
     def _tend(self) -> None:
         """Undoes what is due."""
@@ -190,7 +231,10 @@ class Chaos:
     def close(self) -> None:
         for host in self.hosts:
             host.close()
+            if host.proxy:
+                host.proxy.close()
         self.server.end()
+        self.disk.close()
 
 
 def main() -> None:
@@ -199,10 +243,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--pause", type=float, default=2.5, help="between two faults, in seconds, at most")
+    parser.add_argument("--real-every", type=int, default=0, help="batches for each real training, 0: none")
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix=f"loraq-chaos-{chosen.seed}-"))
     logging.basicConfig(filename=folder / "driver.log", level=logging.INFO, format="%(asctime)s %(message)s")
-    chaos = Chaos(folder, chosen.seed, chosen.hosts)
+    chaos = Chaos(folder, chosen.seed, chosen.hosts, chosen.real_every)
     try:
         verdict = chaos.run(chosen.seconds, pause_s=(chosen.pause / 5, chosen.pause))
     finally:

@@ -14,13 +14,17 @@ from pathlib import Path
 
 import psutil
 from helpers import wait_for
+from proxy import Proxy
 
 from gpu_worker.trainer_process import MARK
 
 ROOT = Path(__file__).parents[2]
 STUB = ROOT / "tests" / "stub_trainer.py"
+ANY_TRAINER = ROOT / "tests" / "chaos" / "any_trainer.py"
+SLOW = ROOT / "tests" / "slow_fs"
 LEASE_S = 6.0
 GRACE_S = 0.5
+STORAGE_TIMEOUT_S = 8.0  # much longer than anything here takes, on a busy machine as well
 
 # Becomes the worker, under a host name that nobody else sees. Without the right to that, all hosts have one name, and a
 # fault on one of them explains what happened on another. It ends with the driver, however that ends.
@@ -35,11 +39,61 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-class Host:
-    """One `loraq worker --cpu`, started again and again; by way of the command `inside`, where there is one."""
+class Disk:
+    """A file system of its own below the storage of all hosts, so that it can be full. Needs root and mounts."""
 
-    def __init__(self, name: str, folder: Path, url: str, inside: Sequence[str] = ()) -> None:
+    SIZE = "2g"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.SIZE}", "tmpfs", str(folder)], check=True)
+
+    def fill(self) -> bool:
+        """Nothing more fits; False where somebody has just written too much for that."""
+        used = os.statvfs(self._folder)
+        size = (used.f_blocks - used.f_bfree) * used.f_frsize
+        return self._resize(str(max(4096, size)))
+
+    def empty(self) -> None:
+        assert self._resize(self.SIZE)
+
+    def _resize(self, size: str) -> bool:
+        command = ["mount", "-o", f"remount,size={size}", str(self._folder)]
+        return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+    def close(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self._folder)], check=True)
+
+
+class Host:
+    """One `loraq worker --cpu`, started again and again.
+
+    Args:
+        name: as a host's.
+        folder: of all hosts.
+        url: of the server.
+        inside: a command by way of which it is started.
+        options: of the worker, behind `--cpu`.
+        trainer: the file that it starts as a trainer.
+        proxy: between it and the server, where there is one; `url` is the proxy's then.
+        may_hang: its storage is one that can hang, see tests/slow_fs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        url: str,
+        inside: Sequence[str] = (),
+        *,
+        options: Sequence[str] = (),
+        trainer: Path = STUB,
+        proxy: Proxy | None = None,
+        may_hang: bool = False,
+    ) -> None:
         self.name, self._url, self._inside = name, url, inside
+        self._options, self._trainer, self.proxy, self.may_hang = options, trainer, proxy, may_hang
         self.folder = folder / name
         self.beats = folder / "beats"
         self.shared = folder / "storage"
@@ -72,24 +126,25 @@ class Host:
     def environment(self) -> dict[str, str]:
         ours = {
             "LORAQ_REDIS_URL": self._url,
-            "LORAQ_STORAGE": self.storage,
+            "LORAQ_STORAGE": f"slow://{self.storage}" if self.may_hang else self.storage,
             "LORAQ_DATA_DIR": self.data,
             "LORAQ_CONFIG": self.folder / "none.toml",
-            "LORAQ_TRAINER_COMMAND": json.dumps([sys.executable, str(STUB)]),
+            "LORAQ_TRAINER_COMMAND": json.dumps([sys.executable, str(self._trainer)]),
             "LORAQ_BEATS": self.beats,
             "LORAQ_LEASE_S": LEASE_S,
             "LORAQ_RENEW_S": 0.5,
             "LORAQ_POLL_S": 0.5,
             "LORAQ_SWEEP_S": 0.5,
             "LORAQ_GRACE_S": GRACE_S,
+            "LORAQ_STORAGE_TIMEOUT_S": STORAGE_TIMEOUT_S,
             "LORAQ_MAX_FAILURES": 50,  # the caps of jobqueue/retry.py hold all the same
-            "PYTHONPATH": ROOT,
+            "PYTHONPATH": os.pathsep.join([str(SLOW), str(ROOT)] if self.may_hang else [str(ROOT)]),
         }
         return {**os.environ, **{name: str(value) for name, value in ours.items()}}
 
     def start(self) -> None:
         self._started_at = time.monotonic()
-        worker = [sys.executable, "-P", "-m", "gpu_worker.main", "--cpu"]
+        worker = [sys.executable, "-P", "-m", "gpu_worker.main", "--cpu", *self._options]
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*self._inside, sys.executable, "-I", "-S", "-c", LAUNCHER, self.name, *worker],
@@ -140,7 +195,7 @@ class Host:
         return [process for process in served if _argument_after(process, "--kind") == kind]
 
     def trainers(self) -> list[psutil.Process]:
-        return [process for process in self.processes("stub_trainer.py") if "guardian.py" not in _command(process)]
+        return [process for process in self.processes(self._trainer.name) if "guardian.py" not in _command(process)]
 
     def left(self, *, trainers_only: bool = False) -> list[psutil.Process]:
         """Every living process that was started here, whoever its parent is by now."""

@@ -18,19 +18,30 @@ from typing import Any
 
 from faults import Fault
 from hosts import LEASE_S
-from jobs import steps
+from jobs import BEAT_S, REAL_MODEL, REAL_QUESTIONS, REAL_STEPS, steps
+from safetensors.numpy import load_file
 
 from jobqueue.job import Job, JobKind, JobState
 from jobqueue.storage import Storage, job_folder
 from jobqueue.store import Store
 
+BROKEN = ("lost", "doubled", "overlapping", "disordered", "unexplained", "real_broken")
+SAME_LOSS = 0.01  # of trains that were interrupted and of those that were not
 SLACK_S = 1.0  # between the driver's note of a fault and what the server's clock says of its effect
 SERVER = {"server_kill", "server_stop", "client_kill"}
-HOST_DOWN = {"supervisor_kill", "celery_kill", "worker_stop_short", "worker_stop_long", "worker_stop_then_kill"}
+STORAGE = {"storage_away", "storage_full", "storage_hangs"}
+HOST_DOWN = {
+    "supervisor_kill",
+    "celery_kill",
+    "worker_stop_short",
+    "worker_stop_long",
+    "worker_stop_then_kill",
+    "cut_off",
+}
 CAUSES = {
-    "crashed": {"trainer_kill", "guardian_kill", "storage_away"},
+    "crashed": {"trainer_kill", "guardian_kill", "spare_kill"},
     "lost": SERVER | HOST_DOWN | {"drain", "memory_full"},
-    "storage": {"storage_away"},
+    "storage": STORAGE,
     "preempted": {"drain"},
 }
 
@@ -58,17 +69,34 @@ class Stint:
     began: float
     ended: float
     beats: int
+    seconds: tuple[tuple[int, float], ...] = ()  # that went by at a step, the first beat's not known and guessed
 
 
 def stints(file: Path) -> list[Stint]:
     """Of one job, by their begin. A last line that kill -9 cut off does not count."""
-    times: dict[int, list[float]] = {}
+    beats: dict[int, list[tuple[float, int]]] = {}
     for line in file.read_text().splitlines() if file.exists() else []:
         words = line.split()
-        if len(words) == 2:
-            times.setdefault(int(words[0]), []).append(float(words[1]))
-    found = [Stint(pid, min(at), max(at), len(at)) for pid, at in times.items()]
+        if len(words) == 3:
+            beats.setdefault(int(words[0]), []).append((float(words[1]), int(words[2])))
+    found = [_stint(pid, sorted(said)) for pid, said in beats.items()]
     return sorted(found, key=lambda stint: stint.began)
+
+
+def _stint(pid: int, beats: list[tuple[float, int]]) -> Stint:
+    (began, _), (ended, _) = beats[0], beats[-1]
+    before = [began - BEAT_S, *(at for at, _ in beats)]
+    seconds = tuple((step, at - last) for (at, step), last in zip(beats, before, strict=False))
+    return Stint(pid, began, ended, len(beats), seconds)
+
+
+def thrown_away(found: list[Stint]) -> float:
+    """Seconds of trainers at steps that a later trainer of the job has done again."""
+    wasted, again = 0.0, set[int]()
+    for stint in reversed(found):
+        wasted += sum(seconds for step, seconds in stint.seconds if step in again)
+        again |= {step for step, _ in stint.seconds}
+    return wasted
 
 
 def overlaps(found: list[Stint]) -> list[str]:
@@ -87,13 +115,15 @@ def judge(run: Any, store: Store, jobs: list[Job]) -> Verdict:
         verdict.problems.append(f"{len(run.ids)} jobs were submitted, {len(jobs)} are there")
     by_id = {job.id: job for job in jobs}
     totals: Counter[str] = Counter()
+    trainer_s = {"all": 0.0, "wasted": 0.0, "cancelled": 0.0}
     for job in jobs:
         worked = stints(run.folder / "beats" / job.id)
-        wanted = 0 if job.kind is JobKind.REPORT else steps(job.spec["base_model"])
-        done = sum(stint.beats for stint in worked)
+        wanted, done = _steps(job, worked)
+        spent = sum(seconds for stint in worked for _, seconds in stint.seconds)
         made = Path(storage.address(job_folder(job.id, job.batch)))
         checks = {
             "lost": _lost(job, storage, wanted, done),
+            "real_broken": _real_broken(job, storage),
             "doubled": _doubled(job, store),
             "overlapping": overlaps(worked),
             "disordered": _disordered(job, by_id),
@@ -106,22 +136,72 @@ def judge(run: Any, store: Store, jobs: list[Job]) -> Verdict:
         totals["attempts"] += job.attempt
         totals["published_twice"] += len(list(made.glob("*/manifest.json"))) > 1
         if job.state is JobState.CANCELLED:
-            totals["steps_cancelled"] += done
+            trainer_s["cancelled"] += spent
         else:
-            totals["steps_done"] += done
-            totals["steps_wasted"] += done - wanted if job.state is JobState.SUCCEEDED else done
+            trainer_s["all"] += spent
+            trainer_s["wasted"] += thrown_away(worked) if job.state is JobState.SUCCEEDED else spent
         verdict.jobs.append([job.id, job.state.value, job.reason, job.attempt, job.failures, wanted, done])
+    real = [job for job in jobs if _is_real(job) and job.state is JobState.SUCCEEDED]
+    trained = [job.outcome for job in real if job.kind is JobKind.TRAIN]
+    totals["real_resumed"] = sum(bool(outcome["training"]["resumed_from_step"]) for outcome in trained)
+    difference = _loss_difference(trained)
+    if difference > SAME_LOSS:
+        totals["real_broken"] += 1
+        verdict.problems.append(f"the losses of equal real trains differ by {difference:g}")
     verdict.figures = {
         "jobs": len(jobs),
         "faults": len(run.faults),
-        **{name: totals[name] for name in ("lost", "doubled", "overlapping", "disordered", "unexplained")},
-        "wasted_share": round(totals["steps_wasted"] / max(1, totals["steps_done"]), 4),
+        **{name: totals[name] for name in BROKEN},
+        "wasted_share": round(trainer_s["wasted"] / max(1.0, trainer_s["all"]), 4),
         "succeeded": totals[JobState.SUCCEEDED],
         "failed_at_cap": totals[JobState.FAILED],
         "cancelled": totals[JobState.CANCELLED],
-        **{name: totals[name] for name in ("attempts", "published_twice", "steps_done", "steps_cancelled")},
+        **{name: totals[name] for name in ("attempts", "published_twice")},
+        **{f"trainer_s_{name}": round(seconds, 1) for name, seconds in trainer_s.items()},
+        "real_succeeded": len(real),
+        "real_trained": len(trained),
+        "real_resumed": totals["real_resumed"],
+        "real_attempts": sum(job.attempt for job in jobs if _is_real(job)),
+        "real_loss_difference": round(difference, 6),
     }
     return verdict
+
+
+def _is_real(job: Job) -> bool:
+    return bool(job.spec.get("base_model") == REAL_MODEL)
+
+
+def _steps(job: Job, worked: list[Stint]) -> tuple[int, int]:
+    """How many steps there are to do, and how many were done; of a real train, how many losses are there."""
+    if job.kind is JobKind.REPORT or (_is_real(job) and job.kind is JobKind.EVALUATE):
+        return 0, 0
+    if _is_real(job):
+        return REAL_STEPS, len((job.outcome or {}).get("losses", []))
+    return steps(job.spec["base_model"]), sum(stint.beats for stint in worked)
+
+
+def _loss_difference(outcomes: list[dict[str, Any]]) -> float:
+    """The largest, at any step, between trains with one seed that began and went on at different steps."""
+    curves = [[loss for _, loss, _ in outcome["losses"]] for outcome in outcomes]
+    return max((max(at) - min(at) for at in zip(*curves, strict=False)), default=0.0)
+
+
+def _real_broken(job: Job, storage: Storage) -> list[str]:
+    """What a real trainer has made is whole: a loss for each step, an adapter that loads, all questions."""
+    if not _is_real(job) or job.state is not JobState.SUCCEEDED:
+        return []
+    if job.kind is JobKind.EVALUATE:
+        asked = job.outcome["questions"]
+        return [] if asked == REAL_QUESTIONS else [f"{asked} questions instead of {REAL_QUESTIONS}"]
+    at = [step for step, _, _ in job.outcome["losses"]]
+    found = [] if at == list(range(1, REAL_STEPS + 1)) else [f"there are losses of the steps {at}"]
+    try:
+        adapter = load_file(Path(storage.address(job.outcome["folder"])) / "adapter" / "adapter_model.safetensors")
+        untrained = [name for name, values in adapter.items() if "lora_B" in name and not values.any()]
+        found += [f"not trained: {untrained}"] if untrained or not adapter else []
+    except Exception as error:
+        found.append(f"its adapter does not load: {error!r}")
+    return found
 
 
 def _lost(job: Job, storage: Storage, wanted: int, done: int) -> list[str]:
@@ -137,12 +217,15 @@ def _lost(job: Job, storage: Storage, wanted: int, done: int) -> list[str]:
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         found += [f"{name} is not what its manifest says" for name in files if not _is(folder / name, files[name])]
-        found += [] if "adapter/adapter_model.txt" in files else ["it has no adapter"]
+        name = "safetensors" if _is_real(job) else "txt"
+        found += (
+            [] if f"adapter/adapter_model.{name}" in files or job.kind is JobKind.EVALUATE else ["it has no adapter"]
+        )
     except (OSError, ValueError, KeyError) as error:
         found.append(f"no manifest: {error!r}")
-    if adapter := job.spec.get("adapter_job"):
-        text = (Path(job.outcome["adapter"]) / "adapter_model.txt").read_text()
-        found += [] if text == adapter else [f"it has evaluated {text} instead of {adapter}"]
+    if (adapter := job.spec.get("adapter_job")) and not _is_real(job):
+        evaluated = job.outcome["adapter"]
+        found += [] if evaluated == adapter else [f"it has evaluated {evaluated} instead of {adapter}"]
     return found
 
 
@@ -199,7 +282,7 @@ def _unexplained(job: Job, faults: list[Fault], hosts: set[str], jobs: dict[str,
 def _explains(fault: Fault, end: dict[str, Any], hosts: set[str]) -> bool:
     host = end["worker"].partition("/")[0]
     here = not fault.host or fault.host == host or host not in hosts
-    over = (fault.ended or fault.began) + SLACK_S + (LEASE_S if fault.kind in SERVER else 0)
+    over = (fault.ended or fault.began) + SLACK_S + (LEASE_S if fault.kind in SERVER | {"cut_off"} else 0)
     return (
         fault.kind in CAUSES.get(end["reason"], ())
         and here

@@ -1,8 +1,12 @@
-"""Batches for the chaos driver: trains, evaluations, a shared evaluation of the base model, a report."""
+"""Batches for the chaos driver: trains, evaluations, a shared evaluation of the base model, a report.
+
+Most are for stub trainers, to reach volume; a few train and ask a real model, the demo's, with Unsloth on the CPU.
+"""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 from helpers import new_job
 
@@ -20,10 +24,13 @@ from jobqueue.store import NewJob
 
 BATCHES_PER_BASE = 3  # that share an evaluation of their base model
 BEAT_S = 0.05  # between two beats of tests/stub_trainer.py: one step each
+DEMO = Path(__file__).parents[2] / "cli" / "demo"
+REAL_MODEL = str(DEMO / "model")
+REAL_STEPS, REAL_QUESTIONS = 80, 8
 
 
 def steps(base_model: str) -> int:
-    """How many steps a trainer of that model does, see tests/stub_trainer.py."""
+    """How many steps a stub trainer of that model does, see tests/stub_trainer.py."""
     seconds = next(float(word.removeprefix("sleep:")) for word in base_model.split("/") if word.startswith("sleep:"))
     return max(1, round(seconds / BEAT_S))
 
@@ -53,8 +60,44 @@ def evaluation(job_id: str, batch: str, model: str, adapter: str | None, **where
     return new_job(job_id, kind="evaluate", batch=batch, spec=spec.model_dump_json(), **where)
 
 
-def batch(number: int, dice: random.Random) -> list[NewJob]:
-    """Two trains of a few seconds with their evaluations, the base model's evaluation, and the report."""
+def real(name: str, **own: object) -> list[NewJob]:
+    """A real train, whose losses are the same every time, and the evaluation of its adapter."""
+    trained = TrainSpec(
+        base_model=REAL_MODEL,
+        method="lora",
+        data=DataSpec(source=str(DEMO / "train.jsonl")),
+        lora=LoraSpec(r=8),
+        training=TrainingSpec(
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            max_steps=REAL_STEPS,
+            max_seq_length=256,
+            logging_steps=1,
+            save_steps=4,
+        ),
+        resources=ResourcesSpec(device="cpu"),
+    )
+    asked = EvaluateSpec(
+        base_model=REAL_MODEL,
+        method="lora",
+        adapter_job=name,
+        load_in_4bit=False,
+        max_seq_length=256,
+        evaluation=EvaluationSpec(source=str(DEMO / "test.jsonl"), limit=REAL_QUESTIONS, metrics=("likelihood",)),
+        resources=ResourcesSpec(device="cpu"),
+    )
+    own = {"batch": name.partition(".")[0], "device": "cpu", "queue": "cpu", **own}
+    return [
+        new_job(name, kind="train", spec=trained.model_dump_json(), **own),
+        new_job(f"{name}.eval", kind="evaluate", spec=asked.model_dump_json(), needs=(name,), **own),
+    ]
+
+
+def batch(number: int, dice: random.Random, real_every: int = 0) -> list[NewJob]:
+    """Two trains of a few seconds with their evaluations, the base model's evaluation, and the report.
+
+    In each `real_every`th batch a real train with its evaluation as well; 0: in none.
+    """
     name, owner = f"b{number}", dice.choice(("ann", "bob"))
     own = {"owner": owner, "submission": f"s{number}"}
     jobs: list[NewJob] = []
@@ -68,6 +111,8 @@ def batch(number: int, dice: random.Random) -> list[NewJob]:
         jobs.append(evaluation(f"{trial}.eval", name, model, trial, needs=(trial,), **own))
     base = f"base-{number // BATCHES_PER_BASE:012x}"
     jobs.append(evaluation(base, "", "/stub/tiny-0.1B/sleep:1", None, **own))
+    if real_every and number % real_every == 0:
+        jobs += real(f"{name}.real", **own)
     report = ReportSpec(batch=name).model_dump_json()
     follows = tuple(job.id for job in jobs)
     where = {"kind": "report", "device": "control", "queue": "control", "need": 0}

@@ -15,6 +15,7 @@ from hosts import STUB, Host, alive
 from jobs import evaluation, train
 
 from gpu_worker import guardian
+from gpu_worker import pool as pools
 from gpu_worker.lease import Lease
 from gpu_worker.pool import TrainerPool
 from gpu_worker.trainer_process import Ended
@@ -109,6 +110,20 @@ def test_a_server_that_is_away_while_an_evaluation_looks_for_its_adapter_is_no_f
     assert (job.state, job.attempt, job.failures) == (JobState.SUCCEEDED, 1, 0)
 
 
+def test_a_mount_that_goes_while_a_trainer_works_takes_nothing_from_it(store: Store, host: Host) -> None:
+    """A checkpoint that was read where it lay, on the mount, ended the job: `internal`, not tried again."""
+    submit(store, train("b.1", "b", "/stub/sleep:0.1"))
+    wait_for(lambda: store.job("b.1").state.final, START_S, "the adapter is there")
+    submit(store, evaluation("c.1", "c", "/stub/sleep:0.5/await:go", "b.1"))
+    trains(host, "c.1")
+    host.unmount()
+    (host.beats / "go").write_text("")
+
+    wait_for(lambda: store.job("c.1").history, START_S, "the attempt ends")
+    end = store.job("c.1").history[0]
+    assert end["reason"] == FailureReason.STORAGE, "it had its adapter; only the result cannot be written"
+
+
 def test_a_question_to_a_server_that_stays_away_ends_with_the_lease(store: Store, tmp_path: Path) -> None:
     submit(store, train("b.1", "b", "/stub/sleep:1"))
     settings = Settings(redis_url=store.url, data_dir=tmp_path, lease_s=0.6, renew_s=0.1, sweep_s=0.1)
@@ -133,10 +148,35 @@ def test_a_trainer_that_was_ended_right_after_its_result_is_not_kept_for_the_nex
     wait_for(lambda: any(isinstance(m, Ended) for m in trainer.messages(0.1)), START_S, "its end is heard of")
     pool.give_back(trainer, "/stub/a", clean=True)
 
-    assert pool.empty
+    assert pool.resting == 0
     other = pool.take("/stub/a")
     try:
         assert other is not trainer
         assert other.alive()
     finally:
         other.kill()
+
+
+def test_spares_that_were_killed_after_a_long_life_are_replaced_as_soon_as_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "CALM_S", 0.0)
+    monkeypatch.setattr(pools, "FIRST_PAUSE_S", 0.05)
+    pool = TrainerPool({"PATH": os.environ["PATH"]}, tmp_path, 0.5, [sys.executable, str(STUB)], 1)
+
+    def one_rests() -> bool:
+        pool.tend()
+        return pool.resting == 1
+
+    def none_rests() -> bool:
+        pool.tend()
+        return pool.resting == 0
+
+    try:
+        for _ in range(12):  # a pause that doubled each time would be 100 s by now
+            wait_for(one_rests, 30, "a spare rests")
+            pool._resting[0].trainer.guardian.kill()
+            wait_for(none_rests, 30, "its end is noticed")
+        wait_for(one_rests, 10, "the next is started at once")
+    finally:
+        pool.close()

@@ -42,7 +42,7 @@ def most_at_once(here: Site, jobs: list[str]) -> int:
     """How many of the jobs' trainers were at work at the same time, by their beats."""
     spans = []
     for job in jobs:
-        beats = [float(at) for _, at in map(str.split, here.lines(job))]
+        beats = [float(at) for _, at, _ in map(str.split, here.lines(job))]
         spans.append((min(beats), max(beats)))
     return max(sum(begin <= start <= end for begin, end in spans) for start, _ in spans)
 

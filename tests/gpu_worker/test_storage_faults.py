@@ -143,6 +143,17 @@ def test_slow_writes_cost_no_lease(here: Site, slow: Path) -> None:
     assert job.ended_at - job.claimed_at > LEASE_S, "it took longer than a lease"
 
 
+def test_a_trainer_stays_for_the_next_job_while_its_result_is_written(here: Site, slow: Path) -> None:
+    here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}")
+    here.submit("b.1", "await:go")
+    wait_for(lambda: here.store.job("b.1").state is JobState.RUNNING, START_S, "it runs")
+    (slow / "slow").write_text("")
+    here.submit("c.1", "await:go")
+    (here.beats / "go").write_text("")
+
+    assert here.ended("b.1").outcome["pid"] == here.ended("c.1").outcome["pid"]
+
+
 def test_a_write_that_hangs_is_given_up_while_the_lease_is_renewed(here: Site, slow: Path) -> None:
     here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}", LORAQ_STORAGE_TIMEOUT_S=1.5 * LEASE_S)
     here.submit("b.1", "sleep:0.5/await:go", submission="s1")

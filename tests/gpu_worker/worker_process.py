@@ -99,13 +99,13 @@ class Site:
 
     def trainers_in_turn(self, job_id: str) -> list[int]:
         """The trainers that worked on the job, by the times of their beats; one that comes twice did not wait."""
-        beats = sorted((float(time), int(pid)) for pid, time in map(str.split, self.lines(job_id)))
+        beats = sorted((float(time), int(pid)) for pid, time, _ in map(str.split, self.lines(job_id)))
         return [pid for pid, _ in groupby(pid for _, pid in beats)]
 
     def beats_of(self, job_id: str, turn: int) -> list[float]:
         """When the trainer that was the job's first (0), second (1) and so on was at work; seconds since the epoch."""
         pid = self.trainers_in_turn(job_id)[turn]
-        return sorted(float(at) for who, at in map(str.split, self.lines(job_id)) if int(who) == pid)
+        return sorted(float(at) for who, at, _ in map(str.split, self.lines(job_id)) if int(who) == pid)
 
     def left(self, *, trainers_only: bool = False) -> list[psutil.Process]:
         """Every living process that was started here, or only trainers, their guardians and children."""

@@ -47,7 +47,7 @@ def test_a_batch_is_submitted_with_its_data_and_the_workers_are_woken(client: Cl
 
     assert (batch.name, batch.owner, batch.trials, batch.base_model) == ("b", "tester", 1, "owner/name-1B")
     train = client.job("b.1")
-    stored = client.storage.resolve(train.spec["data"]["source"])
+    stored = client.storage.fetch_source(train.spec["data"]["source"], tmp_path / "fetched")
     assert Path(stored).read_bytes() == (tmp_path / "rows.jsonl").read_bytes()
     assert client.store.tokens(queue_name("gpu8")) == 2  # the train job and the evaluation of the base model
     assert client.job("b.1.eval").spec["adapter_job"] == "b.1"

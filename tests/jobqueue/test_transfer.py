@@ -71,7 +71,7 @@ def slots(raw: redis.Redis) -> list[str]:
 
 
 def arrived(storage: Storage, file: Path) -> bytes:
-    return Path(storage.resolve(blob_source(file))).read_bytes()
+    return Path(storage.address("blobs/" + blob_source(file).removeprefix("loraq://"))).read_bytes()
 
 
 def test_a_file_arrives_whole_and_leaves_nothing_behind(
@@ -277,5 +277,5 @@ def test_a_client_that_does_not_know_the_storage_submits_through_the_server(
     batch = client.submit(client.plan(client.read(tmp_path / "sweep.yaml")))
 
     train = client.job(batch.jobs[0])
-    assert Path(storage.resolve(train.spec["data"]["source"])).read_text() == row
+    assert Path(storage.fetch_source(train.spec["data"]["source"], tmp_path / "fetched")).read_text() == row
     assert not (tmp_path / "data").exists()

@@ -30,6 +30,8 @@ class OutOfMemoryError(RuntimeError):
         (DataError("x", "y"), "bad_data"),
         (StorageError("x", "y"), "storage"),
         (OSError(errno.ENOSPC, "No space left on device"), "storage"),
+        (OSError(errno.ENOTDIR, "Not a directory"), "storage"),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "storage"),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "storage"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "out_of_memory"),
