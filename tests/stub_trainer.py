@@ -131,7 +131,8 @@ def work(request: dict) -> None:
         file.write(job)
     outcome = {"pid": os.getpid(), "adapter": None, "resumed": request["resume"]}
     if request["adapter"]:
-        with open(f"{request['adapter']}/adapter_model.txt") as file:
+        weights = next(name for name in sorted(os.listdir(request["adapter"])) if name.startswith("adapter_model"))
+        with open(f"{request['adapter']}/{weights}") as file:
             outcome["adapter"] = file.read()
     outcome |= measured
     if training := request["spec"].get("training"):
