@@ -46,6 +46,7 @@ def test_a_letter_names_its_option(text: str, letter: str) -> None:
     ],
 )
 def test_a_verbose_right_answer_counts(text: str, letter: str) -> None:
+    """lm-eval#3103: a verbose right answer scored 0."""
     assert extract(text, FISH) == letter
 
 
@@ -58,6 +59,7 @@ def test_a_verbose_right_answer_counts(text: str, letter: str) -> None:
     ],
 )  # fmt: skip
 def test_an_answer_that_names_none_or_two_does_not_count(text: str) -> None:
+    """lm-eval#3103: a greedy pattern credited any letter."""
     assert extract(text, FISH) is None
 
 

@@ -33,7 +33,9 @@ def test_wilson(correct: int, questions: int, low: float, high: float) -> None:
     ],
 )
 def test_mcnemar(gained: int, lost: int, p: float) -> None:
-    """7 and 1: airway hyper-responsiveness in 21 children (Bentur et al. 2009), of which Fagerland, Lydersen and Laake
+    """lm-eval#3831: an unpaired test on paired data.
+
+    7 and 1: airway hyper-responsiveness in 21 children (Bentur et al. 2009), of which Fagerland, Lydersen and Laake
     (2013), The McNemar test for binary matched-pairs data, say: exact conditional, p = 0.070."""
     assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-12)
 
