@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from gpu_worker.patience import Patience
 from jobqueue.aggregate import build_report
 from jobqueue.answers import FILE, Answers, read_answers
 from jobqueue.errors import NotFoundError
@@ -13,16 +14,17 @@ from jobqueue.storage import Storage
 from jobqueue.store import Store
 
 
-def make_report(claim: Claim, store: Store, storage: Storage) -> dict[str, Any]:
+def make_report(claim: Claim, store: Store, storage: Storage, patience: Patience) -> dict[str, Any]:
     """The BatchReport of the claim's batch as a dict; also written to `batches/<batch>/report.json`.
 
-    Raises StorageError where the storage cannot be read or written.
+    Raises StorageError where the storage cannot be read or written, or hangs; computing may take as long as it does.
     """
     batch = store.batch(claim.spec["batch"])
     jobs = store.jobs(batch.jobs)
-    answers = {job.id: _answers(job, storage) for job in jobs if _scored(job)}
+    answers = patience("read the answers", lambda: {job.id: _answers(job, storage) for job in jobs if _scored(job)})
     report = build_report(batch, jobs, answers).to_dict()
-    storage.write_text(f"batches/{batch.name}/report.json", json.dumps(report, indent=1))
+    name, text = f"batches/{batch.name}/report.json", json.dumps(report, indent=1)
+    patience("write the report", lambda: storage.write_text(name, text))
     return report
 
 

@@ -195,8 +195,8 @@ class Worker:
         lease = Lease(self.store, claim, self.settings, claimed_at)
         try:
             try:
-                make = partial(make_report, claim, self.store, self.storage)
-                made = lease.insist(partial(Patience(lease, self.settings, self.leaving), "make the report", make))
+                patience = Patience(lease, self.settings, self.leaving)
+                made = lease.insist(partial(make_report, claim, self.store, self.storage, patience))
                 end = Settlement(JobState.SUCCEEDED, outcome=made)
             except StaleAttemptError:
                 raise
