@@ -374,10 +374,10 @@ def test_questions_that_do_not_fit_are_left_out_and_counted(child: Child, tmp_pa
 
 
 def test_an_unforeseen_failure_is_reported_and_ends_the_trainer(child: Child, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    done = child.run(evaluate_spec(evaluation={"limit": 2, "metrics": ["likelihood"]}), output=tmp_path / "file")
+    (tmp_path / "questions.jsonl").mkdir()  # where a file is to be written
+    done = child.run(evaluate_spec(evaluation={"limit": 2, "metrics": ["likelihood"]}), output=tmp_path)
     assert done.failure.reason == "internal"
-    assert done.failure.message.startswith("NotADirectoryError")
+    assert done.failure.message.startswith("IsADirectoryError")
     assert child.next_event() is None
     assert child.process.wait(DEADLINE_S) == 0
     assert "Traceback (most recent call last)" in child.log.read_text()
