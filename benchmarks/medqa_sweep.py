@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gpu", default="0")
     options = parser.parse_args()
-    with Session(options.out, ["--cpu"] if options.cpu else ["--gpu", options.gpu]) as session:
+    with Session(options.out, ["--cpu"] if options.cpu else ["--gpu", options.gpu, "--slots", "1"]) as session:
         session.rows(options.train, "train.jsonl")
         test = session.rows(options.test, "test.jsonl")
         plain = session.folder / "plain.json"

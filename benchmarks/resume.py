@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     cards, save_steps = Cards(), options.steps // 5
-    with Session(options.out, [], lease_s=15, renew_s=2) as session:
+    with Session(options.out, ["--slots", "1", "--spares", "0"], lease_s=15, renew_s=2) as session:
         session.rows(options.train, "train.jsonl")
         session.rows(options.test, "test.jsonl")
         for name in ("broken", "whole", "again"):
