@@ -233,15 +233,7 @@ def score_plainly(model: Any, questions: list[Question], batch_size: int, progre
         width = max(map(len, sequences))
         # Only the end of each row is needed, from the position that predicts the reply's first token.
         kept = width - min(len(question.prompt) for question, _ in batch) + 1
-        ids, mask = padded(sequences, width, left=False)
-        with torch.inference_mode():
-            logits = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                use_cache=False,
-                logits_to_keep=kept,
-            ).logits  # (batch, kept, vocabulary)
-        check_shape(logits, len(batch), kept)
+        logits = end_logits(model, sequences, width, kept)
         first = width - kept
         for row, (question, letter) in enumerate(batch):
             reply = torch.tensor(question.replies[letter], device=logits.device)
@@ -257,6 +249,21 @@ def score_plainly(model: Any, questions: list[Question], batch_size: int, progre
 def _length(item: tuple[Question, str]) -> int:
     question, letter = item
     return len(question.prompt) + len(question.replies[letter])
+
+
+def end_logits(model: Any, sequences: list[list[int]], width: int, kept: int) -> torch.Tensor:
+    """What the model predicts at the last `kept` columns of the sequences, each padded on the right to `width`:
+    (sequences, kept, vocabulary)."""
+    ids, mask = padded(sequences, width, left=False)
+    with torch.inference_mode():
+        logits: torch.Tensor = model(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            use_cache=False,
+            logits_to_keep=kept,
+        ).logits
+    check_shape(logits, len(sequences), kept)
+    return logits
 
 
 def check_shape(logits: torch.Tensor, rows: int, kept: int) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from gpu_worker.trainer.failures import bad_data
-from gpu_worker.trainer.likelihood import Progress, batches, check_shape
-from gpu_worker.trainer.questions import padded
+from gpu_worker.trainer.likelihood import Progress, batches, end_logits
 from jobqueue.chat import Chat
 from jobqueue.example import Example
 from jobqueue.tokens import IGNORED, Tokens, label
@@ -80,17 +79,9 @@ def add_losses(model: Any, texts: list[Text], batch_size: int, progress: Progres
     ordered = sorted(texts, key=lambda text: len(text.row.labels))
     for batch in batches(ordered, batch_size, lambda batch: len(batch) * kept_of(batch) * vocabulary * size):
         width, kept = max(len(text.row.labels) for text in batch), kept_of(batch)
-        ids, mask = padded([text.row.input_ids for text in batch], width, left=False)
-        with torch.inference_mode():
-            logits = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                use_cache=False,
-                logits_to_keep=kept,
-            ).logits  # (texts, kept, vocabulary)
-            check_shape(logits, len(batch), kept)
-            for text, row in zip(batch, logits, strict=True):
-                text.loss = _loss(row, text.row.labels, width - kept)
+        logits = end_logits(model, [text.row.input_ids for text in batch], width, kept)
+        for text, row in zip(batch, logits, strict=True):
+            text.loss = _loss(row, text.row.labels, width - kept)
         done += len(batch)
         progress(done)
 
