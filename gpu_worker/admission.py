@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 SLACK = 1.15  # over the estimate, where there is room
 MORE = 1.5  # times what a job was given, after it ran out of it
@@ -31,13 +29,8 @@ class Admission:
         self._slots, self._kept_bytes = slots, kept_bytes
         self._promised: dict[str, int] = {}  # nonce -> bytes
         self._lock = threading.Lock()
-        self._claiming = threading.Lock()
-
-    @contextmanager
-    def claiming(self) -> Iterator[None]:
-        """One at a time, from the look at the room to the promise: else two jobs would be given the same bytes."""
-        with self._claiming:
-            yield
+        # Held from the look at the room to the promise: else two jobs would be given the same bytes.
+        self.claiming = threading.Lock()
 
     @property
     def promised(self) -> int:

@@ -97,7 +97,7 @@ class Worker:
 
     def _work_once(self) -> bool:
         """One claim and its job; False where there was none, or the server is away."""
-        with self._admission.claiming():
+        with self._admission.claiming:
             claimed_at = guardian.now()
             claim = None if self.draining() else self._claim()
         if claim is None:
