@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from jobqueue import questions, turns
+from jobqueue.data_spec import RowTemplate
 from jobqueue.example import Example, Message, Row, SkipRow, checked_text
-from jobqueue.spec import RowTemplate
 
 
 @dataclass(frozen=True)

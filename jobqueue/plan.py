@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jobqueue import adapters, base_model, rows, sources
+from jobqueue.data_spec import DataSpec, QuestionFormat
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
 from jobqueue.sources import AnyData
-from jobqueue.spec import (
-    BY_QUESTION,
-    DataSpec,
-    EvaluateSpec,
-    EvaluationSpec,
-    QuestionFormat,
-    ReportSpec,
-    RunSpec,
-    TrainSpec,
-)
+from jobqueue.spec import BY_QUESTION, EvaluateSpec, EvaluationSpec, ReportSpec, RunSpec, TrainSpec
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from jobqueue import advice, replay, rows, sources
 from jobqueue.chat import Chat
+from jobqueue.data_spec import RowsSpec
 from jobqueue.errors import DataError, LoraqError, Problem, SpecError
 from jobqueue.example import Example, Message
-from jobqueue.spec import RowsSpec
 from jobqueue.sweep import Sweep
 from jobqueue.tokens import DataReport, Tokens, label, segments, survey
 

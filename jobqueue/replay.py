@@ -8,9 +8,9 @@ from typing import Any
 
 from jobqueue import rows
 from jobqueue.chat import Chat
+from jobqueue.data_spec import ReplaySpec
 from jobqueue.errors import ChatTemplateError, DataError
 from jobqueue.example import Example
-from jobqueue.spec import ReplaySpec
 from jobqueue.tokens import Tokens, tokenise
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+from jobqueue.data_spec import DataSpec, RowsSpec, RowTemplate
 from jobqueue.errors import DataError, StorageError
 from jobqueue.example import Example, Row, SkipRow
 from jobqueue.files import read_file
 from jobqueue.formats import FORMATS, RowFormat, detect, templated
-from jobqueue.spec import DataSpec, RowsSpec, RowTemplate
 
 log = logging.getLogger("loraq.data")
 SHOWN_LINES = 5  # of the rows skipped for one reason

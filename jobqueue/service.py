@@ -5,25 +5,23 @@ from __future__ import annotations
 import difflib
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobqueue import adapters
+from jobqueue import adapters, submission
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, CapacityError, NotFoundError, ServerError, UnansweredError
+from jobqueue.errors import BusyError, NotFoundError, ServerError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
-from jobqueue.memory import GIB, all_classes, kind_of
-from jobqueue.plan import BATCH, Plan, PlannedJob, make_plan
+from jobqueue.memory import all_classes
+from jobqueue.plan import Plan, make_plan
 from jobqueue.results import BatchReport
 from jobqueue.settings import Settings
-from jobqueue.spec import EvaluateSpec, ReportSpec, TrainSpec
 from jobqueue.storage import Storage
-from jobqueue.store import NewJob, Store, Submitted
+from jobqueue.store import Store, Submitted
 from jobqueue.sweep import Sweep, read_sweep
 from jobqueue.transfer import Sender
 
@@ -103,10 +101,10 @@ class Client:
                 "nothing was submitted",
                 "Set maxmemory-policy noeviction there, in its configuration and by CONFIG SET.",
             )
-        plan = self._corrected(plan)
+        plan = submission.corrected(plan, self.store)
         workers = self.workers()
         if not force:
-            _check_capacity(plan, workers)
+            submission.check_capacity(plan, workers)
         key = "" if again else self._key(plan)
         plan = adapters.in_storage(plan, self.store.job)
         self._upload(plan, progress or (lambda file, arrived, size: None))
@@ -143,23 +141,12 @@ class Client:
             else:
                 self.storage.put_blob(path, source)
 
-    def _corrected(self, plan: Plan) -> Plan:
-        """With the memory that such jobs were measured to take."""
-
-        def corrected(job: PlannedJob) -> PlannedJob:
-            if isinstance(job.spec, ReportSpec) or job.spec.resources.memory is not None:
-                return job
-            factor = self.store.correction(kind_of(job.spec.model_dump()))
-            return replace(job, need_bytes=int(job.need_bytes * factor))
-
-        return replace(plan, jobs=tuple(map(corrected, plan.jobs)))
-
     def _key(self, plan: Plan) -> str:
         return f"{self.settings.owner}:{plan.key}"
 
     def _submit_as(self, name: str, plan: Plan, key: str) -> Submitted | None:
-        submission = secrets.token_hex(8)
-        jobs = [_new_job(job, name, self.settings.owner, submission) for job in plan.jobs]
+        nonce = secrets.token_hex(8)
+        jobs = [submission.new_job(job, name, self.settings.owner, nonce) for job in plan.jobs]
         base_model = plan.sweep.trials[0].run.base_model
         ids = [job.id for job in jobs]
         return self.store.submit(name, self.settings.owner, len(plan.sweep.trials), base_model, jobs, ids, key)
@@ -299,46 +286,3 @@ class Client:
     def forget_server(self) -> None:
         """The server is about to be stopped in good order: trust its next start at once."""
         self.store.orderly()
-
-
-def _new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
-    def full(job_id: str) -> str:
-        return job_id if job_id.startswith("base-") else f"{batch}.{job_id}"
-
-    resources = None if isinstance(job.spec, ReportSpec) else job.spec.resources
-    return NewJob(
-        id=full(job.id),
-        kind=job.kind.value,
-        batch="" if job.shared else batch,
-        trial=job.trial,
-        owner=owner,
-        spec=_named(job.spec, batch).model_dump_json(),
-        device=resources.device if resources else "control",
-        priority=resources.priority if resources else 0,
-        queue=job.queue,
-        need=job.need_bytes,
-        needs=tuple(map(full, job.needs)),
-        follows=tuple(map(full, job.follows)),
-        submission=submission,
-    )
-
-
-def _named(spec: TrainSpec | EvaluateSpec | ReportSpec, batch: str) -> TrainSpec | EvaluateSpec | ReportSpec:
-    """With the batch's name where the plan left it open."""
-    if isinstance(spec, ReportSpec):
-        return spec.model_copy(update={"batch": batch})
-    if isinstance(spec, EvaluateSpec) and spec.adapter_job is not None:
-        return spec.model_copy(update={"adapter_job": spec.adapter_job.replace(BATCH, batch)})
-    return spec
-
-
-def _check_capacity(plan: Plan, workers: Sequence[WorkerInfo]) -> None:
-    """Refuses what would wait for ever: workers are alive, and none of them could hold a job of the plan."""
-    usable = [worker.usable_bytes for worker in workers if worker.alive and worker.usable_bytes]
-    need = max((job.need_bytes for job in plan.jobs), default=0)
-    if usable and need > max(usable):
-        raise CapacityError(
-            f"a job needs about {need / GIB:.1f} GiB, and the largest worker has {max(usable) / GIB:.1f} GiB",
-            "Lower max_seq_length or per_device_train_batch_size, set resources.memory if the estimate is wrong, "
-            "start a larger worker, or submit with --force to let it wait for one.",
-        )

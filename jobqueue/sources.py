@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
+from jobqueue.data_spec import DataSpec, RowsSpec
 from jobqueue.errors import DataError, Problem, SpecError
-from jobqueue.spec import DataSpec, RowsSpec
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".txt")
 

@@ -1,4 +1,4 @@
-"""The only schema: what a user writes in a sweep file, and what a job is asked to do.
+"""The only schema, with data_spec.py: what a user writes in a sweep file, and what a job is asked to do.
 
 Names are those of Hugging Face, PEFT, TRL and Unsloth, so that a notebook's settings can be copied; everything
 left out has the default of Unsloth's notebook for Llama-3.2-1B on MedQA.
@@ -10,17 +10,16 @@ import re
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ByteSize,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
-    field_validator,
     model_validator,
 )
+
+from jobqueue.data_spec import DataSpec, Part, QuestionFormat, RowsSpec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 Revision = Annotated[str, Field(min_length=1)]
@@ -29,10 +28,6 @@ Metric = Literal["likelihood", "generated", "perplexity", "bleu"]
 BY_QUESTION: tuple[Metric, ...] = ("likelihood", "generated")
 """Metrics of multiple-choice questions; the others take any row with an answer."""
 Method = Literal["qlora", "lora", "full"]
-Format = Literal[
-    "auto", "multiple_choice", "lettered", "messages", "sharegpt", "prompt_completion", "instruction", "text"
-]  # fmt: skip
-QuestionFormat = Literal["multiple_choice", "lettered"]
 Optimizer = Literal[
     "adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused",
     "adafactor", "sgd", "lion_8bit", "lion_32bit", "paged_lion_8bit", "ademamix_8bit", "rmsprop", "adagrad",
@@ -42,100 +37,10 @@ Scheduler = Literal[
     "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
 ]  # fmt: skip
 Tracker = Literal["none", "all", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "swanlab"]
-Column = Literal[
-    "question", "options", "answer", "answer_idx", "choices", "answerKey", "ctx", "endings", "label",
-    "opa", "opb", "opc", "opd", "ope", "cop",
-    "messages", "tools", "conversations", "prompt", "completion", "instruction", "input", "output", "text",
-]  # fmt: skip
 Values = Annotated[list[Any], Field(min_length=1)]
 Entries = list[dict[str, Any]]
 
 SEVEN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class Part(BaseModel):
-    """A section of the file: unknown keys are refused, a number is a number, nothing changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class RowTemplate(Part):
-    """What a row says, in Jinja, with its columns as variables: user and assistant (and system), or text."""
-
-    system: str | None = None
-    user: str | None = None
-    assistant: str | None = None
-    text: str | None = None
-    """All of it is trained, and no chat template is used."""
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """The parts that are set, in the order of a conversation."""
-        return {part: source for part, source in self if source is not None}
-
-    @field_validator("*")
-    @classmethod
-    def _valid(cls, source: str | None) -> str | None:
-        from jobqueue.templates import syntax_error  # Jinja: only where it is needed
-
-        wrong = syntax_error(source) if source is not None else None
-        if wrong:
-            raise ValueError(wrong)
-        return source
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if set(self.sources) not in ({"user", "assistant"}, {"system", "user", "assistant"}, {"text"}):
-            raise ValueError("needs user and assistant (and perhaps system), or text alone")
-        return self
-
-
-class RowsSpec(Part):
-    """Rows to train on or to ask about."""
-
-    source: Annotated[str, Field(min_length=1)]
-    """A hub id, a file on this machine (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), or an fsspec URL."""
-    name: str | None = None
-    """Of a hub data set: which of its configurations."""
-    revision: str | None = None
-    """Of a hub data set: a branch, tag or commit."""
-    split: str = "train"
-    """Of a hub data set; a file has no splits."""
-    format: Format = "auto"
-    columns: dict[Column, str] = {}
-    """What the file calls a column, where it is not the name on the left."""
-    system_prompt: str | None = None
-    """A system turn for every conversation that has none."""
-    limit: PositiveInt | None = None
-    """Take the first so many rows."""
-
-
-class ReplaySpec(RowsSpec):
-    """Rows of another kind that are mixed in, so that the model keeps what it could do before."""
-
-    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of all rows trained on that come from here."""
-    seed: NonNegativeInt = 3407
-    """Another seed draws others."""
-
-
-class DataSpec(RowsSpec):
-    """Rows to train on."""
-
-    template: RowTemplate | None = None
-    """Instead of a format: what a row says, in Jinja."""
-    validation_split: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the rows that is kept back: they are not trained on, and the loss on them is reported."""
-    validation_seed: NonNegativeInt = 3407
-    """Another seed keeps others back. Equal rows are always on one side."""
-    replay: ReplaySpec | None = None
-    """Section, see below. Without it these rows alone are trained on."""
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if self.template and (self.format != "auto" or self.columns):
-            raise ValueError("template says how a row is read; format and columns go without it")
-        return self
 
 
 class LoraSpec(Part):
@@ -320,9 +225,9 @@ class RunSpec(Part):
 class SweepSpec(Part):
     """Configurations of a sweep: every combination of `grid`, for each entry of `list`."""
 
-    grid: dict[str, Values] = {}
+    grid: dict[str, Values] = Field({})
     """Dotted key -> values, e.g. `lora.r: [8, 16]`."""
-    list: Entries = []
+    list: Entries = Field([])
     """Sets of dotted keys, e.g. `- {lora.r: 8, lora.lora_alpha: 16}`."""
 
 

@@ -22,7 +22,7 @@ import click
 from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
-from jobqueue import spec
+from jobqueue import data_spec, spec
 from jobqueue.retry import TABLE, Rule
 from jobqueue.settings import Settings
 
@@ -31,9 +31,9 @@ NOTE = "<!-- Written by ops/generate_docs.py: change the code, then run `make do
 
 SECTIONS = (
     ("", spec.SweepFile),
-    ("data", spec.DataSpec),
-    ("data.template", spec.RowTemplate),
-    ("data.replay", spec.ReplaySpec),
+    ("data", data_spec.DataSpec),
+    ("data.template", data_spec.RowTemplate),
+    ("data.replay", data_spec.ReplaySpec),
     ("lora", spec.LoraSpec),
     ("training", spec.TrainingSpec),
     ("evaluation", spec.EvaluationSpec),

@@ -3,7 +3,7 @@
 `base_model` is a path of words, e.g. `/stub/sleep:2/kill`: `sleep:2` seconds (in steps of 0.05, each reported; where
 the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
 when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file),
-`await:FILE` (waits for it), `say:WORD` (in its log), `only:KIND` (what follows is for a train or evaluate job),
+`await:FILE` (waits for it, and is seen to be at work), `say:WORD` (in its log), `only:KIND` (what follows is for a train or evaluate job),
 `saving` (a checkpoint without end), `oom:2` (out of memory with micro-batches above 2), `least:2` (out of memory
 with less than 2 GiB, and it holds itself to 1 until that has happened), `budget:2` (holds itself to 2
 GiB from now on), `took:2` (measures 2 GiB where 1 was estimated), `fail:REASON`, `exit:CODE`,
@@ -118,7 +118,8 @@ def work(request: dict) -> None:
             time.sleep(float(value))
         elif verb == "await":
             while not os.path.exists(f"{os.environ['LORAQ_BEATS']}/{value}"):
-                time.sleep(0.02)
+                time.sleep(0.05)
+                beat(job, 0)
         elif verb == "unless" and not os.path.exists(f"{os.environ['LORAQ_BEATS']}/{value}"):
             return say(type="failed", reason="bad_data", message="as asked")
         elif verb == "deaf":

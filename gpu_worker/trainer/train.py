@@ -29,10 +29,11 @@ from gpu_worker.trainer.finite import Finite
 from gpu_worker.trainer.watch import Report, Watch, mean_loss
 from jobqueue import replay, rows
 from jobqueue.chat import Chat
+from jobqueue.data_spec import DataSpec
 from jobqueue.job import FailureReason
 from jobqueue.memory import GIB
 from jobqueue.microbatch import Choice, choose, limit
-from jobqueue.spec import DataSpec, TrainSpec
+from jobqueue.spec import TrainSpec
 from jobqueue.tokens import Tokens, fingerprint, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")

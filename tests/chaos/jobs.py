@@ -10,16 +10,8 @@ from pathlib import Path
 
 from helpers import new_job
 
-from jobqueue.spec import (
-    DataSpec,
-    EvaluateSpec,
-    EvaluationSpec,
-    LoraSpec,
-    ReportSpec,
-    ResourcesSpec,
-    TrainingSpec,
-    TrainSpec,
-)
+from jobqueue.data_spec import DataSpec
+from jobqueue.spec import EvaluateSpec, EvaluationSpec, LoraSpec, ReportSpec, ResourcesSpec, TrainingSpec, TrainSpec
 from jobqueue.store import NewJob
 
 BATCHES_PER_BASE = 3  # that share an evaluation of their base model

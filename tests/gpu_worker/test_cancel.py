@@ -66,9 +66,11 @@ def test_what_is_cancelled_while_every_worker_is_off_never_runs(here: Site, clie
 def test_a_cancelled_trial_takes_its_evaluation_along_and_leaves_the_other_trial_alone(
     here: Site, client: Client, tmp_path: Path
 ) -> None:
-    sweep(client, tmp_path, "trial", "sleep:0.5")
+    sweep(client, tmp_path, "trial", "await:go")
     here.beating("trial.1")
     client.cancel("trial.1")
+    here.ended("trial.1")
+    (here.beats / "go").write_text("")  # the others end as well
 
     wait_for(lambda: client.batch("trial").ended, START_S, "the batch ends")
 

@@ -111,7 +111,7 @@ def test_a_job_on_a_card_that_is_lost_goes_on_elsewhere_from_its_checkpoint_at_n
 
 def test_a_trainer_that_dies_of_an_ecc_error_is_not_to_blame(cards: Cards) -> None:
     here = cards.here
-    run_on(cards, "ecc.1", 1, "sleep:0.5/await:ecc/exit:1")
+    run_on(cards, "ecc.1", 1, "await:ecc/exit:1")
     cards.set(1, uncorrected=1, recovery=0)
     (here.beats / "ecc").write_text("")
 
@@ -148,7 +148,7 @@ def test_memory_of_a_foreign_process_makes_the_card_smaller_while_the_worker_run
 
 def test_a_job_whose_memory_others_took_keeps_its_micro_batch(cards: Cards) -> None:
     here = cards.here
-    run_on(cards, "taken.1", 0, "sleep:0.5/await:taken/fail:out_of_memory", need=8 * GIB)
+    run_on(cards, "taken.1", 0, "await:taken/fail:out_of_memory", need=8 * GIB)
     cards.set(0, free=2 * GIB, held={os.getpid(): TOTAL - 2 * GIB})
     cards.set(1, free=2 * GIB, held={os.getpid(): TOTAL - 2 * GIB})
     (here.beats / "taken").write_text("")

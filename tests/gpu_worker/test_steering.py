@@ -74,9 +74,10 @@ def test_a_held_class_starts_nothing_and_goes_on_when_it_is_released(here: Site,
 def test_a_held_batch_finishes_what_runs_and_starts_nothing_else_until_it_is_released(
     here: Site, client: Client, tmp_path: Path
 ) -> None:
-    sweep(client, tmp_path, "held", "sleep:0.6")
+    sweep(client, tmp_path, "held", "await:held")
     here.beating("held.1")
     client.hold("held")
+    (here.beats / "held").write_text("")
     wait_for(lambda: client.job("held.1").state is JobState.SUCCEEDED, START_S, "what runs goes on")
 
     wait_for(lambda: not client.workers()[0].running, START_S, "the worker is idle")

@@ -156,7 +156,7 @@ def test_a_trainer_stays_for_the_next_job_while_its_result_is_written(here: Site
 
 def test_a_write_that_hangs_is_given_up_while_the_lease_is_renewed(here: Site, slow: Path) -> None:
     here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}", LORAQ_STORAGE_TIMEOUT_S=1.5 * LEASE_S)
-    here.submit("b.1", "sleep:0.5/await:go", submission="s1")
+    here.submit("b.1", "await:go", submission="s1")
     here.beating("b.1")
     (slow / "hang").write_text("")
     (here.beats / "go").write_text("")
@@ -171,7 +171,7 @@ def test_a_write_that_hangs_is_given_up_while_the_lease_is_renewed(here: Site, s
 
 def test_a_cancel_and_a_stop_do_not_wait_for_a_storage_that_hangs(here: Site, slow: Path) -> None:
     worker = here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}")
-    here.submit("b.1", "sleep:0.5/await:go")
+    here.submit("b.1", "await:go")
     here.beating("b.1")
     (slow / "hang").write_text("")
     (here.beats / "go").write_text("")

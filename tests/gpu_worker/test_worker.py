@@ -137,7 +137,7 @@ def test_a_trainer_that_is_killed_costs_one_failure_and_the_job_is_run_again(her
 
 
 def test_a_guardian_that_is_killed_takes_its_trainer_and_its_children_along(here: Site, worker: Worker) -> None:
-    here.submit("guardian.1", "deaf/child/sleep:0.8")
+    here.submit("guardian.1", "deaf/child/sleep:2")
     here.beating("guardian.1")
     before = here.left(trainers_only=True)
     worker.guardian().kill()

@@ -29,7 +29,7 @@ def here(server: RestartableServer, tmp_path: Path) -> Iterator[Site]:
 
 def test_a_celery_process_that_is_killed_is_started_again_and_its_job_is_run_once_more(here: Site) -> None:
     worker = here.start()
-    here.submit("b.1", "deaf/child/sleep:0.8")
+    here.submit("b.1", "deaf/child/sleep:2")
     here.beating("b.1")
     before = here.left(trainers_only=True)
     worker.celery().kill()
@@ -49,7 +49,7 @@ def test_a_celery_process_that_is_killed_is_started_again_and_its_job_is_run_onc
 
 def test_when_the_supervisor_is_killed_everything_dies_and_the_next_one_runs_the_job_again(here: Site) -> None:
     worker = here.start()
-    here.submit("b.1", "sleep:0.8")
+    here.submit("b.1", "sleep:2")
     here.beating("b.1")
     worker.kill()
 

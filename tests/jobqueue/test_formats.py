@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from jobqueue.data_spec import DataSpec, RowTemplate
 from jobqueue.errors import DataError
 from jobqueue.example import Example, SkipRow
 from jobqueue.formats import FORMATS, conversation, detect
 from jobqueue.rows import check_file, load, split
-from jobqueue.spec import DataSpec, RowTemplate
 
 MEDMCQA = {
     "question": "Which is a fish?",

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from jobqueue.data_spec import DataSpec
 from jobqueue.memory import CLASSES, CONTEXT, GIB, Shape, classes_for, estimate, memory_class
-from jobqueue.spec import DataSpec, EvaluateSpec, EvaluationSpec, LoraSpec, ResourcesSpec, TrainingSpec, TrainSpec
+from jobqueue.spec import EvaluateSpec, EvaluationSpec, LoraSpec, ResourcesSpec, TrainingSpec, TrainSpec
 
 LLAMA_1B: dict[str, Any] = {
     "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from chat_families import LLAMA_3, chat
 
+from jobqueue.data_spec import ReplaySpec
 from jobqueue.errors import DataError
 from jobqueue.plan import make_plan
 from jobqueue.replay import draw
-from jobqueue.spec import ReplaySpec, TrainSpec
+from jobqueue.spec import TrainSpec
 from jobqueue.sweep import read_sweep
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from jobqueue.data_spec import DataSpec
 from jobqueue.errors import DataError, StorageError
 from jobqueue.example import SkipRow
 from jobqueue.formats import conversation
 from jobqueue.rows import check_file, load, read
-from jobqueue.spec import DataSpec
 
 ROW = {"question": "Which is a fish?", "options": {"A": "oak", "B": "trout"}, "answer": "trout", "answer_idx": "B"}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -430,7 +430,7 @@ import sys
 import datasets
 from pathlib import Path
 from jobqueue.rows import load
-from jobqueue.spec import DataSpec
+from jobqueue.data_spec import DataSpec
 original = datasets.load_dataset
 def load_dataset(path, name=None, *, split, revision=None, **options):
     return original(sys.argv[1], split=split, **options)

@@ -1,0 +1,102 @@
+"""The part of the schema that says which rows are read, and how; see spec.py for the whole."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+Format = Literal[
+    "auto", "multiple_choice", "lettered", "messages", "sharegpt", "prompt_completion", "instruction", "text"
+]  # fmt: skip
+QuestionFormat = Literal["multiple_choice", "lettered"]
+Column = Literal[
+    "question", "options", "answer", "answer_idx", "choices", "answerKey", "ctx", "endings", "label",
+    "opa", "opb", "opc", "opd", "ope", "cop",
+    "messages", "tools", "conversations", "prompt", "completion", "instruction", "input", "output", "text",
+]  # fmt: skip
+
+
+class Part(BaseModel):
+    """A section of the file: unknown keys are refused, a number is a number, nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RowTemplate(Part):
+    """What a row says, in Jinja, with its columns as variables: user and assistant (and system), or text."""
+
+    system: str | None = None
+    user: str | None = None
+    assistant: str | None = None
+    text: str | None = None
+    """All of it is trained, and no chat template is used."""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The parts that are set, in the order of a conversation."""
+        return {part: source for part, source in self if source is not None}
+
+    @field_validator("*")
+    @classmethod
+    def _valid(cls, source: str | None) -> str | None:
+        from jobqueue.templates import syntax_error  # Jinja: only where it is needed
+
+        wrong = syntax_error(source) if source is not None else None
+        if wrong:
+            raise ValueError(wrong)
+        return source
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if set(self.sources) not in ({"user", "assistant"}, {"system", "user", "assistant"}, {"text"}):
+            raise ValueError("needs user and assistant (and perhaps system), or text alone")
+        return self
+
+
+class RowsSpec(Part):
+    """Rows to train on or to ask about."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """A hub id, a file on this machine (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), or an fsspec URL."""
+    name: str | None = None
+    """Of a hub data set: which of its configurations."""
+    revision: str | None = None
+    """Of a hub data set: a branch, tag or commit."""
+    split: str = "train"
+    """Of a hub data set; a file has no splits."""
+    format: Format = "auto"
+    columns: dict[Column, str] = {}
+    """What the file calls a column, where it is not the name on the left."""
+    system_prompt: str | None = None
+    """A system turn for every conversation that has none."""
+    limit: PositiveInt | None = None
+    """Take the first so many rows."""
+
+
+class ReplaySpec(RowsSpec):
+    """Rows of another kind that are mixed in, so that the model keeps what it could do before."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of all rows trained on that come from here."""
+    seed: NonNegativeInt = 3407
+    """Another seed draws others."""
+
+
+class DataSpec(RowsSpec):
+    """Rows to train on."""
+
+    template: RowTemplate | None = None
+    """Instead of a format: what a row says, in Jinja."""
+    validation_split: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the rows that is kept back: they are not trained on, and the loss on them is reported."""
+    validation_seed: NonNegativeInt = 3407
+    """Another seed keeps others back. Equal rows are always on one side."""
+    replay: ReplaySpec | None = None
+    """Section, see below. Without it these rows alone are trained on."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.template and (self.format != "auto" or self.columns):
+            raise ValueError("template says how a row is read; format and columns go without it")
+        return self
