@@ -3,13 +3,13 @@
 `base_model` is a path of words, e.g. `/stub/sleep:2/kill`: `sleep:2` seconds (in steps of 0.05, each reported; where
 the job goes on from a checkpoint, only those that are left), `save` (a checkpoint every 10 steps; one is also written
 when SIGUSR1 asks), `mute:2` (seconds without a word), `unless:FILE` (fails unless LORAQ_BEATS has that file),
-`await:FILE` (waits for it, and is seen to be at work), `say:WORD` (in its log), `only:KIND` (what follows is for a train or evaluate job),
-`saving` (a checkpoint without end), `oom:2` (out of memory with micro-batches above 2), `least:2` (out of memory
-with less than 2 GiB, and it holds itself to 1 until that has happened), `budget:2` (holds itself to 2
-GiB from now on), `took:2` (measures 2 GiB where 1 was estimated), `fail:REASON`, `exit:CODE`,
-`kill` (itself, SIGKILL), `deaf` (ignores SIGTERM), `kill-worker` (SIGKILL to the process above its guardian), `gil:2`
-(seconds in native code that lets no other thread run), `child` (starts a child in a session of its own). Every 0.05 s
-it writes a line into LORAQ_BEATS, if that is set: process id, time, step.
+`await:FILE` (waits for it, and is seen to be at work), `say:WORD` (in its log), `only:KIND` (what follows is for a
+train or evaluate job), `saving` (a checkpoint without end), `oom:2` (out of memory with micro-batches above 2),
+`least:2` (out of memory with less than 2 GiB, and it holds itself to 1 until that has happened), `budget:2` (holds
+itself to 2 GiB from now on), `took:2` (measures 2 GiB where 1 was estimated), `fail:REASON`, `exit:CODE`, `kill`
+(itself, SIGKILL), `deaf` (ignores SIGTERM), `kill-worker` (SIGKILL to the process above its guardian), `gil:2` (seconds
+in native code that lets no other thread run), `child` (starts a child in a session of its own). Every 0.05 s it writes
+a line into LORAQ_BEATS, if that is set: process id, time, step.
 """
 
 import ctypes
