@@ -75,6 +75,8 @@ def _trained(job: Job, spec: TrainSpec) -> str:
         raise ValueError(f"{job.id} has no adapter: it is {'all weights' if job.kind is JobKind.TRAIN else job.kind}")
     if job.state is not JobState.SUCCEEDED:
         raise ValueError(f"{job.id} has no adapter: it is {job.state}; submit once it has succeeded")
+    if job.spec["lora"].get("loftq_config"):
+        raise ValueError(f"{job.id} was trained with loftq_config, on a base model of its own: take a plain adapter")
     theirs, ours = (job.spec["base_model"], job.spec.get("revision")), (spec.base_model, spec.revision)
     if theirs != ours:
         then, now = ("@".join(filter(None, model)) for model in (theirs, ours))

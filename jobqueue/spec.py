@@ -43,6 +43,13 @@ Entries = list[dict[str, Any]]
 SEVEN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+class LoftqSpec(Part):
+    """How LoftQ quantises the base model and fits the adapter to what that lost, as PEFT's `LoftQConfig` takes it."""
+
+    loftq_bits: Literal[4, 8] = 4
+    loftq_iter: PositiveInt = 1
+
+
 class LoraSpec(Part):
     """The adapter, as `FastLanguageModel.get_peft_model` takes it."""
 
@@ -55,7 +62,9 @@ class LoraSpec(Part):
     """auto: "unsloth", or none where the memory allows it: the same gradients, a third fewer operations."""
     random_state: NonNegativeInt = 42
     use_rslora: bool = False
-    loftq_config: dict[str, Any] | None = None
+    loftq_config: LoftqSpec | None = None
+    """Section, see below. An adapter that begins as what quantising the base model loses. It takes a base model in 16
+    bits, so method lora, and a GPU. None: it begins as nothing."""
 
 
 class TrainingSpec(Part):
@@ -204,6 +213,10 @@ class RunSpec(Part):
         ):
             if self.from_adapter and clashes:
                 raise ValueError(f"from_adapter goes on from an adapter, and {why}")
+        if self.lora.loftq_config and (self.method != "lora" or self.load_in_4bit):
+            raise ValueError(
+                "lora.loftq_config quantises the base model itself: set method: lora, and leave load_in_4bit out"
+            )
         if self.training.eval_steps and not (self.data and self.data.validation_split):
             raise ValueError("training.eval_steps needs rows to validate on: set data.validation_split")
         if not self.training.eval_steps and self.data is not None:

@@ -25,6 +25,8 @@ def start_from(model: Any, source: str, spec: TrainSpec) -> None:
         weights = load_peft_weights(source, device="cpu")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise bad_spec(one_line(f"{what} cannot be read: {error}")) from error
+    if not isinstance(config.init_lora_weights, bool):  # it belongs to a base model that was changed with it
+        raise bad_spec(f"{what} began as {config.init_lora_weights}, which changes the base model; take a plain one")
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = misfits(spec.lora, vars(config))
     if weights.keys() != own.keys():

@@ -71,6 +71,8 @@ def load(
 
 def add_lora(model: Any, lora: LoraSpec, max_seq_length: int) -> Any:
     """Put a fresh adapter on a base model. Raises JobFailure (bad_spec) where the model refuses an option."""
+    if lora.loftq_config and not ON_GPU:
+        raise bad_spec("lora.loftq_config needs a GPU: PEFT computes it there; leave it out on this worker")
     modules = lora.target_modules
     with _refusals("this base model refuses the adapter"):
         return unsloth.FastLanguageModel.get_peft_model(
@@ -85,7 +87,7 @@ def add_lora(model: Any, lora: LoraSpec, max_seq_length: int) -> Any:
             max_seq_length=max_seq_length,
             use_rslora=lora.use_rslora,
             init_lora_weights="loftq" if lora.loftq_config else True,
-            loftq_config=lora.loftq_config or {},
+            loftq_config=lora.loftq_config.model_dump() if lora.loftq_config else {},
         )
 
 

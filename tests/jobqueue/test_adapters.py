@@ -114,7 +114,7 @@ def test_a_folder_that_only_workers_have_is_a_mistake_where_they_are_here(tmp_pa
     ("changes", "why"),
     [
         ({"method": "full"}, "method full trains no adapter"),
-        ({"lora": {"loftq_config": {"loftq_bits": 4}}}, "lora.loftq_config initialises a fresh one"),
+        ({"method": "lora", "lora": {"loftq_config": {"loftq_bits": 4}}}, "lora.loftq_config initialises a fresh one"),
         ({"data": None, "evaluation": {"source": "a/b"}}, "without data nothing is trained"),
     ],
 )

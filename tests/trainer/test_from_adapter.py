@@ -71,3 +71,15 @@ def test_an_attempt_that_goes_on_does_so_from_its_checkpoint(child: Child, earli
         train_spec(from_adapter=NAME, training=saving), adapter=earlier.folder / "adapter", resume=whole.checkpoints[0]
     )
     assert resumed.outcome["losses"][-1][1] == pytest.approx(whole.outcome["losses"][-1][1], abs=1e-3)
+
+
+def test_an_adapter_that_belongs_to_a_changed_base_model_is_refused(
+    child: Child, earlier: Done, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(earlier.folder / "adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    failure = go_on(child, adapter).failure
+    assert failure.reason == "bad_spec"
+    assert failure.message == f"from_adapter {NAME} began as pissa, which changes the base model; take a plain one"

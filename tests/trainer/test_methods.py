@@ -1,0 +1,75 @@
+"""Every way to train: what is saved is what was trained, as an evaluation in the same trainer finds it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainer_child import Child, train_spec
+
+from jobqueue import rows
+from jobqueue.data_spec import DataSpec
+
+SPLIT = {"limit": 40, "validation_split": 0.25}
+TRAINING = {"max_steps": 6, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+WAYS: dict[str, dict[str, Any]] = {
+    "qlora": {"method": "qlora"},
+    "full": {"method": "full", "training": TRAINING | {"learning_rate": 1e-3}},
+    "use_rslora": {"lora": {"use_rslora": True, "r": 8}},
+    "lora_dropout": {"lora": {"lora_dropout": 0.2}},
+    "all-linear": {"lora": {"target_modules": "all-linear"}},
+    "two modules": {"lora": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 32}},
+    "bias": {"lora": {"bias": "all"}},
+}
+
+
+@pytest.fixture(scope="module")
+def kept_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows that SPLIT keeps back, as conversations."""
+    spec = DataSpec(**train_spec(data=SPLIT)["data"])
+    _, kept = rows.split(spec, [example for _, example in rows.load(spec).examples])
+    assert 4 <= len(kept) <= TRAINING["per_device_train_batch_size"]
+    file = tmp_path_factory.mktemp("rows") / "kept.jsonl"
+    file.write_text("".join(json.dumps({"messages": example.conversation}) + "\n" for example in kept))
+    return file
+
+
+def loss_of(child: Child, spec: dict[str, Any], adapter: Path | None, questions: Path) -> float:
+    """On those rows, by an evaluation of the adapter or of the base model."""
+    asked = {
+        "kind": "evaluate", "base_model": spec["base_model"], "method": spec["method"], "max_seq_length": 256,
+        "adapter_job": "b.1" if adapter else None, "load_in_4bit": spec["method"] == "qlora", "resources": {},
+        "evaluation": {"source": str(questions), "metrics": ["perplexity"]},
+    }  # fmt: skip
+    return float(child.run(asked, adapter=adapter).outcome["perplexity"]["loss"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_evaluation_finds_the_loss_that_training_ended_with(child: Child, kept_back: Path, way: str) -> None:
+    spec = train_spec(**{"training": TRAINING, "data": SPLIT} | WAYS[way])
+    trained = child.run(spec)
+    (_, at_the_end) = trained.outcome["validation"]["losses"][-1]
+
+    found = loss_of(child, spec, trained.folder / "adapter", kept_back)
+
+    rounding = 5e-3 if way == "qlora" else 2e-4  # a 4-bit layer is not multiplied in the same order
+    assert math.isclose(found, at_the_end, rel_tol=rounding), (found, at_the_end)
+    assert not math.isclose(found, loss_of(child, spec, None, kept_back), rel_tol=0.01), "and it has changed"
+
+
+@pytest.mark.parametrize("mode", [True, "unsloth"])
+def test_gradient_checkpointing_changes_no_loss(child: Child, mode: bool | str) -> None:
+    spec = train_spec(training={"logging_steps": 1}, lora={"use_gradient_checkpointing": mode})
+    without = train_spec(training={"logging_steps": 1}, lora={"use_gradient_checkpointing": False})
+    losses, plain = (child.run(s).outcome["losses"] for s in (spec, without))
+    assert [loss for _, loss, _ in losses] == pytest.approx([loss for _, loss, _ in plain], rel=1e-5)
+
+
+def test_loftq_is_refused_where_it_cannot_be_computed(child: Child) -> None:
+    failure = child.run(train_spec(lora={"loftq_config": {"loftq_bits": 4}})).failure
+    assert (failure.reason, failure.message) == (
+        "bad_spec", "lora.loftq_config needs a GPU: PEFT computes it there; leave it out on this worker",
+    )  # fmt: skip
