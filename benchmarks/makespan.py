@@ -76,7 +76,7 @@ def product(options: argparse.Namespace) -> dict[str, Any]:
     with Session(options.out / f"product-{options.name}", worker) as session:
         session.rows(str(options.rows), "rows.jsonl")
         if options.warm:
-            _wait_for_spares(session, options.spares)
+            wait_for_spares(session, options.spares)
             began = time.perf_counter()
         values = {"model": options.model.absolute(), "steps": options.steps, "length": options.length}
         session.submit(options.name, SWEEP.format(name=options.name, seeds=list(range(options.jobs)), **values))
@@ -95,7 +95,7 @@ def product(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _wait_for_spares(session: Session, spares: int) -> None:
+def wait_for_spares(session: Session, spares: int) -> None:
     """Until so many trainers have imported everything: they use no processor time any more."""
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline:
