@@ -9,8 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from enum import Enum
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from gpu_worker.lease import Lease
 from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
-from gpu_worker.stop import ON_REQUEST, Stop, Stopped
+from gpu_worker.stop import CUT_OFF, ON_REQUEST, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue import adapters
 from jobqueue.adapters import STORED
@@ -36,12 +34,8 @@ from jobqueue.storage import Published, Storage, attempt_folder
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
-
-
-class Lost(Enum):
-    """The lease was lost: the job is another's, or nobody's, to end."""
-
-    LOST = "lost"
+End = Result | Failed | Ended | Stopped
+"""How a trainer's work on a job ended."""
 
 
 class Attempt:
@@ -65,24 +59,24 @@ class Attempt:
         self._store, self._storage, self._settings = store, storage, settings
         self._pool, self._watch, self._admission = pool, watch, admission
         self._leaving, self._draining, self._wake = leaving, draining, wake
-        self._lease = Lease(store, claim, settings, claimed_at)
+        self._lease = Lease(store, claim, settings, claimed_at, leaving)
         self._patience = Patience(self._lease, settings, leaving)
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
         self._keeper = CheckpointKeeper(storage, claim, keep)
         self._budget = admission.budget(claim.nonce) if watch.limits else None
+        self._before: list[dict[str, Any]] = []  # the job's earlier attempts, oldest first
         self.sick = ""  # why this host, and not the job, is to blame for how it ended
         self.succeeded = False
 
     def run(self) -> None:
         try:
             end = self._end()
-            if end is not None:
-                self.sick = end.message if end.reason == FailureReason.STORAGE else ""
-                self.succeeded = end.state is JobState.SUCCEEDED
-                self._wake(self._lease.settle(end, self._leaving))
-                if end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
-                    self._patience("remove checkpoints", self._keeper.forget, settled=True, hurry=True)
+            self.sick = end.message if end.reason == FailureReason.STORAGE else ""
+            self.succeeded = end.state is JobState.SUCCEEDED
+            self._wake(self._lease.settle(end))
+            if end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
+                self._patience("remove checkpoints", self._keeper.forget, settled=True, hurry=True)
         except StaleAttemptError as error:
             log.warning("%s; its trainer was ended", error.what)
         except StorageError as error:
@@ -91,15 +85,15 @@ class Attempt:
             self._lease.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _end(self) -> Settlement | None:
-        """How the attempt ended; None where the job was lost to another."""
+    def _end(self) -> Settlement:
+        """How the attempt ended. Raises StaleAttemptError where the job was lost to another."""
         try:
             self._scratch.mkdir(parents=True)
             done = self._patience("look for an earlier result", self._published)
             if done is not None:  # an earlier attempt had finished, and only its word did not arrive
                 return Settlement(JobState.SUCCEEDED, outcome=done.manifest["outcome"])
-            request = self._request()
-            return self._work(request)
+            self._before = self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
+            return self._work(self._request())
         except StaleAttemptError:
             raise
         except StorageError as error:
@@ -147,7 +141,7 @@ class Attempt:
             self._claim.rung,
             self._budget,
             self._lease.insist(lambda: self._store.correction(kind_of(spec))),
-            any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._before()),
+            any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._before),
         )
 
     def _copied(self, data: dict[str, Any], name: str) -> dict[str, Any]:
@@ -165,7 +159,7 @@ class Attempt:
             return str(self._patience("read the adapter", lambda: adapters.download(source, folder)))
         return source
 
-    def _work(self, request: Request) -> Settlement | None:
+    def _work(self, request: Request) -> Settlement:
         with Journal(self._store, self._claim, self._scratch / "log.txt") as journal:
             try:
                 trainer, end = self._hand_over(request, journal)
@@ -174,19 +168,17 @@ class Attempt:
             self._lease.release()
             self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
             stays = self._watch.freed(trainer.mark, self._settings.grace_s) if trainer.ended else 0
-        if not isinstance(end, (Result, Lost)):
+        if not isinstance(end, Result):
             self._keep_log()
         settlement = self._judge(end, request, list(journal.last_lines))
-        if settlement is not None and stays:
+        if stays:
             said = f"{stays / GIB:.1f} GiB of the GPU's memory did not come back"
             settlement = replace(settlement, message="; ".join(filter(None, (settlement.message, said))))
-        if settlement is not None and settlement.outcome is None and journal.last_lines:
+        if settlement.outcome is None and journal.last_lines:
             settlement = replace(settlement, outcome={"last_lines": list(journal.last_lines)})
         return settlement
 
-    def _hand_over(
-        self, request: Request, journal: Journal
-    ) -> tuple[TrainerProcess, Result | Failed | Ended | Stopped | Lost]:
+    def _hand_over(self, request: Request, journal: Journal) -> tuple[TrainerProcess, End]:
         """The request to a trainer, and how that ends. One that had died at rest is no fault of the job's."""
         while True:
             trainer = self._pool.take(request.spec["base_model"])
@@ -198,7 +190,7 @@ class Attempt:
             except BaseException:
                 self._pool.give_back(trainer, request.spec["base_model"], clean=False)
                 raise
-            if not (isinstance(end, Ended) and trainer.rested and journal.silent) or self._lease.overran:
+            if not (isinstance(end, Ended) and trainer.rested and journal.silent):
                 return trainer, end
             self._pool.give_back(trainer, request.spec["base_model"], clean=False)
 
@@ -218,7 +210,7 @@ class Attempt:
         except (StorageError, OSError) as error:
             log.warning("%s: its log is not kept: %s", self._claim.job_id, error)
 
-    def _follow(self, trainer: TrainerProcess, journal: Journal) -> Result | Failed | Ended | Stopped | Lost:
+    def _follow(self, trainer: TrainerProcess, journal: Journal) -> End:
         """Until the job's end: passes on what the trainer says, and ends it where that is due."""
         end: Result | Failed | None = None
         timeout_minutes = self._claim.spec["resources"].get("timeout_minutes")
@@ -238,10 +230,10 @@ class Attempt:
                 elif isinstance(message, (Result, Failed)):
                     end = message
                 elif isinstance(message, Ended):  # a result that came while it was told to stop is still a result
-                    return end if isinstance(end, Result) else stop.begun or end or message
+                    cut_off = CUT_OFF if self._lease.overran else None
+                    return end if isinstance(end, Result) else stop.begun or end or cut_off or message
             if self._lease.lost.is_set():
-                trainer.kill()
-                return Lost.LOST
+                raise StaleAttemptError(f"{self._claim.job_id}: attempt {self._claim.attempt} lost its lease")
             if end is not None and stop.begun is None:
                 if isinstance(end, Failed):
                     trainer.kill()  # whatever state it is in, nothing goes on from there
@@ -251,9 +243,7 @@ class Attempt:
             stop.look()
             journal.flush()
 
-    def _judge(
-        self, end: Result | Failed | Ended | Stopped | Lost, request: Request, last_lines: list[str]
-    ) -> Settlement | None:
+    def _judge(self, end: End, request: Request, last_lines: list[str]) -> Settlement:
         match end:
             case Result():
                 return self._succeed(request, end.outcome)
@@ -265,15 +255,12 @@ class Attempt:
                 return self._without_memory(end)
             case Failed():
                 return self._failure(FailureReason(end.reason), end.message)
-            case Ended() if self._lease.overran:  # it was the guardian, and not the trainer's fault
-                return self._failure(FailureReason.LOST, "its worker was cut off from the server and ended the trainer")
             case Ended():
                 return self._failure(FailureReason.CRASHED, f"{end}; its last words: {(last_lines or ['none'])[-1]}")
-            case Stopped(reason=None):
-                return Settlement(JobState.CANCELLED, message=end.message)
-            case Stopped(reason=reason) if reason is not None:
-                return self._failure(reason, end.message)
-        return None
+            case Stopped():
+                if end.reason is None:
+                    return Settlement(JobState.CANCELLED, message=end.message)
+                return self._failure(end.reason, end.message)
 
     def _succeed(self, request: Request, outcome: dict[str, Any]) -> Settlement:
         output = Path(request.output)
@@ -320,12 +307,6 @@ class Attempt:
         health = self._watch.look()
         return health.foreign if health.usable_bytes < self._claim.need_bytes else ""
 
-    def _before(self) -> list[dict[str, Any]]:
-        """The job's attempts before this one, oldest first."""
-        return self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
-
     def _failure(self, reason: FailureReason, message: str) -> Settlement:
-        in_a_row = 1
-        if reason is FailureReason.DEVICE:
-            in_a_row += sum(1 for _ in takewhile(lambda end: end["reason"] == reason, reversed(self._before())))
-        return after_failure(reason, message, self._claim.failures, self._settings.max_failures, in_a_row=in_a_row)
+        before = [end["reason"] for end in self._before]
+        return after_failure(reason, message, self._claim.failures, self._settings.max_failures, before)

@@ -27,12 +27,14 @@ class Lease:
     one that the server keeps: a cut-off trainer is dead before anyone else may claim its job.
     """
 
-    def __init__(self, store: Store, claim: Claim, settings: Settings, claimed_at: float) -> None:
-        self._store, self._claim, self._settings = store, claim, settings
+    def __init__(
+        self, store: Store, claim: Claim, settings: Settings, claimed_at: float, leaving: threading.Event
+    ) -> None:
+        self._store, self._claim, self._settings, self._leaving = store, claim, settings, leaving
         self._margin = min(2 * KILL_S, settings.lease_s / 4)
         self.deadline = claimed_at + settings.lease_s - self._margin
         self.cancelled = threading.Event()
-        self.lost = threading.Event()
+        self.lost = threading.Event()  # by the server's word: the job is another's, or has ended
         self._overran = False
         self._trainer: TrainerProcess | None = None
         self._lock = threading.Lock()
@@ -44,7 +46,7 @@ class Lease:
         """From now on that trainer lives no longer than the lease."""
         with self._lock:
             trainer.set_deadline(self.deadline)
-            self._trainer = trainer
+            self._trainer, self._overran = trainer, False
 
     def release(self) -> None:
         """The trainer has done its part: it may rest, or work for another, beyond this lease."""
@@ -53,7 +55,7 @@ class Lease:
 
     @property
     def overran(self) -> bool:
-        """Whether the deadline that the guardian was told has passed, even if an answer came since."""
+        """Whether the deadline that the trainer's guardian was told has passed, even if an answer came since."""
         return self._overran or guardian.now() >= self.deadline
 
     def close(self) -> None:
@@ -71,8 +73,6 @@ class Lease:
                 return
             except ServerError as error:
                 log.warning("%s: not renewed: %s", self._claim.job_id, error.what)
-                if guardian.now() > self.deadline:
-                    self.lost.set()
                 continue
             with self._lock:
                 self._overran = self.overran
@@ -81,19 +81,24 @@ class Lease:
                     self._trainer.set_deadline(self.deadline)
 
     def insist(self, ask: Callable[[], Answer]) -> Answer:
-        """What the server answers, which may be away for a moment.
+        """What the server answers, however long it is away.
 
-        Raises StaleAttemptError where the lease ends before.
+        Raises StaleAttemptError where the job was given to another meanwhile, or the worker has to go.
         """
         while True:
             try:
                 return ask()
             except ServerError as error:
                 log.warning("%s: no answer yet: %s", self._claim.job_id, error.what)
-                if self.lost.wait(self._settings.renew_s):
+                if self.lost.wait(self._settings.renew_s) or self._hopeless:
                     raise StaleAttemptError(f"{self._claim.job_id}: its lease ended without an answer") from error
 
-    def settle(self, end: Settlement, draining: threading.Event) -> list[str]:
+    @property
+    def _hopeless(self) -> bool:
+        """The worker has to go; the sweeper, and the manifest, will speak for the attempt."""
+        return self._leaving.is_set() and guardian.now() > self.deadline
+
+    def settle(self, end: Settlement) -> list[str]:
         """Says how the attempt ended until the server has taken it; the classes to wake.
 
         Raises StaleAttemptError where the job was given to another meanwhile.
@@ -106,5 +111,5 @@ class Lease:
             except ServerError as error:
                 log.warning("%s: not settled yet: %s", self._claim.job_id, error.what)
                 time.sleep(self._settings.renew_s)
-                if draining.is_set() and guardian.now() > self.deadline:
-                    return []  # the worker has to go; the sweeper, and the manifest, will speak for the attempt
+                if self._hopeless:
+                    return []

@@ -25,6 +25,10 @@ class Stopped:
     message: str
 
 
+CUT_OFF = Stopped(FailureReason.CUT_OFF, "its worker had no answer from the server for a lease and ended the trainer")
+"""It was the guardian, at the lease's end."""
+
+
 class Stop:
     """Ends a running trainer: at once for a cancel, a time limit, a failed card; after a checkpoint for a drain."""
 

@@ -141,11 +141,27 @@ class Worker:
         return claim
 
     def tend(self) -> None:
-        """Looks after the trainers that rest."""
+        """Looks after the trainers that rest, and after claims that nobody works on."""
         if self.well() and not self.draining():
             self.pool.tend()
         else:  # a resting trainer keeps a sick card from being reset
             self.pool.close()
+            self._return_unanswered()
+
+    def _return_unanswered(self) -> None:
+        """A claim whose answer was lost may have been given; its job goes back, since nothing is claimed here now."""
+        with self._admission.claiming:
+            nonces, self._unanswered = self._unanswered, []
+        for nonce in nonces:
+            try:
+                if claim := self.store.claim_again(self.id, self.settings.lease_s, nonce):
+                    end = Settlement(JobState.QUEUED, FailureReason.PREEMPTED, "its worker takes no job now")
+                    send_tokens(self.app, self.store.settle(claim, end))
+            except ServerError as error:
+                log.warning("a claim may be nobody's: %s", error.what)
+                self._unanswered.append(nonce)
+            except StaleAttemptError:  # its lease has ended
+                pass
 
     def _may_rest(self) -> int:
         """Trainers: one for each slot without and the spares, as far as the memory that nobody was promised holds them.
@@ -192,7 +208,7 @@ class Worker:
             log.warning("nothing is claimed for %g s: %s", self._pause_s, sick)
 
     def _report(self, claim: Claim, claimed_at: float) -> None:
-        lease = Lease(self.store, claim, self.settings, claimed_at)
+        lease = Lease(self.store, claim, self.settings, claimed_at, self.leaving)
         try:
             try:
                 patience = Patience(lease, self.settings, self.leaving)
@@ -206,7 +222,7 @@ class Worker:
                 if isinstance(error, LoraqError):
                     reason, message = FailureReason.STORAGE, error.what
                 end = after_failure(reason, message, claim.failures, self.settings.max_failures)
-            lease.settle(end, self.leaving)
+            lease.settle(end)
         except StaleAttemptError as error:
             log.warning("%s", error.what)
         finally:
@@ -234,6 +250,7 @@ class Worker:
         for _ in range(self.slots):
             self._slots.acquire()
         self.pool.close()
+        self._return_unanswered()
         try:
             self.store.leave(self.id)
         except ServerError as error:

@@ -45,7 +45,8 @@ class FailureReason(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     NAN_LOSS = "nan_loss"
     CRASHED = "crashed"  # the trainer ended without a word
-    LOST = "lost"  # the lease ended without a renewal
+    LOST = "lost"  # the lease ended without a renewal, and nobody can say why
+    CUT_OFF = "cut_off"  # the server was away for a lease; the worker lives and says so; costs no failure
     TIMED_OUT = "timed_out"
     STORAGE = "storage"
     DEVICE = "device"  # the GPU failed under it, or others took its memory; costs no failure

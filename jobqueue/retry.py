@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from jobqueue.job import FailureReason as R
 from jobqueue.job import JobState, Settlement
@@ -66,8 +68,16 @@ TABLE = {
     ),
     R.LOST: Rule(
         3,
-        "The worker stopped renewing the job: it was killed, its host died, or it was cut off from Redis.",
+        "The worker stopped renewing the job: it was killed, its host died, or it was cut off from Redis for longer "
+        "than others were.",
         "Look at the host and its network; `loraq workers` shows who is silent.",
+    ),
+    R.CUT_OFF: Rule(
+        1,
+        "Redis did not answer for a lease: at half of it a checkpoint was asked for, at its end the trainer was ended.",
+        "Look at the server, and at the network to it.",
+        counts=False,
+        in_a_row=5,
     ),
     R.STORAGE: Rule(  # the worker pauses as well, see gpu_worker/worker.py
         5,
@@ -117,8 +127,14 @@ def decide(reason: R, failures: int, max_failures: int, jitter: float | None = N
     return Decision(again=True, delay_s=rule.delay_s * 2**failures * spread)
 
 
-def after_failure(reason: R, message: str, failures: int, max_failures: int, *, in_a_row: int = 1) -> Settlement:
-    """How an attempt ends that failed for this reason, `failures` being those that the job had before."""
+def after_failure(reason: R, message: str, failures: int, max_failures: int, before: Sequence[str] = ()) -> Settlement:
+    """How an attempt ends that failed for this reason.
+
+    Args:
+        failures: that the job had before.
+        before: the reasons of all its earlier attempts, oldest first.
+    """
+    in_a_row = 1 + sum(1 for _ in takewhile(lambda earlier: earlier == reason, reversed(before)))
     decision = decide(reason, failures, max_failures, in_a_row=in_a_row)
     return Settlement(
         state=JobState.QUEUED if decision.again else JobState.FAILED,

@@ -196,6 +196,10 @@ class Store(Records):
             int(rung),
         )
 
+    def claim_again(self, worker: str, lease_s: float, nonce: str) -> Claim | None:
+        """The running claim with that nonce, whose answer was lost, renewed; None: it was not given, and is not now."""
+        return self.claim(worker, "control", 0, lease_s, nonce, [])
+
     def renew(self, claim: Claim) -> bool:
         """Extends the lease; True: the user asked to cancel. Raises StaleAttemptError where it is lost."""
         answer = self._call("renew", claim.job_id, claim.attempt, claim.nonce, int(claim.lease_s * 1000))

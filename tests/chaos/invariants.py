@@ -41,6 +41,7 @@ HOST_DOWN = {
 CAUSES = {
     "crashed": {"trainer_kill", "guardian_kill", "spare_kill"},
     "lost": SERVER | HOST_DOWN | {"drain", "memory_full"},
+    "cut_off": SERVER | {"cut_off"},
     "storage": STORAGE,
     "preempted": {"drain"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,13 +125,15 @@ def test_a_mount_that_goes_while_a_trainer_works_takes_nothing_from_it(store: St
     assert end["reason"] == FailureReason.STORAGE, "it had its adapter; only the result cannot be written"
 
 
-def test_a_question_to_a_server_that_stays_away_ends_with_the_lease(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["the job is another's", "the worker has to go"])
+def test_a_question_to_a_server_that_stays_away_has_an_end(store: Store, tmp_path: Path, end: str) -> None:
     submit(store, train("b.1", "b", "/stub/sleep:1"))
     settings = Settings(redis_url=store.url, data_dir=tmp_path, lease_s=0.6, renew_s=0.1, sweep_s=0.1)
-    lease = Lease(store, must_claim(store, lease_s=0.6), settings, guardian.now())
+    leaving = threading.Event()
+    lease = Lease(store, must_claim(store, lease_s=0.6), settings, guardian.now() - 0.6, leaving)
 
     def ask() -> None:
-        lease.lost.set()
+        (lease.lost if end == "the job is another's" else leaving).set()
         raise ServerError("it is away")
 
     try:

@@ -13,8 +13,9 @@ from helpers import SUCCEEDED, RestartableServer, restartable_server, wait_for
 from proxy import Proxy, proxy
 from worker_process import LEASE_S, START_S, Site, site, succeeded_once
 
+from jobqueue.broker import make_app, send_tokens
 from jobqueue.errors import StaleAttemptError
-from jobqueue.job import Claim, JobState
+from jobqueue.job import Claim, FailureReason, JobState
 from jobqueue.store import Store
 
 LISTENS_S = 60.0  # until Celery listens again, on a busy machine
@@ -137,6 +138,24 @@ def test_a_claim_whose_answer_is_lost_is_asked_for_again_and_costs_nothing(here:
     assert between.lost == 1
     assert succeeded_once(job)
     assert (job.attempt, job.failures) == (1, 0)
+    assert len(here.trainers_in_turn("b.1")) == 1
+
+
+def test_a_claim_whose_answer_is_lost_to_a_worker_that_then_stops_costs_nothing(here: Site, between: Proxy) -> None:
+    """It was nobody's until its lease had ended, and then counted as lost."""
+    slow = {"LORAQ_LEASE_S": 180, "LORAQ_SWEEP_S": 60}
+    worker = here.start(LORAQ_REDIS_URL=between.url, **TOKENS_ONLY, **slow)
+    wait_for(lambda: len(here.store.workers()) == 2, START_S, "it has started")
+    between.lose_answer_to("claim_", f"{socket.gethostname()}/cpu")
+    here.submit("b.1", "sleep:0.5", **BY_TOKEN)
+    send_tokens(make_app(here.store.url, 5), ["cpu"])
+    wait_for(lambda: between.lost == 1, START_S, "its claim is given, and it does not know")
+
+    assert worker.stop() == 0
+    job = here.store.job("b.1")
+    assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
+    here.start()
+    assert succeeded_once(here.ended("b.1"))
     assert len(here.trainers_in_turn("b.1")) == 1
 
 

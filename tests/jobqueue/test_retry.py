@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from jobqueue.job import FailureReason
-from jobqueue.retry import TABLE, decide
+from jobqueue.job import FailureReason, JobState
+from jobqueue.retry import TABLE, after_failure, decide
 
-# The second ends with its micro-batches, the third after so many in a row.
-FREE = (FailureReason.PREEMPTED, FailureReason.OUT_OF_MEMORY, FailureReason.DEVICE)
+# The second ends with its micro-batches, the others after so many in a row.
+FREE = (FailureReason.PREEMPTED, FailureReason.OUT_OF_MEMORY, FailureReason.DEVICE, FailureReason.CUT_OFF)
 
 
 def failures_until_the_end(reason: FailureReason, cap: int) -> int:
@@ -54,6 +54,17 @@ def test_a_failed_gpu_costs_nothing_but_a_job_under_which_one_after_the_other_fa
         (True, False),
         (False, False),
     ]
+
+
+def test_a_job_whose_host_loses_the_server_each_time_it_runs_ends_all_the_same() -> None:
+    before: list[str] = ["crashed"]
+    while (end := after_failure(FailureReason.CUT_OFF, "", 0, 3, before)).state is JobState.QUEUED:
+        assert not end.counts
+        before.append(end.reason)
+
+    assert before.count("cut_off") == 4
+    end = after_failure(FailureReason.CUT_OFF, "", 0, 3, [*before, "preempted"])
+    assert end.state is JobState.QUEUED, "it has got further in between"
 
 
 def test_every_other_failure_counts() -> None:
