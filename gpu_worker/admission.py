@@ -37,6 +37,12 @@ class Admission:
         with self._lock:
             return sum(self._promised.values())
 
+    @property
+    def jobs(self) -> int:
+        """How many were promised something."""
+        with self._lock:
+            return len(self._promised)
+
     def room(self, usable_bytes: int) -> int:
         """What is left for one more job."""
         return max(0, usable_bytes - self.promised)

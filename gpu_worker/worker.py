@@ -164,14 +164,16 @@ class Worker:
                 pass
 
     def _may_rest(self) -> int:
-        """Trainers: one for each slot without and the spares, as far as the memory that nobody was promised holds them.
+        """Trainers: one for each slot without and the spares, as far as there is memory for them.
 
-        A trainer rests as soon as it has done its part, while its job's result is still written.
+        That is what nobody was promised, and a context's in the promise of each job without a trainer: its data are
+        still copied, and it will take one that rests; or its result is still written, and the one that it had rests.
         """
         wanted = self.slots - self.pool.at_work + self._spares
         if self.device.kind != "gpu":
             return wanted
-        return min(wanted, self._admission.room(self._watch.health.usable_bytes) // CONTEXT)
+        without = self._admission.jobs - self.pool.at_work
+        return min(wanted, self._admission.room(self._watch.health.usable_bytes) // CONTEXT + without)
 
     def _run(self, claim: Claim, claimed_at: float) -> None:
         if claim.spec["kind"] == JobKind.REPORT:

@@ -134,8 +134,8 @@ class Sender:
             pipe.hmget(_key(self._sha256), "state", "name", "message")
             pipe.smembers(f"{_key(self._sha256)}:have")
             pipe.exists(f"{_key(self._sha256)}:joins")
-            pipe.expire(_key(self._sha256), TRANSFER_TTL_S)
-            pipe.expire(TRANSFERS, TRANSFER_TTL_S)
+            for key in (_key(self._sha256), f"{_key(self._sha256)}:have", TRANSFERS):
+                pipe.expire(key, TRANSFER_TTL_S)
             record, have, joining, *_ = pipe.execute()
         state, name, message = ((value or b"").decode() for value in record)
         return state, name, message, {int(number) for number in have}, bool(joining)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import cast
 
 import pytest
 from helpers import wait_for
+from worker_process import STUB
 
 from gpu_worker import worker as workers
 from gpu_worker.admission import Admission, grown
@@ -97,6 +99,30 @@ def test_an_idle_slot_goes_on_asking_when_no_process_could_be_started(worker: Wo
     assert asked.wait(SOON_S)
     served.leaving.set()
     asking.join(SOON_S)
+
+
+def test_a_resting_trainer_waits_for_the_job_that_has_the_whole_card_and_does_not_outlive_its_start(
+    tmp_path: Path,
+) -> None:
+    """With one slot and no spares it was ended between the claim and the take, 40 s before another had started."""
+    settings = Settings(redis_url=URL, data_dir=tmp_path, trainer_command=(sys.executable, str(STUB)))
+    worker = Worker(Device("cpu", "cpu"), settings, URL)
+    usable = worker._watch.health.usable_bytes
+    worker.device = Device("gpu", "a GPU of the size of this machine's memory")
+    trainer = worker.pool.take("/stub/a")
+    worker.pool.give_back(trainer, "/stub/a", clean=True)
+    try:
+        worker._admission.admit("1", usable, usable)
+        worker.pool.tend()
+        assert worker.pool.resting == 1, "its context is part of what the job was promised"
+
+        other = worker.pool.take("/stub/b")
+        assert worker.pool.resting == 0, "the job may use all of it now"
+        worker.pool.give_back(other, "/stub/b", clean=True)
+        assert worker.pool.take("/stub/b") is other, "beside a job that still writes its result"
+        other.kill()
+    finally:
+        worker.pool.close()
 
 
 @pytest.mark.parametrize("slots", [1, 16])

@@ -90,6 +90,22 @@ def test_a_file_arrives_whole_and_leaves_nothing_behind(
     assert not (tmp_path / "storage" / "incoming").exists() or not list((tmp_path / "storage" / "incoming").iterdir())
 
 
+def test_what_has_arrived_is_known_as_long_as_the_sender_is_there_however_slow_the_next_piece_is(
+    store: Store, storage: Storage, file: Path, raw: redis.Redis
+) -> None:
+    mover, source = Mover(store, storage, "control"), blob_source(file)
+    have = f"{{loraq}}:transfer:{source.removeprefix('loraq://').split('/')[0]}:have"
+    sender = threading.Thread(target=Sender(store, file, source).send)
+    sender.start()
+    wait_for(lambda: mover.round() and raw.exists(have), DEADLINE_S, "some pieces have arrived")
+    raw.expire(have, 5)
+
+    wait_for(lambda: raw.ttl(have) > 500, DEADLINE_S, "it lives on")  # type: ignore[operator]
+    while sender.is_alive():
+        mover.round()
+    assert arrived(storage, file) == file.read_bytes()
+
+
 def test_no_more_than_16_pieces_are_on_the_server_and_they_expire(
     store: Store, storage: Storage, file: Path, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
