@@ -8,7 +8,6 @@ Writes OUT_DIR/medqa_sweep.json (figures, machine, versions, every job) and OUT_
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from session import Session
+from session import Session, arguments
 
 SWEEP = """\
 name: medqa
@@ -45,11 +44,7 @@ sweep:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path)
-    parser.add_argument("train")
-    parser.add_argument("test")
-    parser.add_argument("out", type=Path)
+    parser = arguments()
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--limit", type=int, default=100_000)
     parser.add_argument("--cpu", action="store_true")

@@ -9,7 +9,6 @@ its trainer and its worker in the same way. Uses all GPUs of the machine. Writes
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -25,7 +24,7 @@ import psutil
 import pynvml
 import torch
 from safetensors.torch import load_file
-from session import Session
+from session import Session, arguments
 
 SWEEP = """\
 name: {name}
@@ -123,11 +122,7 @@ def differences(one: dict[str, Any], other: dict[str, Any], storage: Path) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path)
-    parser.add_argument("train")
-    parser.add_argument("test")
-    parser.add_argument("out", type=Path)
+    parser = arguments()
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     cards, save_steps = Cards(), options.steps // 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import os
@@ -17,6 +18,16 @@ from jobqueue import embedded
 from jobqueue.service import Client
 
 LORAQ = [sys.executable, "-P", "-m", "cli.main"]
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Of a benchmark on real data; `train` and `test` are for `Session.rows`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("train")
+    parser.add_argument("test")
+    parser.add_argument("out", type=Path)
+    return parser
 
 
 class Session:
