@@ -91,10 +91,10 @@ def _ask(
     limit = min(spec.max_seq_length, getattr(model.config, "max_position_embeddings", spec.max_seq_length))
     new_tokens = asked.max_new_tokens if "generated" in metrics or "bleu" in metrics else 0
     questions, texts = list[Question](), list[Text]()
-    dropped: dict[str, int] = {}
+    refused, dropped = dict[str, int](), dict[str, int]()
     too_long = 0
     if by_question:
-        questions, too_long = to_questions(chat, choices, limit, new_tokens)
+        questions, too_long, refused = to_questions(chat, choices, limit, new_tokens)
     if len(by_question) < len(metrics):
         texts, dropped = to_texts(chat, file.examples, limit, new_tokens)
     clock.lap("data_s")
@@ -142,7 +142,7 @@ def _ask(
     return outcome | {
         "commit": getattr(model.config, "_commit_hash", None),  # of a hub model
         "memory": memory | {"estimated_bytes": estimated},
-        "data": file.summary.report() | {"too_long": too_long, "dropped": dropped},
+        "data": file.summary.report() | {"too_long": too_long, "dropped": refused | dropped},
     }
 
 

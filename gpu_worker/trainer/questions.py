@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,10 +64,13 @@ class Question:
 
 def to_questions(
     chat: Chat, choices: list[tuple[int, MultipleChoice]], limit: int, new_tokens: int
-) -> tuple[list[Question], int]:
-    """The questions as token ids, and how many were left out because they exceed `limit` tokens."""
+) -> tuple[list[Question], int, dict[str, int]]:
+    """The questions as token ids; how many exceed `limit` tokens; how many the chat template refuses, by its words.
+
+    Raises JobFailure where no question is left.
+    """
     questions: list[Question] = []
-    too_long = 0
+    too_long, refused = 0, Counter[str]()
     lead = None
     for index, choice in choices:
         try:
@@ -76,7 +80,8 @@ def to_questions(
                 lead = chat.answer_text(choice.conversation()).removesuffix(reply)
             prompt = chat.prompt_ids(choice.conversation()[:-1])
         except BadTurn as error:
-            raise bad_data(str(error)) from error
+            refused[str(error)] += 1
+            continue
         replies = {letter: chat.ids(lead + choice.reply(letter)) for letter in choice.options}
         question = Question(index, choice, prompt, replies)
         if max(question.longest, len(prompt) + new_tokens) > limit:
@@ -85,9 +90,14 @@ def to_questions(
         questions.append(question)
     if too_long:
         log.warning("%d questions are longer than %d tokens and are left out", too_long, limit)
+    for words, count in refused.items():
+        log.warning("%d questions are left out: %s", count, words)
     if not questions:
-        raise bad_data(f"every question is longer than {limit} tokens; raise max_seq_length if the model allows it")
-    return questions, too_long
+        why = [f"{count} questions: {words}" for words, count in refused.items()]
+        if too_long:
+            why.append(f"{too_long} are longer than {limit} tokens; raise max_seq_length if the model allows it")
+        raise bad_data(f"no question is left to ask: {'; '.join(why)}")
+    return questions, too_long, dict(refused)
 
 
 def padded(sequences: list[list[int]], width: int, left: bool, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from gpu_worker.trainer.failures import bad_data
 from gpu_worker.trainer.likelihood import Progress, batches, end_logits
-from jobqueue.chat import Chat
+from jobqueue.chat import BadTurn, Chat
 from jobqueue.example import Example
 from jobqueue.tokens import IGNORED, Tokens, label
 
@@ -53,7 +53,11 @@ def to_texts(
         turns = example.conversation
         last = max((turn for turn, message in enumerate(turns) if message["role"] == "assistant"), default=0)
         reference = str(turns[last].get("content") or "").strip() if turns else example.text or ""
-        prompt = chat.prompt_ids(turns[:last]) if new_tokens and last else []
+        try:
+            prompt = chat.prompt_ids(turns[:last]) if new_tokens and last else []
+        except BadTurn as error:
+            left_out[str(error)] += 1
+            continue
         if new_tokens and not prompt:
             left_out["plain text has no answer to write"] += 1
         elif max(len(row.input_ids), len(prompt) + new_tokens) > limit:

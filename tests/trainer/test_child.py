@@ -373,6 +373,27 @@ def test_questions_that_do_not_fit_are_left_out_and_counted(child: Child, tmp_pa
     assert [line["index"] for line in lines(done)] == [0, 2]
 
 
+def test_questions_that_the_chat_template_refuses_are_left_out_and_named_unless_all_are(
+    child: Child, tmp_path: Path
+) -> None:
+    """One such row failed the whole evaluation."""
+    refuses = "{% if 'fish' in messages[0].content %}{{ raise_exception('no fish') }}{% endif %}"
+    template = refuses + "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    rows = [json.loads(line) for line in (DEMO / "test.jsonl").read_text().splitlines()[:3]]
+    rows[0]["question"] = rows[1]["question"] = "Which fish?"
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"source": str(tmp_path / "d.jsonl"), "metrics": ["likelihood", "perplexity"]}
+
+    done = child.run(evaluate_spec(chat_template=template, evaluation=asked))
+    assert done.outcome["questions"] == done.outcome["perplexity"]["rows"] == 1
+    assert done.outcome["data"]["dropped"] == {"the chat template refuses it: no fish": 2}
+    assert [line["index"] for line in lines(done)] == [2]
+
+    failure = child.run(evaluate_spec(chat_template=template, evaluation={**asked, "limit": 2})).failure
+    assert failure.reason == "bad_data"
+    assert "2 questions: the chat template refuses it: no fish" in failure.message
+
+
 def test_an_unforeseen_failure_is_reported_and_ends_the_trainer(child: Child, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").mkdir()  # where a file is to be written
     done = child.run(evaluate_spec(evaluation={"limit": 2, "metrics": ["likelihood"]}), output=tmp_path)
