@@ -9,11 +9,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from gpu_worker.admission import Admission, grown
+from gpu_worker.admission import Admission
 from gpu_worker.checkpoints import CheckpointKeeper
+from gpu_worker.conclusion import Conclusion, End
 from gpu_worker.confine import check_source
 from gpu_worker.health import Watch
 from gpu_worker.journal import Journal
@@ -21,21 +21,18 @@ from gpu_worker.lease import Lease
 from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
-from gpu_worker.stop import CUT_OFF, ON_REQUEST, Stop, Stopped
+from gpu_worker.stop import CUT_OFF, ON_REQUEST, Stop
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue import adapters
 from jobqueue.adapters import STORED
-from jobqueue.errors import LoraqError, ServerError, StaleAttemptError, StorageError
+from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
-from jobqueue.memory import CONTEXT, GIB, kind_of
-from jobqueue.retry import after_failure
+from jobqueue.memory import GIB, kind_of
 from jobqueue.settings import Settings
 from jobqueue.storage import Published, Storage, attempt_folder
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
-End = Result | Failed | Ended | Stopped
-"""How a trainer's work on a job ended."""
 
 
 class Attempt:
@@ -65,7 +62,10 @@ class Attempt:
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
         self._keeper = CheckpointKeeper(storage, claim, keep)
         self._budget = admission.budget(claim.nonce) if watch.limits else None
-        self._before: list[dict[str, Any]] = []  # the job's earlier attempts, oldest first
+        self._log = self._scratch / "log.txt"
+        self._conclusion = Conclusion(
+            claim, store, storage, settings, self._lease, self._patience, watch, self._budget, self._log
+        )
         self.sick = ""  # why this host, and not the job, is to blame for how it ended
         self.succeeded = False
 
@@ -92,22 +92,22 @@ class Attempt:
             done = self._patience("look for an earlier result", self._published)
             if done is not None:  # an earlier attempt had finished, and only its word did not arrive
                 return Settlement(JobState.SUCCEEDED, outcome=done.manifest["outcome"])
-            self._before = self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
+            self._conclusion.before = self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
             return self._work(self._request())
         except StaleAttemptError:
             raise
         except StorageError as error:
             if self._lease.cancelled.is_set():
                 return Settlement(JobState.CANCELLED, message=ON_REQUEST)
-            return self._failure(FailureReason.STORAGE, error.what)
+            return self._conclusion.failure(FailureReason.STORAGE, error.what)
         except LoraqError as error:
-            return self._failure(FailureReason.BAD_SPEC, error.what)
+            return self._conclusion.failure(FailureReason.BAD_SPEC, error.what)
         except OSError as error:
             log.exception("%s: attempt %d: a disk or a pipe failed", self._claim.job_id, self._claim.attempt)
-            return self._failure(FailureReason.STORAGE, f"{type(error).__name__}: {error}")
+            return self._conclusion.failure(FailureReason.STORAGE, f"{type(error).__name__}: {error}")
         except Exception as error:  # a fault of loraq's own: the job ends with a word, the slot goes on
             log.exception("%s: attempt %d broke", self._claim.job_id, self._claim.attempt)
-            return self._failure(FailureReason.INTERNAL, f"{type(error).__name__}: {error}")
+            return self._conclusion.failure(FailureReason.INTERNAL, f"{type(error).__name__}: {error}")
 
     def _published(self) -> Published | None:
         return self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
@@ -141,7 +141,7 @@ class Attempt:
             self._claim.rung,
             self._budget,
             self._lease.insist(lambda: self._store.correction(kind_of(spec))),
-            any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._before),
+            any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._conclusion.before),
         )
 
     def _copied(self, data: dict[str, Any], name: str) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Attempt:
         return source
 
     def _work(self, request: Request) -> Settlement:
-        with Journal(self._store, self._claim, self._scratch / "log.txt") as journal:
+        with Journal(self._store, self._claim, self._log) as journal:
             try:
                 trainer, end = self._hand_over(request, journal)
             finally:
@@ -170,7 +170,7 @@ class Attempt:
             stays = self._watch.freed(trainer.mark, self._settings.grace_s) if trainer.ended else 0
         if not isinstance(end, Result):
             self._keep_log()
-        settlement = self._judge(end, request, list(journal.last_lines))
+        settlement = self._conclusion.after(end, request, list(journal.last_lines))
         if stays:
             said = f"{stays / GIB:.1f} GiB of the GPU's memory did not come back"
             settlement = replace(settlement, message="; ".join(filter(None, (settlement.message, said))))
@@ -204,7 +204,7 @@ class Attempt:
     def _keep_log(self) -> None:
         """Of an attempt that leaves nothing else behind."""
         try:
-            text = (self._scratch / "log.txt").read_text(encoding="utf-8")
+            text = self._log.read_text(encoding="utf-8")
             name = f"{attempt_folder(self._claim)}/log.txt"
             self._patience("keep the log", lambda: self._storage.write_text(name, text), hurry=True)
         except (StorageError, OSError) as error:
@@ -242,71 +242,3 @@ class Attempt:
                 journal.line(self._keeper.said.get())
             stop.look()
             journal.flush()
-
-    def _judge(self, end: End, request: Request, last_lines: list[str]) -> Settlement:
-        match end:
-            case Result():
-                return self._succeed(request, end.outcome)
-            case Failed(reason=FailureReason.INTERNAL) | Ended() if sick := self._watch.look().sick:
-                return self._failure(FailureReason.DEVICE, f"the GPU failed: {sick}")
-            case Failed(reason=FailureReason.OUT_OF_MEMORY) if taken := self._taken():
-                return self._failure(FailureReason.DEVICE, f"memory ran out: {taken}")
-            case Failed(reason=FailureReason.OUT_OF_MEMORY):
-                return self._without_memory(end)
-            case Failed():
-                return self._failure(FailureReason(end.reason), end.message)
-            case Ended():
-                return self._failure(FailureReason.CRASHED, f"{end}; its last words: {(last_lines or ['none'])[-1]}")
-            case Stopped():
-                if end.reason is None:
-                    return Settlement(JobState.CANCELLED, message=end.message)
-                return self._failure(end.reason, end.message)
-
-    def _succeed(self, request: Request, outcome: dict[str, Any]) -> Settlement:
-        output = Path(request.output)
-        shutil.copy(self._scratch / "log.txt", output / "log.txt")
-        folder = attempt_folder(self._claim)
-        outcome = {**outcome, "folder": folder}
-        manifest = {
-            "job": self._claim.job_id,
-            "submission": self._claim.submission,
-            "attempt": self._claim.attempt,
-            "spec": self._claim.spec,
-            "outcome": outcome,
-            "published_at": time.time(),
-        }
-        self._patience("write the result", lambda: self._storage.publish(output, folder, manifest))
-        self._learn(outcome, request.correction)
-        return Settlement(JobState.SUCCEEDED, outcome=outcome)
-
-    def _without_memory(self, end: Failed) -> Settlement:
-        """Smaller micro-batches next time; where there are none, more memory, if this device or one of another worker
-        has more than the job was given; else the job has failed."""
-        again = self._failure(FailureReason.OUT_OF_MEMORY, end.message)
-        if end.rung is not None:
-            return replace(again, rung=end.rung)
-        workers = self._lease.insist(self._store.workers)
-        others = [worker.usable_bytes for worker in workers if worker.alive and worker.uuid]
-        most = max(self._watch.look().usable_bytes, *others, 0)
-        if self._budget is not None and (need := grown(self._budget, most)):
-            message = f"{end.message} (with {self._budget / GIB:.1f} GiB of its own; it is given {need / GIB:.1f} next)"
-            return replace(again, message=message, rung=self._claim.rung, need_bytes=need)
-        message = f"{end.message} (nothing smaller is left: the micro-batch is one row)"
-        return Settlement(JobState.FAILED, FailureReason.OUT_OF_MEMORY, message, counts=True)
-
-    def _learn(self, outcome: dict[str, Any], correction: float) -> None:
-        """What the job took, for the estimates of those like it; its own estimate was corrected already."""
-        memory = outcome.get("memory", {})
-        if memory.get("kind") == "gpu" and memory.get("estimated_bytes"):
-            ratio = correction * (memory["peak_reserved_bytes"] + CONTEXT) / memory["estimated_bytes"]
-            with contextlib.suppress(ServerError):
-                self._store.learn(kind_of(self._claim.spec), ratio)
-
-    def _taken(self) -> str:
-        """Who else holds memory of the card, where what is left is less than this job was admitted for."""
-        health = self._watch.look()
-        return health.foreign if health.usable_bytes < self._claim.need_bytes else ""
-
-    def _failure(self, reason: FailureReason, message: str) -> Settlement:
-        before = [end["reason"] for end in self._before]
-        return after_failure(reason, message, self._claim.failures, self._settings.max_failures, before)

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import psutil
 import pytest
-from helpers import restartable_server, wait_for
-from worker_process import ROOT, START_S, Site, site, succeeded_once
+from helpers import wait_for
+from worker_process import ROOT, START_S, Site, succeeded_once
 
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.job import FailureReason, Job, JobState, WorkerInfo
@@ -53,10 +52,8 @@ class Cards:
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    with restartable_server(folder / "server") as server, site(server.url, folder / "site") as opened:
-        yield opened
+def here(one_site: Site) -> Site:
+    return one_site
 
 
 @pytest.fixture(scope="module")

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pytest
-from helpers import restartable_server, wait_for
-from worker_process import START_S, Site, site, succeeded_once
+from helpers import wait_for
+from worker_process import START_S, Site, succeeded_once
 
 from jobqueue.job import Job, JobState
 from jobqueue.storage import Published
 
 STEPS = 80  # of `sleep:4`
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Iterator[Site]:
-    with restartable_server(tmp_path / "server") as server, site(server.url, tmp_path / "site") as opened:
-        yield opened
 
 
 def kept(here: Site, job: Job) -> list[Published]:

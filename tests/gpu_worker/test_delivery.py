@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
 import redis
-from helpers import RestartableServer, restartable_server, wait_for
-from worker_process import START_S, Site, site, succeeded_once
+from helpers import wait_for
+from worker_process import START_S, Site, succeeded_once
 
 from jobqueue.broker import make_app, queue_name, send_tokens
 from jobqueue.job import FailureReason, JobState
 
 BY_TOKEN = {"device": "cpu", "queue": "cpu"}  # a class that a CPU worker listens to
 TOKENS_ONLY = {"LORAQ_POLL_S": 600}  # an idle slot does not ask by itself
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RestartableServer]:
-    with restartable_server(tmp_path / "server") as running:
-        yield running
-
-
-@pytest.fixture
-def admin(server: RestartableServer) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url, decode_responses=True) as client:
-        yield client
-
-
-@pytest.fixture
-def here(server: RestartableServer, tmp_path: Path) -> Iterator[Site]:
-    with site(server.url, tmp_path / "site") as opened:
-        yield opened
 
 
 def wake(here: Site, times: int = 1) -> None:

@@ -11,7 +11,7 @@ import pytest
 import redis
 from helpers import SUCCEEDED, RestartableServer, restartable_server, wait_for
 from proxy import Proxy, proxy
-from worker_process import LEASE_S, START_S, Site, site, succeeded_once
+from worker_process import LEASE_S, START_S, Site, succeeded_once
 
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.errors import StaleAttemptError
@@ -21,24 +21,6 @@ from jobqueue.store import Store
 LISTENS_S = 60.0  # until Celery listens again, on a busy machine
 BY_TOKEN = {"device": "cpu", "queue": "cpu"}  # a class that a CPU worker listens to
 TOKENS_ONLY = {"LORAQ_POLL_S": 600}  # an idle slot does not ask by itself: a worker that is deaf does nothing
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RestartableServer]:
-    with restartable_server(tmp_path / "server") as running:
-        yield running
-
-
-@pytest.fixture
-def admin(server: RestartableServer) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url, decode_responses=True) as client:
-        yield client
-
-
-@pytest.fixture
-def here(server: RestartableServer, tmp_path: Path) -> Iterator[Site]:
-    with site(server.url, tmp_path / "site") as opened:
-        yield opened
 
 
 @pytest.fixture

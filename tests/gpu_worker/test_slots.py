@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 
 import psutil
 import pytest
-from helpers import SUCCEEDED, claim, restartable_server, wait_for
+from helpers import SUCCEEDED, claim, wait_for
 from test_cards import TOTAL, Cards
-from worker_process import ROOT, START_S, STUB, Site, site, succeeded_once
+from worker_process import ROOT, START_S, STUB, Site, succeeded_once
 
 from jobqueue.job import FailureReason, JobState
 from jobqueue.memory import CONTEXT, GIB, kind_of, memory_class
@@ -22,15 +21,14 @@ SLOTS = 4
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    with restartable_server(folder / "server") as server, site(server.url, folder / "site") as opened:
-        cards = Cards(opened)
-        path = os.pathsep.join([str(ROOT / "tests" / "fake_nvml"), str(ROOT)])
-        options = ("--gpu", "0", "--slots", str(SLOTS), "--spares", "1")
-        opened.start(*options, PYTHONPATH=path, FAKE_NVML=cards.folder)
-        wait_for(lambda: len(opened.store.workers()) == 2, START_S, "a GPU and control")
-        yield opened
+def here(one_site: Site) -> Site:
+    """With a worker of one GPU."""
+    cards = Cards(one_site)
+    path = os.pathsep.join([str(ROOT / "tests" / "fake_nvml"), str(ROOT)])
+    options = ("--gpu", "0", "--slots", str(SLOTS), "--spares", "1")
+    one_site.start(*options, PYTHONPATH=path, FAKE_NVML=cards.folder)
+    wait_for(lambda: len(one_site.store.workers()) == 2, START_S, "a GPU and control")
+    return one_site
 
 
 def submit(here: Site, job_id: str, words: str, gib: float) -> None:

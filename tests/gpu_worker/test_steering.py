@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import restartable_server, wait_for
-from worker_process import START_S, Site, site, succeeded_once
+from helpers import wait_for
+from worker_process import START_S, Site, succeeded_once
 
 from jobqueue.errors import NotFoundError
 from jobqueue.job import Batch, FailureReason, JobState
@@ -16,10 +15,8 @@ from jobqueue.service import Client
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    with restartable_server(folder / "server") as server, site(server.url, folder / "site") as opened:
-        yield opened
+def here(one_site: Site) -> Site:
+    return one_site
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,19 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import restartable_server, wait_for
-from worker_process import LEASE_S, ROOT, START_S, Site, site, succeeded_once
+from helpers import wait_for
+from worker_process import LEASE_S, ROOT, START_S, Site, succeeded_once
 
 from jobqueue.job import FailureReason, JobState
 from jobqueue.storage import Storage
 
 SLOW = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "slow_fs"), str(ROOT)])}
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Iterator[Site]:
-    with restartable_server(tmp_path / "server") as server, site(server.url, tmp_path / "site") as opened:
-        yield opened
 
 
 def mount(*words: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner
-from helpers import restartable_server, wait_for
-from worker_process import START_S, Site, Worker, gone, site, succeeded_once, train_job
+from helpers import wait_for
+from worker_process import START_S, Site, Worker, gone, succeeded_once, train_job
 
 from cli.main import loraq
 from jobqueue.job import FailureReason, Job, JobState
@@ -34,10 +33,8 @@ ROW = '{"question": "?", "options": {"A": "a", "B": "b"}, "answer": "a", "answer
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    with restartable_server(folder / "server") as server, site(server.url, folder / "site") as opened:
-        yield opened
+def here(one_site: Site) -> Site:
+    return one_site
 
 
 @pytest.fixture(scope="module")

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
-from helpers import RestartableServer, restartable_server, wait_for
-from worker_process import LEASE_S, START_S, Site, gone, site, succeeded_once
+from helpers import RestartableServer, wait_for
+from worker_process import LEASE_S, START_S, Site, gone, succeeded_once
 
 from jobqueue.job import FailureReason, JobState
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RestartableServer]:
-    with restartable_server(tmp_path / "server") as running:
-        yield running
-
-
-@pytest.fixture
-def here(server: RestartableServer, tmp_path: Path) -> Iterator[Site]:
-    with site(server.url, tmp_path / "site") as opened:
-        yield opened
 
 
 def test_a_celery_process_that_is_killed_is_started_again_and_its_job_is_run_once_more(here: Site) -> None:
