@@ -46,6 +46,14 @@ DEMO_STOP_S = 10.0  # its jobs need not be saved
     metavar="N",
     help="How many trainers stand ready on each GPU before there is a job; each holds 0.8 GiB of it [default: 1].",
 )
+@click.option(
+    "--share",
+    type=click.Choice(["auto", "mps", "timeslice", "off"]),
+    default="auto",
+    show_default=True,
+    help="How jobs share a GPU: side by side by NVIDIA's MPS, in turns, or one job at a time. auto: by MPS where "
+    "several may run and its daemon can be started.",
+)
 @click.option("--no-control", is_flag=True, help="Without this host's control worker.")
 @click.option("--control-only", is_flag=True, help="Only the control worker: sweeps and reports, trains nothing.")
 def worker(
@@ -53,6 +61,7 @@ def worker(
     gpus: tuple[str, ...],
     slots: int | None,
     spares: int | None,
+    share: str,
     no_control: bool,
     control_only: bool,
 ) -> None:
@@ -62,7 +71,11 @@ def worker(
     """
     if cpu and gpus:
         raise click.UsageError("--cpu and --gpu exclude each other")
-    if control_only and (cpu or gpus or no_control or slots or spares is not None):
+    if cpu and share != "auto":
+        raise click.UsageError("--share is about GPUs; --cpu works without one")
+    if share == "off" and (slots or 1) > 1:
+        raise click.UsageError("--share off is one job at a time; --slots asks for several")
+    if control_only and (cpu or gpus or no_control or slots or spares is not None or share != "auto"):
         raise click.UsageError("--control-only goes with no other option")
     if control_only:
         machine.require_control_extra()
@@ -73,6 +86,7 @@ def worker(
     options = ["--cpu"] if cpu else [part for gpu in gpus for part in ("--gpu", gpu)]
     options += [] if slots is None else ["--slots", str(slots)]
     options += [] if spares is None else ["--spares", str(spares)]
+    options += ["--share", share]
     options += ["--no-control"] if no_control else ["--control-only"] if control_only else []
     command = machine.worker_command(options)
     os.execve(command[0], command, environment)

@@ -155,6 +155,7 @@ def workers(as_json: bool) -> None:
         Column("worker"),
         Column("device", rank=2),
         Column("memory", right=True, rank=3),
+        Column("slots", rank=4),
         Column("state", wrap=True),
         Column("running", wrap=True),
         Column("seen", right=True, rank=1),
@@ -163,7 +164,9 @@ def workers(as_json: bool) -> None:
     for worker in found:
         state = worker.note or ("at work" if worker.running else "idle") if worker.alive else "silent"
         usable = memory(worker.usable_bytes) if worker.usable_bytes else ""
-        rows.append([worker.id, worker.device, usable, state, " ".join(worker.running), age(worker.seen_at)])
+        slots = f"{worker.slots} {worker.share}" if worker.slots > 1 else str(worker.slots)
+        running = " ".join(worker.running)
+        rows.append([worker.id, worker.device, usable, slots.strip(), state, running, age(worker.seen_at)])
     console().print(table(console(), columns, rows))
     if held:
         console().print(

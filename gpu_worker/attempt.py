@@ -21,7 +21,7 @@ from gpu_worker.lease import Lease
 from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
-from gpu_worker.stop import CUT_OFF, ON_REQUEST, Stop
+from gpu_worker.stop import CUT_OFF, ON_REQUEST, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue import adapters
 from jobqueue.adapters import STORED
@@ -33,6 +33,7 @@ from jobqueue.storage import Published, Storage, attempt_folder
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
+MAY_HARM_OTHERS = {FailureReason.DEVICE, FailureReason.INTERNAL, FailureReason.CRASHED}
 
 
 class Attempt:
@@ -181,7 +182,7 @@ class Attempt:
     def _hand_over(self, request: Request, journal: Journal) -> tuple[TrainerProcess, End]:
         """The request to a trainer, and how that ends. One that had died at rest is no fault of the job's."""
         while True:
-            trainer = self._pool.take(request.spec["base_model"])
+            trainer = self._pool.take(request.spec["base_model"], alone=self._alone())
             self._lease.guard(trainer)
             try:
                 with contextlib.suppress(BrokenPipeError):  # it has ended: `messages` will say how
@@ -191,8 +192,26 @@ class Attempt:
                 self._pool.give_back(trainer, request.spec["base_model"], clean=False)
                 raise
             if not (isinstance(end, Ended) and trainer.rested and journal.silent):
-                return trainer, end
+                return trainer, self._excused(trainer, end, journal)
             self._pool.give_back(trainer, request.spec["base_model"], clean=False)
+
+    def _excused(self, trainer: TrainerProcess, end: End, journal: Journal) -> End:
+        """How it ended, unless MPS is to blame."""
+        mps = self._pool.mps if trainer.part else None
+        match end:
+            case Failed(reason=FailureReason.INTERNAL, message=said):
+                pass
+            case Ended():
+                said = " ".join(journal.last_lines)
+            case _:
+                return end
+        excuse = mps and mps.excuse(trainer, said)
+        return Stopped(FailureReason.DEVICE, excuse) if excuse else end
+
+    def _alone(self) -> bool:
+        """Whether this attempt is kept away from MPS: what it may do to others there, and they to it, has happened."""
+        failed = {end["reason"] for end in self._conclusion.before} & MAY_HARM_OTHERS
+        return self._pool.mps is not None and (bool(failed) or self._pool.mps.unsure)
 
     def _finish_checkpoints(self) -> None:
         try:
@@ -214,7 +233,10 @@ class Attempt:
         """Until the job's end: passes on what the trainer says, and ends it where that is due."""
         end: Result | Failed | None = None
         timeout_minutes = self._claim.spec["resources"].get("timeout_minutes")
-        stop = Stop(self._lease, self._draining, self._keeper, trainer, self._watch, self._settings, timeout_minutes)
+        mps = self._pool.mps if trainer.part else None
+        stop = Stop(
+            self._lease, self._draining, self._keeper, trainer, self._watch, self._settings, timeout_minutes, mps
+        )
         while True:
             for message in trainer.messages(seconds=0.5):
                 stop.heard_at = time.monotonic()

@@ -1,6 +1,7 @@
 """`loraq worker`: finds this host's GPUs, starts one pinned Celery process for each and one for control, keeps them up.
 
-    python -P -m gpu_worker.main [--cpu] [--gpu INDEX|UUID]... [--slots N] [--spares N] [--no-control] [--control-only]
+    python -P -m gpu_worker.main [--cpu] [--gpu INDEX|UUID]... [--slots N] [--spares N]
+        [--share auto|mps|timeslice|off] [--no-control] [--control-only]
 
 SIGTERM drains all of them; when this process dies in any other way, they die with it.
 """
@@ -30,6 +31,7 @@ FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0  # before a process that ended is starte
 MOST_SLOTS = 16  # of one GPU: with more, small jobs gain nothing
 SPARES = 1  # trainers that stand ready on a GPU
 TRAINER_RAM = 5 * 2**30  # main memory of one trainer, its model on the way to the GPU included
+SHARES = ("auto", "mps", "timeslice", "off")
 CALM_S = 60.0  # one that lived so long starts with the first delay again
 
 
@@ -70,12 +72,12 @@ def devices(options: argparse.Namespace) -> list[Device]:
     return found
 
 
-def slots_for(device: Device, wanted: int | None, gpus: int) -> int:
+def slots_for(device: Device, wanted: int | None, gpus: int, share: str) -> int:
     """How many jobs a device runs side by side at most; their memory decides, too, see gpu_worker/admission.py.
 
     Each needs a core that launches its kernels, and the main memory of a Python process with PyTorch in it.
     """
-    if device.kind == "control":
+    if device.kind == "control" or share == "off":
         return 1
     if wanted is not None:
         return wanted
@@ -86,9 +88,10 @@ def slots_for(device: Device, wanted: int | None, gpus: int) -> int:
     return max(1, min(MOST_SLOTS, cores, trainers))
 
 
-def served(device: Device, url: str, data_dir: Path, slots: int, spares: int) -> Served:
+def served(device: Device, url: str, data_dir: Path, slots: int, spares: int, share: str) -> Served:
     command = [sys.executable, "-P", "-m", "gpu_worker.serve", "--kind", device.kind, "--name", device.name]
     command += ["--uuid", device.uuid, "--index", str(device.index), "--slots", str(slots), "--spares", str(spares)]
+    command += ["--share", share]
     # Pinned here, before the process exists: nothing in it can touch CUDA any earlier. By UUID, as indices change
     # with CUDA_DEVICE_ORDER; the control worker and a CPU worker see no GPU at all. The URL is no argument: it may
     # hold a password, and arguments are for everyone to read.
@@ -104,11 +107,11 @@ def run(options: argparse.Namespace) -> None:
     gpus = sum(device.kind == "gpu" for device in found)
     workers = []
     for device in found:
-        slots = slots_for(device, options.slots, gpus)
+        slots = slots_for(device, options.slots, gpus, options.share)
         spares = 0 if device.kind == "control" else options.spares
         if spares is None:
             spares = SPARES if device.kind == "gpu" else 0
-        workers.append(served(device, url, settings.data_dir, slots, spares))
+        workers.append(served(device, url, settings.data_dir, slots, spares, options.share))
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))
@@ -133,6 +136,7 @@ def main() -> None:
     parser.add_argument("--control-only", action="store_true")
     parser.add_argument("--slots", type=int)
     parser.add_argument("--spares", type=int)
+    parser.add_argument("--share", choices=SHARES, default="auto")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
     try:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_worker.mps import Mps
 from gpu_worker.trainer_process import TrainerProcess
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class TrainerPool:
         command: what a trainer is; None: the one with Unsloth.
         spares: how many are to stand ready before there is a job.
         most: how many may rest now, the spares among them.
+        mps: whose clients the trainers are, where the GPU has it.
     """
 
     def __init__(
@@ -50,30 +52,32 @@ class TrainerPool:
         command: Sequence[str] | None = None,
         spares: int = 0,
         most: Callable[[], int] = lambda: 1,
+        mps: Mps | None = None,
     ) -> None:
         self._environment, self.folder, self._grace_s = environment, folder, grace_s
-        self._spares, self._most = spares, most
+        self._spares, self._most, self.mps = spares, most, mps
         self._command = list(command) if command else [sys.executable, "-P", "-m", "gpu_worker.trainer.child"]
         self.at_work = 0  # trainers that attempts have taken
         self._resting: list[Resting] = []  # the one that began to rest last comes last
         self._lock = threading.Lock()
         self._pause_s = self._start_at = 0.0
 
-    def take(self, base_model: str) -> TrainerProcess:
+    def take(self, base_model: str, *, alone: bool = False) -> TrainerProcess:
         """A resting trainer that knows the base model, else a spare, else a new one; what may not rest on is ended.
 
-        Whatever becomes of it is to be given back.
+        Whatever becomes of it is to be given back. With `alone` it is a new one that is no client of MPS.
         """
         with self._lock:
             self.at_work += 1
-        while (resting := self._pick(base_model)) is not None and not resting.trainer.alive():
+        resting = None
+        while not alone and (resting := self._pick(base_model)) is not None and not resting.trainer.alive():
             resting.trainer.kill()
         with self._lock:
             surplus = self._surplus()
         for other in surplus:
             other.trainer.kill()
         try:
-            return resting.trainer if resting is not None else self._start()
+            return resting.trainer if resting is not None else self._start(alone=alone)
         except BaseException:
             with self._lock:
                 self.at_work -= 1
@@ -88,12 +92,18 @@ class TrainerPool:
                         return resting
         return None
 
-    def _start(self) -> TrainerProcess:
-        return TrainerProcess(self._command, self._environment, self.folder, self._grace_s)
+    def _start(self, *, alone: bool = False) -> TrainerProcess:
+        if self.mps is None or alone:
+            return TrainerProcess(self._command, self._environment, self.folder, self._grace_s)
+        environment = {**self._environment, **self.mps.environment}
+        trainer = TrainerProcess(self._command, environment, self.folder, self._grace_s, self.mps.part)
+        self.mps.joined(trainer)
+        return trainer
 
     def give_back(self, trainer: TrainerProcess, base_model: str, *, clean: bool) -> None:
         """To rest where it ended its job well, to its end otherwise; nothing of it is left then."""
-        if not clean or not trainer.alive():  # its guardian may have ended it right after its last word
+        alone = self.mps is not None and trainer.part is None
+        if not clean or alone or not trainer.alive():  # its guardian may have ended it right after its last word
             trainer.kill()
             with self._lock:
                 self.at_work -= 1

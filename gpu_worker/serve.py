@@ -21,7 +21,7 @@ from gpu_worker.wakeups import Wakeups
 from gpu_worker.worker import Worker
 from jobqueue.broker import WAKE, queue_name
 from jobqueue.embedded import connect_url
-from jobqueue.errors import ServerError
+from jobqueue.errors import MachineError, ServerError
 from jobqueue.memory import classes_for
 from jobqueue.settings import Settings
 from jobqueue.sweeper import Sweeper
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--slots", type=int, default=1)
     parser.add_argument("--spares", type=int, default=0)
+    parser.add_argument("--share", default="timeslice")
     chosen = parser.parse_args()
     guardian.die_with(int(os.environ[SUPERVISOR]))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {chosen.kind}{chosen.index} %(levelname)s %(message)s")
@@ -125,7 +126,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=SecurityWarning)
     device = Device(chosen.kind, chosen.name or chosen.kind, chosen.uuid, chosen.index)
     settings = Settings()
-    Server(Worker(device, settings, connect_url(settings), chosen.slots, chosen.spares)).run()
+    try:
+        worker = Worker(device, settings, connect_url(settings), chosen.slots, chosen.spares, chosen.share)
+    except MachineError as error:
+        sys.exit(str(error))
+    Server(worker).run()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from gpu_worker.checkpoints import CheckpointKeeper
 from gpu_worker.health import Watch
 from gpu_worker.lease import Lease
+from gpu_worker.mps import Mps
 from gpu_worker.trainer_process import TrainerProcess
 from jobqueue.job import FailureReason
 from jobqueue.settings import Settings
@@ -41,9 +42,10 @@ class Stop:
         watch: Watch,
         settings: Settings,
         timeout_minutes: float | None,
+        mps: Mps | None = None,
     ) -> None:
         self._lease, self._draining, self._keeper, self._trainer = lease, draining, keeper, trainer
-        self._watch = watch
+        self._watch, self._mps = watch, mps
         self._grace_s, self._stall_s = settings.grace_s, settings.stall_s
         self._began_at = self.heard_at = time.monotonic()
         self._timeout_s = timeout_minutes * 60 if timeout_minutes else math.inf
@@ -60,6 +62,8 @@ class Stop:
             self._end(Stopped(None, ON_REQUEST))
         elif (health := self._watch.health).ends_jobs:
             self._end(Stopped(FailureReason.DEVICE, f"the GPU failed: {health.sick}"))
+        elif self._mps and (doomed := self._mps.doomed(self._trainer)):
+            self._end(Stopped(FailureReason.DEVICE, doomed))
         elif now - self._began_at > self._timeout_s:
             limit = f"resources.timeout_minutes ({self._timeout_s / 60:g})"
             self._end(Stopped(FailureReason.TIMED_OUT, f"the attempt took longer than {limit}"))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,10 @@ from gpu_worker.gpu import Device
 from gpu_worker.protocol import EVENTS_FD, Event, Request, decode
 
 MARK = "LORAQ_TRAINER"  # in the environment of everything that a trainer starts
+DAEMON = "LORAQ_DAEMON"  # in that of a GPU's MPS daemon and its servers
 CACHE = "LORAQ_CACHE_DIR"
+MPS_PIPES = "CUDA_MPS_PIPE_DIRECTORY"  # where whoever uses CUDA finds an MPS daemon, see gpu_worker/mps.py
+NO_MPS = "/nonexistent"  # there it finds none, and takes turns with the others
 MAX_LINE = 8_000  # characters of a log line; the rest of it is cut
 KILLED_S = 5.0  # how long a process may live after its SIGKILL, in the kernel's hands
 READ, READS = 1 << 16, 16  # bytes at once (what a pipe holds), and how often before whoever waits is answered
@@ -59,14 +62,27 @@ def worker_cache(data_dir: Path, device: Device) -> Path:
 
 def trainer_environment(device: str, cache: Path) -> dict[str, str]:
     """What a trainer is told by its environment; `cache` is this worker's own, so that no two trainers race in it."""
-    return {**os.environ, "LORAQ_DEVICE": device, CACHE: str(cache), "PYTHONUNBUFFERED": "1"}
+    ours = {"LORAQ_DEVICE": device, CACHE: str(cache), "PYTHONUNBUFFERED": "1", MPS_PIPES: NO_MPS}
+    return {**os.environ, **ours}
 
 
 class TrainerProcess:
-    """One trainer, from its start to its end; it may do several jobs, one after the other."""
+    """One trainer, from its start to its end; it may do several jobs, one after the other.
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], folder: Path, grace_s: float) -> None:
+    Args:
+        part: called with its mark before it is ended in the middle of its work, where that would harm others.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        grace_s: float,
+        part: Callable[[str], None] | None = None,
+    ) -> None:
         self.mark = uuid.uuid4().hex
+        self.part, self.started_at = part, time.monotonic()
         request_read, self._request = os.pipe()
         self._events, events_write = os.pipe()
         self._log, log_write = os.pipe()
@@ -117,6 +133,8 @@ class TrainerProcess:
 
     def stop(self) -> None:
         """SIGTERM to the trainer, SIGKILL to everything after the grace time; does not wait."""
+        if self.part is not None:
+            self.part(self.mark)
         self._tell("stop")
 
     def _tell(self, line: str) -> None:
@@ -199,6 +217,8 @@ class TrainerProcess:
     def kill(self) -> int:
         """Ends everything now and waits until nothing is left. Returns the exit code."""
         if not self._ended:
+            if self.part is not None and self.guardian.poll() is None:
+                self.part(self.mark)
             assert self.guardian.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 self.guardian.stdin.close()  # the lifeline: the guardian kills all and ends
@@ -217,12 +237,7 @@ class TrainerProcess:
         self._exit_code = code if code >= 0 else 128 - code
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.guardian.pid, signal.SIGKILL)
-        give_up_at = time.monotonic() + KILLED_S
-        while (left := marked(self.mark)) and time.monotonic() < give_up_at:
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            time.sleep(0.02)
+        end_marked(self.mark)
         self._selector.close()
         for descriptor in (self._request, self._events, self._log):
             os.close(descriptor)
@@ -232,12 +247,22 @@ class TrainerProcess:
         return self._exit_code
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Every living process that carries a trainer's mark in its environment."""
+def end_marked(mark: str, name: str = MARK) -> None:
+    """SIGKILL to every process with that mark, until there is none."""
+    give_up_at = time.monotonic() + KILLED_S
+    while (left := marked(mark, name)) and time.monotonic() < give_up_at:
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.02)
+
+
+def marked(mark: str, name: str = MARK) -> list[psutil.Process]:
+    """Every living process that carries that mark in its environment."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(name) == mark:
                 found.append(process)
     return found
 
@@ -254,14 +279,14 @@ def end_leftovers(cache: Path) -> None:
     """Ends what an earlier life of the worker with that cache has left behind.
 
     A guardian ends everything below it, and a worker what a dead guardian has left; where both were killed at once, a
-    child of the trainer in a session of its own is nobody's.
+    child of the trainer in a session of its own, or an MPS server, is nobody's.
     """
     by_mark: dict[str, list[psutil.Process]] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             environment = process.environ()
-            if MARK in environment and environment.get(CACHE) == str(cache):
-                by_mark.setdefault(environment[MARK], []).append(process)
+            if environment.get(CACHE) == str(cache) and (mark := environment.get(MARK) or environment.get(DAEMON)):
+                by_mark.setdefault(mark, []).append(process)
     for left in by_mark.values():
         if not any(_is_guardian(process) for process in left):
             for process in left:

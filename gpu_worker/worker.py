@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from functools import partial
+from typing import Literal
 
 from gpu_worker import guardian
 from gpu_worker.admission import Admission
@@ -16,6 +17,7 @@ from gpu_worker.attempt import Attempt
 from gpu_worker.gpu import Device
 from gpu_worker.health import watch
 from gpu_worker.lease import Lease
+from gpu_worker.mps import mps_of
 from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
 from gpu_worker.report import make_report
@@ -40,9 +42,20 @@ class Worker:
     Args:
         slots: how many jobs run side by side at most; their memory must fit as well.
         spares: how many trainers stand ready for a job that is to come.
+        share: how they share a GPU, see `mps_of`.
+
+    Raises MachineError where it is to be shared in a way that this machine has not.
     """
 
-    def __init__(self, device: Device, settings: Settings, url: str, slots: int = 1, spares: int = 0) -> None:
+    def __init__(
+        self,
+        device: Device,
+        settings: Settings,
+        url: str,
+        slots: int = 1,
+        spares: int = 0,
+        share: Literal["auto", "mps", "timeslice", "off"] = "timeslice",
+    ) -> None:
         self.device, self.settings, self.slots = device, settings, slots
         self.id = f"{socket.gethostname()}/{device.label}"
         self.leaving = threading.Event()  # this process is to end
@@ -54,8 +67,16 @@ class Worker:
         cache.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(cache / "scratch", ignore_errors=True)  # of attempts that ended with kill -9
         self._admission, self._spares = Admission(slots, spares * CONTEXT), spares
-        environment = trainer_environment(device.kind, cache)
-        self.pool = TrainerPool(environment, cache, settings.grace_s, settings.trainer_command, spares, self._may_rest)
+        self._mps, self._share = mps_of(device, cache, share, slots), share
+        self.pool = TrainerPool(
+            trainer_environment(device.kind, cache),
+            cache,
+            settings.grace_s,
+            settings.trainer_command,
+            spares,
+            self._may_rest,
+            self._mps,
+        )
         self._slots = threading.BoundedSemaphore(slots)
         self._running: dict[str, str] = {}  # nonce -> job
         self._unanswered: list[str] = []  # nonces of claims that may have been given
@@ -142,6 +163,8 @@ class Worker:
 
     def tend(self) -> None:
         """Looks after the trainers that rest, and after claims that nobody works on."""
+        if self._mps:
+            self._mps.tend()
         if self.well() and not self.draining():
             self.pool.tend()
         else:  # a resting trainer keeps a sick card from being reset
@@ -172,6 +195,8 @@ class Worker:
         wanted = self.slots - self.pool.at_work + self._spares
         if self.device.kind != "gpu":
             return wanted
+        if self._mps and self._mps.unsure:  # its server takes no client until all that it had are gone
+            return 0
         without = self._admission.jobs - self.pool.at_work
         return min(wanted, self._admission.room(self._watch.health.usable_bytes) // CONTEXT + without)
 
@@ -238,10 +263,18 @@ class Worker:
             "uuid": self.device.uuid,
             "usable_bytes": self._watch.health.usable_bytes,
             "slots": self.slots,
+            "share": self.share,
             "running": sorted(self._running.values()),
             "note": self.note(),
             "every_s": self.settings.heartbeat_s,
         }
+
+    @property
+    def share(self) -> str:
+        """How its jobs share the GPU, for the list of workers."""
+        if self._mps:
+            return "mps, which recovers" if self._mps.unsure else "mps"
+        return "" if self.device.kind != "gpu" else "off" if self._share == "off" else "timeslice"
 
     @property
     def idle_slots(self) -> int:
@@ -252,6 +285,8 @@ class Worker:
         for _ in range(self.slots):
             self._slots.acquire()
         self.pool.close()
+        if self._mps:
+            self._mps.close()
         self._return_unanswered()
         try:
             self.store.leave(self.id)

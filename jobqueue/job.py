@@ -224,4 +224,5 @@ class WorkerInfo:
     seen_at: float  # seconds since the epoch
     alive: bool  # seen within the last three heartbeats
     note: str = ""  # why it takes no job, where that is so
+    share: str = ""  # how its jobs share the GPU: mps, timeslice, off (one at a time); "" where there is none
     versions: Mapping[str, str] = field(default_factory=dict)

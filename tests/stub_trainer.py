@@ -9,7 +9,8 @@ train or evaluate job), `saving` (a checkpoint without end), `oom:2` (out of mem
 itself to 2 GiB from now on), `took:2` (measures 2 GiB where 1 was estimated), `fail:REASON`, `exit:CODE`, `kill`
 (itself, SIGKILL), `deaf` (ignores SIGTERM), `kill-worker` (SIGKILL to the process above its guardian), `gil:2` (seconds
 in native code that lets no other thread run), `child` (starts a child in a session of its own). Every 0.05 s it writes
-a line into LORAQ_BEATS, if that is set: process id, time, step.
+a line into LORAQ_BEATS, if that is set: process id, time, step. `fault` is an illegal access to the GPU's memory, for
+which all clients of an MPS server fail (tests/fake_mps).
 """
 
 import ctypes
@@ -21,7 +22,7 @@ import sys
 import time
 
 events = os.fdopen(int(os.environ["LORAQ_EVENTS_FD"]), "w", buffering=1)
-asked = False
+asked, started = False, time.time()
 
 
 def ask(*_: object) -> None:
@@ -34,7 +35,22 @@ def say(**fields: object) -> None:
     events.write(json.dumps(fields) + "\n")
 
 
+class Fault(Exception):
+    pass
+
+
+def look_at_mps() -> None:
+    """Raises Fault where the server that this is a client of is gone, or another client has brought it down."""
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "")
+    if os.path.exists(f"{folder}/server"):
+        with open(f"{folder}/server") as file:
+            gone = not os.path.exists(f"/proc/{file.read()}")
+        if gone or (os.path.exists(f"{folder}/fault") and os.path.getmtime(f"{folder}/fault") > started):
+            raise Fault
+
+
 def beat(job: str, step: int) -> None:
+    look_at_mps()
     if folder := os.environ.get("LORAQ_BEATS"):
         with open(f"{folder}/{job}", "a") as file:
             file.write(f"{os.getpid()} {time.time():.3f} {step}\n")
@@ -105,6 +121,11 @@ def work(request: dict) -> None:
             say(type="progress", phase="data", budget_bytes=int(float(value) * 2**30))
         elif verb == "exit":
             sys.exit(int(value))
+        elif verb == "fault":
+            folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "")
+            if os.path.isdir(folder):
+                open(f"{folder}/fault", "w").close()
+            raise Fault
         elif verb == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif verb == "kill-worker":
@@ -145,4 +166,9 @@ def work(request: dict) -> None:
 signal.signal(signal.SIGUSR1, ask)
 say(type="ready")
 for line in sys.stdin:
-    work(json.loads(line))
+    try:
+        work(json.loads(line))
+    except Fault:
+        message = "AcceleratorError: CUDA error: an illegal memory access was encountered"
+        say(type="failed", reason="internal", message=message)
+        sys.exit(1)

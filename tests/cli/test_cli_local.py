@@ -185,7 +185,15 @@ def test_worker_becomes_the_worker_and_drains_at_sigterm(here: Machine) -> None:
     here("down")
 
 
-@pytest.mark.parametrize("options", [["--cpu", "--gpu", "0"], ["--control-only", "--cpu"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--cpu", "--gpu", "0"],
+        ["--control-only", "--cpu"],
+        ["--cpu", "--share", "mps"],
+        ["--share", "off", "--slots", "2"],
+    ],
+)
 def test_worker_refuses_options_that_exclude_each_other(here: Machine, options: list[str]) -> None:
     assert here("worker", *options).returncode == 2
 

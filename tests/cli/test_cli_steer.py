@@ -119,13 +119,13 @@ def test_an_ended_batch_is_removed_and_one_that_has_not_ended_is_not(
 
 def test_workers_are_listed_with_what_they_run_and_why_one_takes_nothing(store: Store, run: Run) -> None:
     assert "There is no worker" in run("workers").stdout
-    store.heartbeat("box/gpu0", "gpu", {**INFO, "running": ["b.1"], "note": ""})
+    store.heartbeat("box/gpu0", "gpu", {**INFO, "slots": 16, "share": "mps", "running": ["b.1"], "note": ""})
     store.heartbeat("box/gpu1", "gpu", {**INFO, "running": [], "note": "drained"})
 
     header, first, second = run("workers").stdout.splitlines()
 
-    assert header.split() == ["worker", "device", "memory", "state", "running", "seen"]
-    assert ("box/gpu0" in first, "at work" in first, "b.1" in first) == (True, True, True)
+    assert header.split() == ["worker", "device", "memory", "slots", "state", "running", "seen"]
+    assert [part in first for part in ("box/gpu0", "16 mps", "at work", "b.1")] == [True] * 4
     assert ("box/gpu1" in second, "drained" in second) == (True, True)
     assert [worker["id"] for worker in json.loads(run("workers", "--json").stdout)] == ["box/gpu0", "box/gpu1"]
 
