@@ -197,7 +197,7 @@ class Attempt:
 
     def _excused(self, trainer: TrainerProcess, end: End, journal: Journal) -> End:
         """How it ended, unless MPS is to blame."""
-        mps = self._pool.mps if trainer.part else None
+        mps = self._pool.mps if trainer.in_mps else None
         match end:
             case Failed(reason=FailureReason.INTERNAL, message=said):
                 pass
@@ -233,7 +233,7 @@ class Attempt:
         """Until the job's end: passes on what the trainer says, and ends it where that is due."""
         end: Result | Failed | None = None
         timeout_minutes = self._claim.spec["resources"].get("timeout_minutes")
-        mps = self._pool.mps if trainer.part else None
+        mps = self._pool.mps if trainer.in_mps else None
         stop = Stop(
             self._lease, self._draining, self._keeper, trainer, self._watch, self._settings, timeout_minutes, mps
         )

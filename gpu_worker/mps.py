@@ -38,8 +38,11 @@ LOOK_S = 10.0  # how often the operator's daemon is asked whether it is there
 WINDOW_S = 10.0  # within which clients of one server notice that it has failed under them
 SETTLED_S = 1.0  # the daemon's end is known so long after its clients'
 AGAIN_S = 60.0  # after a daemon could not be started again
-OF_MPS = re.compile(r"\bMPS\b")  # no connection, no place, terminated: CUDA's errors 805 to 810
-OF_CUDA = re.compile(r"CUDA|CUBLAS|CUDNN|cudaError|cuBLAS|cuDNN")
+OF_MPS = re.compile(r"\bMPS (client|server|control)")  # no connection, no place, terminated: CUDA's errors 805 to 810
+OF_CUDA = re.compile(  # in the words of PyTorch, Triton and bitsandbytes
+    r"CUDA (driver )?error|\[CUDA\]|cudaError|CUBLAS_STATUS|CUDNN_STATUS|illegal memory access|device-side assert"
+    r"|unspecified launch failure"
+)
 SHARED = "another job's fault, or its own, took down the GPU's MPS server; it goes on in a context of its own"
 ENDED = "the GPU's MPS daemon ended under it"
 

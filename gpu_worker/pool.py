@@ -102,7 +102,7 @@ class TrainerPool:
 
     def give_back(self, trainer: TrainerProcess, base_model: str, *, clean: bool) -> None:
         """To rest where it ended its job well, to its end otherwise; nothing of it is left then."""
-        alone = self.mps is not None and trainer.part is None
+        alone = self.mps is not None and not trainer.in_mps
         if not clean or alone or not trainer.alive():  # its guardian may have ended it right after its last word
             trainer.kill()
             with self._lock:

@@ -70,7 +70,7 @@ class TrainerProcess:
     """One trainer, from its start to its end; it may do several jobs, one after the other.
 
     Args:
-        part: called with its mark before it is ended in the middle of its work, where that would harm others.
+        part: of a client of MPS, called with its mark before it is ended, maybe in the middle of its work.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TrainerProcess:
         part: Callable[[str], None] | None = None,
     ) -> None:
         self.mark = uuid.uuid4().hex
-        self.part, self.started_at = part, time.monotonic()
+        self._part, self.in_mps, self.started_at = part, part is not None, time.monotonic()
         request_read, self._request = os.pipe()
         self._events, events_write = os.pipe()
         self._log, log_write = os.pipe()
@@ -133,8 +133,8 @@ class TrainerProcess:
 
     def stop(self) -> None:
         """SIGTERM to the trainer, SIGKILL to everything after the grace time; does not wait."""
-        if self.part is not None:
-            self.part(self.mark)
+        if self._part is not None:
+            self._part(self.mark)
         self._tell("stop")
 
     def _tell(self, line: str) -> None:
@@ -217,8 +217,8 @@ class TrainerProcess:
     def kill(self) -> int:
         """Ends everything now and waits until nothing is left. Returns the exit code."""
         if not self._ended:
-            if self.part is not None and self.guardian.poll() is None:
-                self.part(self.mark)
+            if self._part is not None and self.guardian.poll() is None:
+                self._part(self.mark)
             assert self.guardian.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 self.guardian.stdin.close()  # the lifeline: the guardian kills all and ends

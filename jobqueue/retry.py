@@ -87,7 +87,7 @@ TABLE = {
     ),
     R.DEVICE: Rule(  # on another GPU: the worker takes none meanwhile
         1,
-        "The GPU failed under the job, or other processes took its memory.",
+        "The GPU failed under the job, other processes took its memory, or a fault took down its MPS server.",
         "See `loraq workers`: reset the card, or end what else uses it.",
         counts=False,
         in_a_row=3,
