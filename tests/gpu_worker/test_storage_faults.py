@@ -78,9 +78,10 @@ def test_a_job_whose_storage_fails_goes_on_from_its_newest_checkpoint_when_it_is
     here: Site, disk: Disk, how: str, said: str
 ) -> None:
     here.start()
-    here.submit("b.1", "save/sleep:1.5/await:go", submission="s1")
+    here.submit("b.1", "save/sleep:0.5/await:harm/sleep:1/await:go", submission="s1")
     wait_for(lambda: here.storage.checkpoints("b.1", "b", "s1"), START_S, "there is a checkpoint")
     disk.harm(how)
+    (here.beats / "harm").write_text("")
     wait_for(lambda: any("could not be kept" in e.text for e in here.store.events("b.1", "0", 0)), START_S, "a word")
     (here.beats / "go").write_text("")
     wait_for(lambda: here.store.job("b.1").attempt and here.store.job("b.1").history, START_S, "the attempt ends")
