@@ -127,7 +127,8 @@ def training_peak(
     Weights, gradients and optimizer state of what is trained, and the activations of one micro-batch of `tokens`
     (None: of rows of `max_seq_length`): of all layers, or where checkpointing recomputes them of one; with
     `use_gradient_checkpointing` true each layer's input stays on the GPU, with "unsloth" it goes to main memory.
-    "auto" is what must fit at least, "unsloth". Raises KeyError as `Shape.from_config`.
+    "auto" is what must fit at least, "unsloth". `layout`: how rows lie; the default is the usual one on a GPU. Raises
+    KeyError as `Shape.from_config`.
     """
     shape = Shape.from_config(config)
     if tokens is None:
