@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMON = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
+COMMON = {
+    "vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {  # Llama-3.2-1B
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
@@ -31,9 +33,7 @@ def make(size: str, tokenizer_dir: Path, out: Path) -> None:
         return
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = LlamaConfig(
-        max_position_embeddings=131072, rope_theta=500000.0, **COMMON, **SHAPES[size], **tokens
-    )  # fmt: skip
+    config = LlamaConfig(rope_theta=500000.0, **COMMON, **SHAPES[size], **tokens)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

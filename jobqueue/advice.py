@@ -27,7 +27,7 @@ def on_training(run: RunSpec, rows: int) -> Iterator[str]:
             f"({low:g} to {high:g})"
         )
     epochs = training.num_train_epochs or 1.0
-    if training.steps:
+    if training.steps and not training.packing:  # else nobody knows yet how many rows a step has
         epochs = training.steps * training.effective_batch / rows
     if epochs > MOST_EPOCHS:
         remedy = "" if training.early_stopping_patience else "; early_stopping_patience stops when it does"

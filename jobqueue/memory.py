@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jobqueue.spec import EvaluateSpec, LoraSpec, TrainSpec
 
 GIB = 2**30
+Layout = Literal["padded", "flat", "masked"]
+"""How rows lie in a micro-batch: each padded to the longest; end to end; end to end with a mask of who sees whom."""
 CLASSES = (8, 16, 24, 48, 80, 141)  # upper bounds in GiB, as cards are sold
 REAL_SHARE = 0.92  # what a card of that name really leaves to a program
 NF4_BYTES = 0.5 + 0.127 / 8  # per weight: 4 bits, and the scales of double quantisation (arXiv:2305.14314, section 3)
@@ -16,6 +18,7 @@ NF4_BYTES = 0.5 + 0.127 / 8  # per weight: 4 bits, and the scales of double quan
 CONTEXT = int(0.81 * GIB)  # CUDA context and libraries, as the driver counts them
 LOSS_CHUNK = int(0.3 * GIB)  # logits in 32 bits are never whole: the loss takes them in chunks
 SCORED_LOGITS = int(3.5 * GIB)  # of an evaluation: what gpu_worker/trainer/evaluate.py lets them take, and copies
+MASK_BYTES = 4  # not measured: of a mask while it is made, for each pair of tokens
 FRAGMENTS, ROUNDING = 1.03, int(0.1 * GIB)  # what the allocator holds over what is in tensors
 
 
@@ -51,6 +54,7 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool
+    positions: int
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Shape:
@@ -66,6 +70,7 @@ class Shape:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
+            positions=config.get("max_position_embeddings", 0),
         )
 
     @property
@@ -114,17 +119,20 @@ class Shape:
         return tokens * 2.0 * (2.6 * self.hidden + 2 * q + 2 * kv + 3 * self.intermediate)
 
 
-def training_peak(config: Mapping[str, Any], spec: TrainSpec, row_tokens: int | None = None) -> int:
+def training_peak(
+    config: Mapping[str, Any], spec: TrainSpec, tokens: int | None = None, layout: Layout = "flat"
+) -> int:
     """Peak bytes on the GPU of a train job, its CUDA context included.
 
-    Weights, gradients and optimizer state of what is trained, and the activations of one micro-batch of rows of
-    `row_tokens` (None: of `max_seq_length`): of all layers, or where checkpointing recomputes them of one; with
+    Weights, gradients and optimizer state of what is trained, and the activations of one micro-batch of `tokens`
+    (None: of rows of `max_seq_length`): of all layers, or where checkpointing recomputes them of one; with
     `use_gradient_checkpointing` true each layer's input stays on the GPU, with "unsloth" it goes to main memory.
-    "auto" is what must fit at least, "unsloth". Raises KeyError as `Shape.from_config`.
+    "auto" is what must fit at least, "unsloth". `layout`: how rows lie; the default is the usual one on a GPU. Raises
+    KeyError as `Shape.from_config`.
     """
     shape = Shape.from_config(config)
-    length = min(row_tokens or spec.training.max_seq_length, spec.training.max_seq_length)
-    tokens = spec.training.per_device_train_batch_size * length
+    if tokens is None:
+        tokens = spec.training.per_device_train_batch_size * spec.training.max_seq_length
     state = 2 if "8bit" in spec.training.optim else 8  # Adam's two moments, bytes per weight
     if spec.method == "full":
         weights = float((shape.linear_weights + shape.embedding_weights) * (2 + 2 + state))
@@ -139,6 +147,10 @@ def training_peak(config: Mapping[str, Any], spec: TrainSpec, row_tokens: int | 
     else:
         inputs = shape.layers * tokens * shape.hidden * 4 if checkpointing is True else 0
         activations = inputs + shape.working_bytes(tokens)
+    if layout != "padded":  # given positions, Unsloth keeps the sines and cosines of all that the model knows
+        weights += shape.positions * shape.head_dim * 2 * 2
+    if layout == "masked":
+        activations += MASK_BYTES * tokens**2
     loss = min(tokens * shape.vocab * 4, LOSS_CHUNK)
     return int((weights + max(activations, loss)) * FRAGMENTS + ROUNDING + CONTEXT)
 
@@ -159,18 +171,13 @@ def kind_of(spec: Mapping[str, Any]) -> str:
     return f"{spec['kind']}:{bits}:{spec['base_model']}"
 
 
-def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec, row_tokens: int | None = None) -> int:
-    """Peak bytes of a job; what the user said in `resources.memory` goes first.
+def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec) -> int:
+    """Peak bytes of a job with rows of `max_seq_length`; what the user said in `resources.memory` goes first.
 
-    Args:
-        config: the base model's config.json.
-        spec: of the job.
-        row_tokens: how long its longest row is; None: `max_seq_length`.
-
-    Raises KeyError where the config lacks what the estimate needs.
+    Raises KeyError where the config, the base model's config.json, lacks what the estimate needs.
     """
     if spec.resources.memory is not None:
         return int(spec.resources.memory)
     if isinstance(spec, TrainSpec):
-        return training_peak(config, spec, row_tokens)
-    return evaluation_peak(config, spec, row_tokens)
+        return training_peak(config, spec)
+    return evaluation_peak(config, spec)

@@ -7,11 +7,12 @@ ran out of memory is followed by one further down.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jobqueue.memory import training_peak
+from jobqueue.memory import Layout, training_peak
 from jobqueue.spec import TrainSpec
 
 # Of one micro-batch: with more, a large GPU gains little and a checkpointed layer's memory still grows.
@@ -48,17 +49,24 @@ class Choice:
 
     rung: int
     split: Split
+    tokens: int  # of a micro-batch, at most, padding included
     estimated_bytes: int  # peak on the GPU; 0 where it cannot be told
     last: bool  # nothing smaller is left
 
 
-def ladder(spec: TrainSpec, row_tokens: int) -> list[Split]:
-    """The splits of a job whose longest row has so many tokens, the fastest first."""
+def most_tokens(lengths: Sequence[int], rows: int, layout: Layout) -> int:
+    """What a micro-batch of so many of the rows can hold, padding included; `lengths`: the longest first."""
+    return rows * lengths[0] if layout == "padded" else sum(lengths[:rows])
+
+
+def ladder(spec: TrainSpec, lengths: Sequence[int], layout: Layout) -> list[Split]:
+    """The splits of a job with such rows (packed: sequences), the fastest first; `lengths`: the longest first."""
     asked, training = spec.lora.use_gradient_checkpointing, spec.training
     effective = training.effective_batch
     largest = training.per_device_train_batch_size
     if training.auto_find_batch_size:
-        largest = _divisor(effective, min(effective, max(1, MOST_TOKENS // row_tokens)))
+        divisors = (size for size in range(effective, 1, -1) if effective % size == 0)
+        largest = next((size for size in divisors if most_tokens(lengths, size, layout) <= MOST_TOKENS), 1)
     sizes = list(_halved(largest, effective))
     if asked == "auto":
         options: list[tuple[int, bool | Literal["unsloth"]]] = [(largest, False)]
@@ -70,9 +78,10 @@ def ladder(spec: TrainSpec, row_tokens: int) -> list[Split]:
 
 def choose(
     spec: TrainSpec,
-    row_tokens: int,
+    lengths: Sequence[int],
     rung: int,
     *,
+    layout: Layout = "padded",
     config: Mapping[str, Any] | None = None,
     budget_bytes: int | None = None,
     correction: float = 1.0,
@@ -81,24 +90,25 @@ def choose(
 
     Args:
         spec: of the job.
-        row_tokens: how long its longest row is, cut as it will be.
+        lengths: tokens of each row, cut as it will be (packed: of each sequence).
         rung: where the ladder begins for this attempt.
+        layout: how rows lie in a micro-batch.
         config: the base model's.
         budget_bytes: what the job may take. Where this or the config is not known, the split is the user's own.
         correction: measured peak over estimate, of jobs like this one.
 
     Returns None where the ladder has ended.
     """
-    splits = ladder(spec, row_tokens)
-    choices = [
-        Choice(place, split, _estimate(split.of(spec), row_tokens, config, correction), place == len(splits) - 1)
-        for place, split in enumerate(splits)
-    ]
-    for choice in choices[rung:]:
-        if choice.estimated_bytes and budget_bytes is not None:
-            fits = choice.estimated_bytes <= budget_bytes
+    longest = heapq.nlargest(spec.training.effective_batch, lengths)
+    splits = ladder(spec, longest, layout)
+    for place, split in enumerate(splits[rung:], rung):
+        tokens = most_tokens(longest, split.per_device_train_batch_size, layout)
+        needed = int(_estimate(split.of(spec), tokens, layout, config) * correction)
+        choice = Choice(place, split, tokens, needed, last=place == len(splits) - 1)
+        if needed and budget_bytes is not None:
+            fits = needed <= budget_bytes
         else:
-            fits = _asks_no_more(choice.split, spec)
+            fits = _asks_no_more(split, spec)
         if fits or choice.last:
             return choice
     return None
@@ -114,9 +124,9 @@ def limit(estimated_bytes: int, budget_bytes: int | None, *, ran_out: bool) -> i
     return min(budget_bytes, int(estimated_bytes * OVER_ESTIMATE))
 
 
-def _estimate(spec: TrainSpec, row_tokens: int, config: Mapping[str, Any] | None, correction: float) -> int:
+def _estimate(spec: TrainSpec, tokens: int, layout: Layout, config: Mapping[str, Any] | None) -> int:
     try:
-        return int(training_peak(config, spec, row_tokens) * correction) if config is not None else 0
+        return training_peak(config, spec, tokens, layout) if config is not None else 0
     except (KeyError, TypeError):  # a config of another kind than `Shape` knows
         return 0
 

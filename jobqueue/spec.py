@@ -88,6 +88,10 @@ class TrainingSpec(Part):
     seed: NonNegativeInt = 3407
     max_seq_length: Annotated[int, Field(ge=16)] = 2048
     packing: bool = False
+    """Rows share sequences of up to `max_seq_length`; none is cut, none sees another. Batch sizes count sequences."""
+    padding_free: bool | Literal["auto"] = "auto"
+    """Rows of a micro-batch end to end instead of padded to the longest: the same gradients without the padding. auto:
+    on a GPU, where the model keeps rows apart and attention costs no more for it."""
     dataset_num_proc: PositiveInt | None = None
     report_to: Tracker | list[Tracker] = "none"
     eval_steps: PositiveInt | None = None
@@ -110,8 +114,8 @@ class TrainingSpec(Part):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.packing:
-            raise ValueError("packing: rows in one sequence would see each other; it comes with a later version")
+        if self.packing and self.padding_free is False:
+            raise ValueError("packing puts rows end to end, and padding_free is false; leave one of them out")
         if self.max_steps == 0:
             raise ValueError("max_steps: 0 trains nothing; leave it out, or write -1 for whole epochs")
         if self.max_steps > 0 and self.num_train_epochs is not None:

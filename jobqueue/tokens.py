@@ -179,4 +179,6 @@ def _labelled(chat: Chat, ids: list[int], offsets: list[tuple[int, int]], spans:
     if spans[-1].append_eos and chat.eos_id is not None:
         ids, labels = [*ids, chat.eos_id], [*labels, chat.eos_id]
     whole = chat.with_bos(ids)
-    return Tokens(whole, [IGNORED] * (len(whole) - len(ids)) + labels)
+    labels = [IGNORED] * (len(whole) - len(ids)) + labels
+    labels[:1] = [IGNORED] * len(labels[:1])  # nothing stands before the first token to predict it from
+    return Tokens(whole, labels)

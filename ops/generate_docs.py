@@ -77,7 +77,6 @@ MEANINGS: Mapping[str, str] = {
     "training.lr_scheduler_type": "How the learning rate falls, by transformers' name.",
     "training.seed": "Seed of the order of the rows.",
     "training.max_seq_length": "Tokens of a row; what is longer is cut.",
-    "training.packing": "Several short rows in one sequence; comes with a later version.",
     "training.dataset_num_proc": "Accepted for the sake of notebooks: rows are prepared by threads, however many.",
     "training.report_to": "Experiment trackers, by transformers' names.",
     "evaluation.split": "Of a hub data set; a file has no splits.",

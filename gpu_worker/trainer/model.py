@@ -51,7 +51,7 @@ def load(
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=name,
             max_seq_length=max_seq_length,
-            dtype=_dtype(),
+            dtype=dtype(),
             load_in_4bit=load_in_4bit and method != "full",
             load_in_8bit=False,
             full_finetuning=method == "full",
@@ -103,7 +103,7 @@ def load_for_asking(base_model: str, load_in_4bit: bool, revision: str | None = 
     config = config_of(name, revision)
     options: dict[str, Any] = {
         "revision": revision or "main",
-        "dtype": _dtype(),
+        "dtype": dtype(),
         "device_map": {"": 0 if ON_GPU else "cpu"},
     }
     if load_in_4bit and not getattr(config, "quantization_config", None):
@@ -111,7 +111,7 @@ def load_for_asking(base_model: str, load_in_4bit: bool, revision: str | None = 
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=_dtype(),
+            bnb_4bit_compute_dtype=dtype(),
         )
     with _refusals(f"{base_model} cannot be loaded"):
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
@@ -135,11 +135,35 @@ def _refusals(what: str) -> Iterator[None]:
         raise
 
 
-def _dtype() -> torch.dtype:
-    """bf16 where the card has it, else fp16; a CPU computes in 32 bits."""
+def dtype() -> torch.dtype:
+    """What is computed in: bf16 where the card has it, else fp16; a CPU computes in 32 bits."""
     if not ON_GPU:
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def attends_by_row(model: Any) -> bool:
+    """Whether the model has Unsloth's own attention, which takes rows that lie end to end one by one on any GPU: with
+    flash-attn, xformers, torch's varlen_attn, or SDPA for each row.
+
+    From now on transformers' attention does the same where one of the first three takes the model's heads.
+    """
+    if not ON_GPU:
+        return False
+    from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
+
+    enable_hf_packed_attention()
+    attention = [type(module) for module in model.modules() if type(module).__name__.endswith("Attention")]
+    return any(kind.forward.__module__.startswith("unsloth.models.") for kind in attention)
+
+
+def packed_attention_calls() -> tuple[int, int]:
+    """How often transformers' attention took rows end to end: one by one, and with a mask of all their tokens."""
+    if not ON_GPU:
+        return 0, 0
+    from unsloth.utils.hf_packed_attention import HF_PACKED_ATTENTION_STATS as CALLS
+
+    return CALLS["fast"], CALLS["fallback"]
 
 
 def for_training(model: Any) -> None:

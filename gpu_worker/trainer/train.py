@@ -13,25 +13,26 @@ from gpu_worker.trainer import model as models  # first: it imports Unsloth
 
 # isort: split
 import torch
-from datasets import Dataset
 from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from gpu_worker.protocol import Progress, Request
-from gpu_worker.trainer import adapters, trackers, usage
+from gpu_worker.trainer import adapters, batches, trackers, usage
 from gpu_worker.trainer.best import Best
 from gpu_worker.trainer.checkpoint import Checkpoints, counts_of
 from gpu_worker.trainer.clock import Clock
-from gpu_worker.trainer.collator import KEPT_BACK, Collator
+from gpu_worker.trainer.collator import Collator
+from gpu_worker.trainer.config import config_of
 from gpu_worker.trainer.data import chat_of
 from gpu_worker.trainer.failures import JobFailure, bad_spec, nan_loss, on_rung, one_line
 from gpu_worker.trainer.finite import Finite
+from gpu_worker.trainer.padding_free import layout_of
 from gpu_worker.trainer.watch import Report, Watch, mean_loss
 from jobqueue import replay, rows
 from jobqueue.chat import Chat
 from jobqueue.data_spec import DataSpec
 from jobqueue.job import FailureReason
-from jobqueue.memory import GIB
+from jobqueue.memory import GIB, Layout
 from jobqueue.microbatch import Choice, choose, limit
 from jobqueue.spec import TrainSpec
 from jobqueue.tokens import Tokens, fingerprint, survey, tokenise
@@ -74,16 +75,19 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
         log.info("dataset_num_proc: not needed, rows are tokenised by threads of the tokenizers library")
     clock.lap("data_s")
 
-    choice = _choose(spec, request, max(len(row.input_ids) for row in [*tokens, *validation]), base.model)
+    layout = layout_of(training, base.model)
+    dataset = batches.packed(tokens, training.max_seq_length) if training.packing else batches.for_training(tokens)
+    choice = _choose(spec, request, batches.lengths(dataset), layout, base.model)
     most = limit(choice.estimated_bytes, request.budget_bytes, ran_out=request.ran_out)
     report(Progress("data", budget_bytes=usage.hold_to(most)))
+    through = batches.Batches(dataset, batches.for_validation(validation), layout, choice.tokens)
     with (
         on_rung(choice.rung, last=choice.last),
         trackers.of(training.report_to, request.job_id, Path(request.output)) as report_to,
     ):
-        outcome = _fit(choice.split.of(spec), base, tokens, validation, request, report, clock, report_to)
+        outcome = _fit(choice.split.of(spec), base, through, request, report, clock, report_to)
     outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
-    outcome["training"] |= asdict(choice.split)
+    outcome["training"] |= asdict(choice.split) | {"padding_free": layout != "padded"}
     outcome["training"]["from_adapter"] = spec.from_adapter
     of_data = {"replay": replayed, "sha256": fingerprint([*tokens, *validation])}
     return outcome | {"data": file.summary.report() | asdict(data) | of_data, "versions": usage.versions()}
@@ -101,19 +105,20 @@ def _replay(data: DataSpec, chat: Chat, own: int, max_seq_length: int) -> tuple[
     return tokens, said
 
 
-def _choose(spec: TrainSpec, request: Request, row_tokens: int, model: Any) -> Choice:
+def _choose(spec: TrainSpec, request: Request, lengths: list[int], layout: Layout, model: Any) -> Choice:
     """How each step is split. Raises JobFailure (out_of_memory) where nothing smaller is left."""
     known: dict[str, Any] = {}
     if torch.cuda.is_available():  # the estimate is of GPU memory
         known = {"config": model.config.to_dict(), "budget_bytes": request.budget_bytes}
-    choice = choose(spec, row_tokens, request.rung, correction=request.correction, **known)
+    choice = choose(spec, lengths, request.rung, layout=layout, correction=request.correction, **known)
     if choice is None:
         raise JobFailure(FailureReason.OUT_OF_MEMORY, "memory ran out with one row at a time")
     split = choice.split
     log.info(
-        "each step: %d x %d rows, gradient checkpointing %s; about %.1f GiB",
+        "each step: %d x %d %s, gradient checkpointing %s; about %.1f GiB",
         split.gradient_accumulation_steps,
         split.per_device_train_batch_size,
+        "packed sequences" if spec.training.packing else "rows",
         split.use_gradient_checkpointing or "off",
         choice.estimated_bytes / GIB,
     )
@@ -123,8 +128,7 @@ def _choose(spec: TrainSpec, request: Request, row_tokens: int, model: Any) -> C
 def _fit(
     spec: TrainSpec,
     base: models.Loaded,
-    tokens: list[Tokens],
-    validation: list[Tokens],
+    through: batches.Batches,
     request: Request,
     report: Report,
     clock: Clock,
@@ -140,10 +144,12 @@ def _fit(
     parameters = [(p.requires_grad, _size(p)) for p in model.parameters()]
     clock.lap("load_s")
 
-    config = _config(spec, request, torch.cuda.is_available(), bool(validation), report_to)
-    collator = Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+    validates = through.validation_rows > 0
+    config = config_of(spec, request, through.validation_rows, report_to)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    collator = Collator(pad, flat=through.layout != "padded")
     watch = Watch(report, collator)
-    best = Best(training, model, Path(config.output_dir or ""), validates=bool(validation))
+    best = Best(training, model, Path(config.output_dir or ""), validates=validates)
     checkpoints = Checkpoints(training, watch.counts, best.save, report)
     checkpoints.remember_dtypes(model)
     finite = Finite(model.device)
@@ -152,13 +158,15 @@ def _fit(
             model=model,
             args=config,
             processing_class=tokenizer,
-            train_dataset=_dataset(tokens),
-            eval_dataset=_dataset(validation, kept_back=True) if validation else None,
+            train_dataset=through.training,
+            eval_dataset=through.validation if validates else None,
             data_collator=collator,
             callbacks=[watch, finite, best, checkpoints],
         )
     except (ValueError, NotImplementedError) as error:
         raise bad_spec(one_line(f"the trainer refuses these settings: {error}")) from error
+    if through.layout == "padded":
+        batches.LongestFirst(batches.lengths(through.training), training.effective_batch, training.seed).of(trainer)
     finite.watch(trainer)
     models.for_training(model)
     reserved_at_start = usage.reserved()
@@ -210,7 +218,7 @@ def _fit(
         },
         "losses": losses,
         "validation": {
-            "rows": len(validation),
+            "rows": len(through.validation),
             "losses": [[entry["step"], entry["eval_loss"]] for entry in _validations(trainer)],
             "best_step": best.step or None,
             "best_loss": best.loss if best.step else None,
@@ -219,80 +227,9 @@ def _fit(
     }
 
 
-def _dataset(rows: list[Tokens], kept_back: bool = False) -> Dataset:
-    columns = {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-    return Dataset.from_dict(columns | ({KEPT_BACK: [True] * len(rows)} if kept_back else {}))
-
-
 def _validations(trainer: SFTTrainer) -> list[dict[str, Any]]:
     """Every loss on the rows that were kept back, oldest first."""
     return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-
-
-def _config(spec: TrainSpec, request: Request, on_gpu: bool, validates: bool, report_to: list[str]) -> SFTConfig:
-    """Every field that matters is written out: Unsloth and TRL change the defaults of transformers."""
-    training = spec.training
-    bf16 = on_gpu and torch.cuda.is_bf16_supported()
-    optim = training.optim
-    if not on_gpu and ("8bit" in optim or "paged" in optim):
-        optim = "adamw_torch_fused"
-        log.info("optim: %s needs a GPU, taking %s", training.optim, optim)
-    try:
-        return SFTConfig(
-            output_dir=str(Path(request.output) / "trainer"),
-            # how long
-            max_steps=training.steps or -1,
-            num_train_epochs=training.num_train_epochs or 1.0,
-            per_device_train_batch_size=training.per_device_train_batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            # optimizer
-            learning_rate=training.learning_rate,
-            lr_scheduler_type=training.lr_scheduler_type,
-            warmup_steps=training.warmup_steps,
-            optim=optim,
-            weight_decay=training.weight_decay,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            adam_epsilon=1e-8,
-            max_grad_norm=1.0,
-            label_smoothing_factor=0.0,
-            # numbers
-            bf16=bf16,
-            fp16=on_gpu and not bf16,
-            use_cpu=not on_gpu,
-            gradient_checkpointing=bool(spec.lora.use_gradient_checkpointing),
-            loss_type="nll",
-            seed=training.seed,
-            data_seed=training.seed,
-            full_determinism=False,
-            # data: tokenised and cut already
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=training.max_seq_length,
-            packing=False,
-            padding_free=False,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            train_sampling_strategy="random",
-            dataloader_num_workers=0,
-            dataloader_drop_last=False,
-            # what is said and kept
-            logging_strategy="steps",
-            logging_steps=training.logging_steps,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,  # else a NaN loss is logged as a fine one
-            disable_tqdm=True,
-            report_to=report_to or "none",
-            run_name=request.job_id,
-            project=request.job_id,
-            eval_strategy="steps" if validates and training.eval_steps else "no",
-            eval_steps=training.eval_steps,
-            per_device_eval_batch_size=training.per_device_train_batch_size,
-            prediction_loss_only=True,
-            save_strategy="no",
-            push_to_hub=False,
-        )
-    except (ValueError, NotImplementedError, ImportError) as error:
-        raise bad_spec(one_line(f"training: {error}")) from error
 
 
 def _size(parameter: Any) -> int:

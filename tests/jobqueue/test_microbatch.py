@@ -16,6 +16,7 @@ LLAMA_1B: dict[str, Any] = {
     "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
 }  # fmt: skip
 ROW = 350
+BIG: Any = {"config": LLAMA_1B, "budget_bytes": 1000 * GIB}
 
 
 def train(checkpointing: Any = "auto", **training: Any) -> TrainSpec:
@@ -32,7 +33,7 @@ def train(checkpointing: Any = "auto", **training: Any) -> TrainSpec:
 def steps(spec: TrainSpec, row_tokens: int = ROW) -> list[tuple[int, int, Any]]:
     return [
         (s.per_device_train_batch_size, s.gradient_accumulation_steps, s.use_gradient_checkpointing)
-        for s in ladder(spec, row_tokens)
+        for s in ladder(spec, [row_tokens], "padded")
     ]
 
 
@@ -67,15 +68,38 @@ def test_every_split_keeps_the_rows_of_a_step_and_none_comes_twice(effective: tu
 
 def test_the_fastest_that_fits_is_taken() -> None:
     spec = train()
-    for rung, split in enumerate(ladder(spec, 2048)):
-        budget = training_peak(LLAMA_1B, split.of(spec), 2048)
-        choice = choose(spec, 2048, 0, config=LLAMA_1B, budget_bytes=budget)
+    for rung, split in enumerate(ladder(spec, [2048], "padded")):
+        budget = training_peak(LLAMA_1B, split.of(spec), split.per_device_train_batch_size * 2048, "padded")
+        choice = choose(spec, [2048], 0, config=LLAMA_1B, budget_bytes=budget)
         assert choice is not None
         assert (choice.rung, choice.estimated_bytes) == (rung, budget)
 
 
+def test_rows_end_to_end_count_with_their_own_tokens_the_longest_that_can_meet() -> None:
+    spec = train(per_device_train_batch_size=8, gradient_accumulation_steps=16)
+    lengths = [100] * 900 + [2000] * 4
+
+    padded, flat = (choose(spec, lengths, 0, layout=layout, **BIG) for layout in ("padded", "flat"))
+
+    assert padded is not None
+    assert flat is not None
+    assert (padded.split.per_device_train_batch_size, padded.tokens) == (8, 8 * 2000)
+    assert (flat.split.per_device_train_batch_size, flat.tokens) == (64, 4 * 2000 + 60 * 100)
+    assert padded.tokens <= MOST_TOKENS
+    assert flat.tokens <= MOST_TOKENS
+
+
+def test_a_mask_of_all_tokens_is_part_of_the_estimate() -> None:
+    flat, masked = (choose(train(), [2000] * 8, 0, layout=layout, **BIG) for layout in ("flat", "masked"))
+
+    assert flat is not None
+    assert masked is not None
+    assert flat.split == masked.split
+    assert masked.estimated_bytes - flat.estimated_bytes > masked.tokens**2
+
+
 def test_where_nothing_is_thought_to_fit_the_smallest_is_tried() -> None:
-    choice = choose(train(), ROW, 0, config=LLAMA_1B, budget_bytes=GIB // 2)
+    choice = choose(train(), [ROW], 0, config=LLAMA_1B, budget_bytes=GIB // 2)
 
     assert choice is not None
     assert choice.last
@@ -83,22 +107,22 @@ def test_where_nothing_is_thought_to_fit_the_smallest_is_tried() -> None:
 
 
 def test_an_attempt_after_one_that_ran_out_of_memory_begins_further_down() -> None:
-    first = choose(train(), ROW, 0, config=LLAMA_1B, budget_bytes=80 * GIB)
+    first = choose(train(), [ROW], 0, config=LLAMA_1B, budget_bytes=80 * GIB)
     assert first is not None
-    second = choose(train(), ROW, first.rung + 1, config=LLAMA_1B, budget_bytes=80 * GIB)
+    second = choose(train(), [ROW], first.rung + 1, config=LLAMA_1B, budget_bytes=80 * GIB)
     assert second is not None
     assert second.split != first.split
     assert second.estimated_bytes < first.estimated_bytes
 
 
 def test_below_the_last_rung_there_is_nothing() -> None:
-    assert choose(train(), ROW, len(ladder(train(), ROW)), config=LLAMA_1B, budget_bytes=80 * GIB) is None
+    assert choose(train(), [ROW], len(ladder(train(), [ROW], "padded")), config=LLAMA_1B, budget_bytes=80 * GIB) is None
 
 
 def test_what_was_measured_of_such_jobs_counts() -> None:
-    budget = training_peak(LLAMA_1B, ladder(train(), ROW)[0].of(train()), ROW)
+    budget = training_peak(LLAMA_1B, ladder(train(), [ROW], "padded")[0].of(train()), 8 * ROW, "padded")
 
-    corrected = choose(train(), ROW, 0, config=LLAMA_1B, budget_bytes=budget, correction=1.2)
+    corrected = choose(train(), [ROW], 0, config=LLAMA_1B, budget_bytes=budget, correction=1.2)
 
     assert corrected is not None
     assert corrected.rung == 1
@@ -109,7 +133,7 @@ def test_what_was_measured_of_such_jobs_counts() -> None:
 )
 @pytest.mark.parametrize("checkpointing", ["auto", "unsloth", False])
 def test_without_config_or_budget_the_split_is_the_user_s_own(known: dict[str, Any], checkpointing: Any) -> None:
-    choice = choose(train(checkpointing), ROW, 0, **known)
+    choice = choose(train(checkpointing), [ROW], 0, **known)
 
     assert choice is not None
     assert choice.split.per_device_train_batch_size == 2
@@ -117,7 +141,7 @@ def test_without_config_or_budget_the_split_is_the_user_s_own(known: dict[str, A
 
 
 def test_a_job_leaves_to_others_what_its_estimate_does_not_ask_for_until_the_estimate_was_wrong() -> None:
-    choice = choose(train(), ROW, 0, config=LLAMA_1B, budget_bytes=70 * GIB)
+    choice = choose(train(), [ROW], 0, config=LLAMA_1B, budget_bytes=70 * GIB)
     assert choice is not None
 
     assert limit(choice.estimated_bytes, 70 * GIB, ran_out=False) == int(choice.estimated_bytes * OVER_ESTIMATE)

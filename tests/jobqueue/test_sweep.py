@@ -405,8 +405,10 @@ def test_a_grid_with_a_value_twice_or_with_a_key_of_the_list_is_refused(problems
     assert [message for _, _, message in both] == ["is varied by the grid too"]
 
 
-def test_packing_is_refused_until_rows_can_be_kept_apart(problems: Problems) -> None:
-    assert "comes with a later version" in problems(GOOD + "training: {packing: true}\n")[0][2]
+def test_packing_without_rows_end_to_end_is_refused(problems: Problems) -> None:
+    message = problems(GOOD + "training: {packing: true, padding_free: false}\n")[0][2]
+
+    assert "padding_free is false; leave one of them out" in message
 
 
 @pytest.mark.parametrize(

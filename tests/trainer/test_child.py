@@ -320,7 +320,6 @@ def test_conversations_are_trained_on_and_cannot_be_asked(child: Child, tmp_path
         ({"base_model": "/no/such/folder"}, "bad_spec", "/no/such/folder does not exist"),
         ({"base_model": str(DEMO)}, "bad_spec", "no config.json"),
         ({"base_model": str(DEMO / "train.jsonl")}, "bad_spec", "not a GGUF model"),
-        ({"training": {"packing": True}}, "bad_spec", "it comes with a later version"),
         ({"training": {"optim": "sgdd"}}, "bad_spec", "sgdd"),
         ({"training": {"lr_scheduler_type": "zigzag"}}, "bad_spec", "zigzag"),
         ({"lora": {"target_modules": ["no_such_proj"]}}, "bad_spec", "no_such_proj"),
