@@ -28,6 +28,7 @@ from jobqueue.settings import Settings
 log = logging.getLogger(__name__)
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0  # before a process that ended is started again
 MOST_SLOTS = 16  # of one GPU: with more, small jobs gain nothing
+CONTROL_SLOTS = 4  # a judge takes minutes, and reports are not to wait for it
 SPARES = 1  # trainers that stand ready on a GPU
 TRAINER_RAM = 5 * 2**30  # main memory of one trainer, its model on the way to the GPU included
 CALM_S = 60.0  # one that lived so long starts with the first delay again
@@ -76,7 +77,7 @@ def slots_for(device: Device, wanted: int | None, gpus: int) -> int:
     Each needs a core that launches its kernels, and the main memory of a Python process with PyTorch in it.
     """
     if device.kind == "control":
-        return 1
+        return CONTROL_SLOTS
     if wanted is not None:
         return wanted
     if device.kind == "cpu":  # one training takes all cores

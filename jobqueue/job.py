@@ -48,6 +48,8 @@ class FailureReason(StrEnum):
     LOST = "lost"  # the lease ended without a renewal
     TIMED_OUT = "timed_out"
     STORAGE = "storage"
+    ENDPOINT = "endpoint"  # the judge's does not answer, or only with errors
+    REFUSED = "refused"  # the judge's endpoint refuses the key, the model or the request
     DEVICE = "device"  # the GPU failed under it, or others took its memory; costs no failure
     PREEMPTED = "preempted"  # the worker was told to stop; costs no failure
     DEPENDENCY = "dependency"  # a job that this one needs did not succeed
@@ -57,7 +59,13 @@ class FailureReason(StrEnum):
 class JobKind(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
+    JUDGE = "judge"
     REPORT = "report"
+
+    @property
+    def control(self) -> bool:
+        """Whether a control worker does it, without a GPU."""
+        return self in (JobKind.JUDGE, JobKind.REPORT)
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class Job:
     @property
     def queue(self) -> str:
         """The memory class it waits in; "" while its size is not known."""
-        if self.kind is JobKind.REPORT:
+        if self.kind.control:
             return "control"
         if self.spec.get("resources", {}).get("device") == "cpu":
             return "cpu"
