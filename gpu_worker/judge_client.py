@@ -189,7 +189,7 @@ class Judge:
     def _refusal(self, model: str, error: openai.APIStatusError) -> JudgeError:
         """With what to do about it, by the status."""
         spec, status = self._spec, error.status_code
-        said = f"({status}): {self._quoted(error.message)}"
+        said = f"({status}): {self._quoted(error.message.removeprefix(f'Error code: {status} - '))}"
         if status in (401, 403):
             return JudgeError(
                 FailureReason.REFUSED,

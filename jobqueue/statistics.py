@@ -76,16 +76,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
 
 
-def krippendorff_alpha(ratings: Sequence[Sequence[int]]) -> float | None:
+def krippendorff_alpha(ratings: Sequence[Sequence[float]]) -> float | None:
     """Agreement of raters on an ordinal scale (Krippendorff 2004): 1 is perfect, 0 what chance alone would give.
 
     Args:
-        ratings: for each rater, the score of each unit.
+        ratings: for each rater, the score of each unit; NaN where there is none.
 
     Returns None where all scores are alike: there is nothing to agree about.
     """
     import krippendorff
 
-    if len({score for of_one in ratings for score in of_one}) < 2:
+    if len({score for of_one in ratings for score in of_one if not math.isnan(score)}) < 2:
         return None
     return round(float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="ordinal")), 6)
