@@ -72,7 +72,7 @@ class ControlAttempt:
                 return Settlement(JobState.CANCELLED, message=ON_REQUEST)
             return self._failure(early.reason, "its worker was drained or stopped")
         except LoraqError as error:
-            reason = getattr(error, "reason", FailureReason.STORAGE)
+            reason = getattr(error, "reason", FailureReason.STORAGE)  # a judge's errors know theirs
             if isinstance(error, StorageError) and self._lease.cancelled.is_set():
                 return Settlement(JobState.CANCELLED, message=ON_REQUEST)
             log.warning("%s: attempt %d: %s", self._claim.job_id, self._claim.attempt, error.what)

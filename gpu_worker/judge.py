@@ -34,7 +34,7 @@ class Ask:
     model: str
     folder: str  # of the storage, for all judgements of this model so asked
     name: str  # of the judgement in it
-    request: tuple[tuple[str, str], ...]  # role, content
+    request: list[dict[str, str]]  # the messages
 
 
 def judge_batch(
@@ -106,7 +106,7 @@ def _asks(row: Written, spec: JudgeSpec) -> Iterator[Ask]:
         for sample in range(spec.samples):
             request = messages(row, sample, spec.rubric)
             name = _hash([judge, sample, request])
-            yield Ask(model, f"judgements/{judge}", name, tuple((part["role"], part["content"]) for part in request))
+            yield Ask(model, f"judgements/{judge}", name, request)
 
 
 def _hash(value: object) -> str:
@@ -136,9 +136,7 @@ async def _ask_all(
 
     async def work() -> None:
         for ask in waiting:
-            judgement = await judge.ask(
-                ask.model, [{"role": role, "content": content} for role, content in ask.request]
-            )
+            judgement = await judge.ask(ask.model, ask.request)
             if judgement.scores:
                 await asyncio.to_thread(keep, ask, judgement)
             made[ask.name] = judgement
