@@ -141,11 +141,14 @@ async def _ask_all(
                 await asyncio.to_thread(keep, ask, judgement)
             made[ask.name] = judgement
 
+    def report() -> None:
+        journal.progress(Progress("judge", step=len(made), steps=len(asks)))
+        journal.flush()
+
     async def watch() -> None:
         while True:
             check()
-            journal.progress(Progress("judge", step=len(made), steps=len(asks)))
-            journal.flush()
+            report()
             await asyncio.sleep(LOOK_S)
 
     try:
@@ -155,6 +158,7 @@ async def _ask_all(
             watching.cancel()
     except ExceptionGroup as several:
         raise several.exceptions[0] from None
+    report()
     return made
 
 

@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
-from jobqueue.errors import DataError, MachineError, NotFoundError
-from jobqueue.ratings import CRITERIA, Criterion, Rated, Ratings, average, rate
+from jobqueue.errors import BusyError, DataError, MachineError, NotFoundError
+from jobqueue.job import Job, JobKind
+from jobqueue.ratings import CRITERIA, Criterion, Rated, Ratings, average, rate, rated_models
+from jobqueue.results import BatchReport
 from jobqueue.sheets import Sheet
 from jobqueue.storage import Storage
-from jobqueue.written import Written, drawn
+from jobqueue.written import Written, drawn, of_job
 
 COLUMNS = ("card", "question", "reference", "answer", *CRITERIA, "reviewer")
 FEWEST = 3  # reviewers
@@ -47,6 +49,17 @@ class Deck:
     sheet: str
     models: tuple[Rated, ...]
     cards: tuple[Card, ...]
+
+
+def export(report: BatchReport, jobs: Sequence[Job], storage: Storage, questions: int, seed: int) -> Deck:
+    """The deck of an ended batch, which the storage then knows. Raises BusyError, DataError, StorageError."""
+    batch = report.batch
+    if not report.complete:
+        raise BusyError(f"{batch} has not ended, so not all of its answers are there", f"Wait: `loraq watch {batch}`.")
+    answers = {job.id: of_job(job, storage) for job in jobs if job.kind is JobKind.EVALUATE}
+    deck = deal(batch, rated_models(report), answers, questions, seed)
+    keep(deck, batch, storage)
+    return deck
 
 
 def deal(
@@ -113,13 +126,11 @@ def read_filled(batch: str, files: Mapping[str, bytes], storage: Storage) -> Rat
         first, *others = several
         problems += [f"{other.file}: {other.reviewer} has filled in {first.file} too" for other in others if reviewer]
     if len(sheets) < FEWEST:
-        problems.append(f"{FEWEST} reviewers are needed at least, and there are {len(sheets)}")
-    if problems:
-        raise DataError(
-            "\n".join(problems),
-            "Nothing was imported. Correct the sheets and import all of them again; "
-            f"with fewer than {FEWEST} reviewers, one person's taste decides.",
+        problems.append(
+            f"{FEWEST} reviewers are needed at least, and there are {len(sheets)}: of fewer, one's taste decides"
         )
+    if problems:
+        raise DataError("\n".join(problems), "Nothing was imported. Correct this, and import all sheets again.")
     scores = {sheet.reviewer: sheet.scores for sheet in sorted(sheets, key=lambda sheet: sheet.reviewer)}
     ratings = _ratings(deck, scores)
     document = {"sheet": deck.sheet, "reviewers": scores, "ratings": asdict(ratings)}

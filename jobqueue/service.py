@@ -11,17 +11,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobqueue import adapters, cards, submission, written
+from jobqueue import adapters, cards, sheets, submission
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.cards import Deck
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, DataError, NotFoundError, ServerError, StorageError, UnansweredError
+from jobqueue.errors import BusyError, NotFoundError, ServerError, StorageError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import all_classes
 from jobqueue.plan import Plan, make_plan
-from jobqueue.ratings import Ratings, rated_models
+from jobqueue.ratings import Ratings
 from jobqueue.results import BatchReport
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
@@ -198,27 +198,14 @@ class Client:
 
         Raises DataError where there are none, BusyError where the batch has not ended.
         """
-        report, jobs = self.report(batch), self.jobs(batch)
-        if not report.complete:
-            raise BusyError(f"{batch} has not ended, so not all of its answers are there", f"loraq watch {batch}")
-        storage = self._known_storage()
-        answers = {job.id: written.of_job(job, storage) for job in jobs if job.kind is JobKind.EVALUATE}
-        deck = cards.deal(batch, rated_models(report), answers, questions, seed)
-        cards.keep(deck, batch, storage)
-        return deck
+        return cards.export(self.report(batch), self.jobs(batch), self._known_storage(), questions, seed)
 
     def import_cards(self, batch: str, files: Sequence[Path]) -> Ratings:
         """What at least three reviewers made of a batch's answers; kept with the batch.
 
         Raises DataError with all that is wrong with the sheets, MachineError without the packages of `loraq[cards]`.
         """
-        try:
-            contents = {str(file): file.read_bytes() for file in files}
-        except OSError as error:
-            raise DataError(
-                f"cannot read {error.filename}: {error.strerror}", "Check the path and its rights."
-            ) from error
-        return cards.read_filled(batch, contents, self._known_storage())
+        return cards.read_filled(batch, sheets.contents(files), self._known_storage())
 
     @property
     def _storage_is_known(self) -> bool:

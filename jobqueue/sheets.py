@@ -1,4 +1,4 @@
-"""A score sheet as it comes back from a reviewer: whatever spreadsheet it went through; pure."""
+"""A score sheet as it comes back from a reviewer: whatever spreadsheet it went through."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from jobqueue.errors import DataError
 from jobqueue.ratings import CRITERIA, HIGHEST, LOWEST, Criterion
 
 DELIMITERS = ",;\t"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def contents(files: Sequence[Path]) -> dict[str, bytes]:
+    """By name. Raises DataError where one cannot be read."""
+    try:
+        return {str(file): file.read_bytes() for file in files}
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}", "Check the path and its rights.") from error
 
 
 @dataclass

@@ -119,7 +119,7 @@ def test_a_batch_is_rated_blind_and_its_report_tells_by_how_much(opened: Site, j
     order = [("well" in asked.data["answer"]) for asked in judge.asked]
     assert order not in (sorted(order), sorted(order, reverse=True))  # the models' answers come mixed
     job = opened.store.job("b.judge")
-    assert job.progress["phase"] == "judge"
+    assert job.progress == {"phase": "judge", "step": len(judge.asked), "steps": len(judge.asked)}
     kept = [path for path in Path(opened.settings.storage_url).rglob("*") if path.is_file() and path.suffix != ".part"]
     assert all(KEY.encode() not in path.read_bytes() for path in kept)
     assert all(KEY.encode() not in value for value in snapshot(opened.store.url).values())

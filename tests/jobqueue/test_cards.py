@@ -198,7 +198,9 @@ def test_a_reviewer_counts_once_and_has_a_name(deck: Deck, storage: Storage) -> 
 
 def test_fewer_than_three_reviewers_are_refused(deck: Deck, storage: Storage) -> None:
     files = dict(list(three(deck).items())[:2])
-    assert problems(files, storage) == ["3 reviewers are needed at least, and there are 2"]
+    assert problems(files, storage) == [
+        "3 reviewers are needed at least, and there are 2: of fewer, one's taste decides"
+    ]
 
 
 def test_a_file_that_is_no_sheet_says_what_it_lacks(deck: Deck, storage: Storage) -> None:
