@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import must_claim, new_job, snapshot, submit, wait_for
+from helpers import must_claim, new_job, restartable_server, snapshot, submit, wait_for
 from judge_server import KEY, Asked, JudgeServer, Reply, judge_server, refuses, scores
 from worker_process import START_S, Site, Worker, site
 
@@ -27,8 +27,8 @@ def judge() -> Iterator[JudgeServer]:
 
 
 @pytest.fixture
-def opened(redis_url: str, tmp_path: Path) -> Iterator[Site]:
-    with site(redis_url, tmp_path / "site") as made:
+def opened(tmp_path: Path) -> Iterator[Site]:
+    with restartable_server(tmp_path / "server") as running, site(running.url, tmp_path / "site") as made:
         yield made
 
 
