@@ -32,6 +32,7 @@ COMMANDS = {
     "watch": ("cli.watch", "Follow a batch until it has ended."),
     "logs": ("cli.logs", "Show what a job has printed."),
     "results": ("cli.results", "Show which trial is better, by how much, and what it cost."),
+    "cards": ("cli.cards", "Have people rate a batch's answers, blind."),
     "cancel": ("cli.control", "Stop batches or jobs."),
     "retry": ("cli.steer", "Run again what failed or was cancelled."),
     "hold": ("cli.steer", "Keep jobs, batches or a memory class from being started."),

@@ -43,7 +43,7 @@ def find(client: Client, target: str) -> Batch | Job:
     """The batch or the job of that name. Raises NotFoundError."""
     from jobqueue.errors import NotFoundError
 
-    if re.fullmatch(r"base-[0-9a-f]+|.*\.(\d+|\d+\.eval|report)", target):  # the look of a job's id
+    if re.fullmatch(r"base-[0-9a-f]+|.*\.(\d+|\d+\.eval|judge|report)", target):  # the look of a job's id
         try:
             return client.job(target)
         except NotFoundError as error:
@@ -57,15 +57,15 @@ def find(client: Client, target: str) -> Batch | Job:
 def _waits_for(client: Client, job: Job) -> str:
     """The jobs that it still waits for, or what else keeps it from running."""
     from cli.render import memory
-    from jobqueue.job import JobKind, JobState
+    from jobqueue.job import JobState
 
     if job.state is JobState.QUEUED:
         living = [worker.usable_bytes for worker in client.workers() if worker.alive and worker.device != "control"]
-        if job.kind is not JobKind.REPORT and (not living or job.need_bytes > max(living)):
+        if not job.kind.control and (not living or job.need_bytes > max(living)):
             return f"a larger worker: the largest that lives has {memory(max(living))}" if living else "a worker"
     if job.state is not JobState.WAITING:
         return ""
-    if job.waits and job.batch and job.kind is JobKind.REPORT:
+    if job.waits and job.batch and job.kind.control:
         others = [other.id for other in client.jobs(job.batch) if other.id != job.id and not other.state.final]
         return " ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
     if job.waits:

@@ -188,7 +188,10 @@ _COMPARED = ("points", "gained", "lost", "p_value", "p_holm", "finding")
 
 def as_csv(rows: Sequence[Row]) -> str:
     """Plain numbers in base units, one line per trial and per base model; the settings that differ in columns."""
+    from cli import ratings  # it makes tables too
+
     settings = varied(rows)
+    rated = [("judge", any(row.report.judge for row in rows)), ("people", any(row.report.people for row in rows))]
     scores = [f"{metric}{part}" for metric in METRICS for part in ("", "_low", "_high")]
     header = [
         "kind",
@@ -201,15 +204,17 @@ def as_csv(rows: Sequence[Row]) -> str:
         *_COMPARED,
         "points_low",
         "points_high",
+        *(column for by, there in rated for column in ratings.plain_columns(by) if there),
     ]
     file = io.StringIO()
     writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         have = {key: shown(row.settings.get(key)) for key in settings}
-        writer.writerow({"kind": "trial", "batch": row.report.batch, **have, **_plain(row.trial)})
-    for batches, base, _ in bases_of(rows):
-        writer.writerow({"kind": "base", "batch": batches, **_plain(base)})
+        given = ratings.plain(row.report, row.trial.evaluation)
+        writer.writerow({"kind": "trial", "batch": row.report.batch, **have, **_plain(row.trial), **given})
+    for batches, base, report in bases_of(rows):
+        writer.writerow({"kind": "base", "batch": batches, **_plain(base), **ratings.plain(report, base.job)})
     return file.getvalue()
 
 

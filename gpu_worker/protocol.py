@@ -43,8 +43,8 @@ class Request:
 class Progress:
     """Where a job is. Fields that do not apply are None and are left out."""
 
-    phase: Literal["load", "data", "train", "evaluate", "save"]
-    step: int | None = None  # optimizer steps done, or questions answered
+    phase: Literal["load", "data", "train", "evaluate", "judge", "save"]
+    step: int | None = None  # optimizer steps done, or questions answered, or answers rated
     steps: int | None = None  # of so many
     epoch: float | None = None
     loss: float | None = None  # mean over the steps since the last logged one

@@ -14,20 +14,17 @@ from typing import Literal
 from gpu_worker import guardian
 from gpu_worker.admission import Admission
 from gpu_worker.attempt import Attempt
+from gpu_worker.control_attempt import ControlAttempt
 from gpu_worker.gpu import Device
 from gpu_worker.health import watch
-from gpu_worker.lease import Lease
 from gpu_worker.mps import mps_of
-from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
-from gpu_worker.report import make_report
 from gpu_worker.storage_watch import StorageWatch
 from gpu_worker.trainer_process import trainer_environment, worker_cache
 from jobqueue.broker import make_app, send_tokens
-from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
+from jobqueue.errors import ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
 from jobqueue.memory import CONTEXT, GIB, classes_for
-from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
 from jobqueue.store import Store
@@ -201,10 +198,20 @@ class Worker:
         return min(wanted, self._admission.room(self._watch.health.usable_bytes) // CONTEXT + without)
 
     def _run(self, claim: Claim, claimed_at: float) -> None:
-        if claim.spec["kind"] == JobKind.REPORT:
-            self._report(claim, claimed_at)
-            return
         wake = partial(send_tokens, self.app)
+        if JobKind(claim.spec["kind"]).control:
+            ControlAttempt(
+                claim,
+                claimed_at,
+                self.store,
+                self.storage,
+                self.settings,
+                self.pool.folder,
+                self.leaving,
+                self.draining,
+                wake,
+            ).run()
+            return
         attempt = Attempt(
             claim,
             claimed_at,
@@ -233,27 +240,6 @@ class Worker:
         if sick:
             self._storage_watch.try_again()
             log.warning("nothing is claimed for %g s: %s", self._pause_s, sick)
-
-    def _report(self, claim: Claim, claimed_at: float) -> None:
-        lease = Lease(self.store, claim, self.settings, claimed_at, self.leaving)
-        try:
-            try:
-                patience = Patience(lease, self.settings, self.leaving)
-                made = lease.insist(partial(make_report, claim, self.store, self.storage, patience))
-                end = Settlement(JobState.SUCCEEDED, outcome=made)
-            except StaleAttemptError:
-                raise
-            except Exception as error:
-                log.exception("%s: no report", claim.job_id)
-                reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
-                if isinstance(error, LoraqError):
-                    reason, message = FailureReason.STORAGE, error.what
-                end = after_failure(reason, message, claim.failures, self.settings.max_failures)
-            lease.settle(end)
-        except StaleAttemptError as error:
-            log.warning("%s", error.what)
-        finally:
-            lease.close()
 
     def info(self) -> dict[str, object]:
         """What the store is told of it, the fields of WorkerInfo."""

@@ -72,6 +72,9 @@ def build_report(
         versus_runner_up=versus_runner_up,
         verdict=verdict(trials, metric, versus_runner_up, complete, {job.id: _measures(job) for job in bases}),
         settings=settings,
+        problems=tuple(
+            map(_problem, (job for job in work if job.kind is JobKind.JUDGE and job.state is JobState.FAILED))
+        ),
     )
     return _with_questions(report, answers)
 
@@ -85,6 +88,10 @@ def _with_questions(report: BatchReport, answers: Mapping[str, Answers]) -> Batc
     confusions = [confusion(job, label, answers[job], report.metric) for job, label in asked if job in answers]
     base, tuned = (answers.get(job, {}) for job, _ in asked)
     return replace(report, confusions=tuple(confusions), changed=changed(base, tuned, report.metric))
+
+
+def _problem(job: Job) -> str:
+    return f"{job.id} failed ({job.reason}): {job.message}"
 
 
 def _is_base(job: Job) -> bool:

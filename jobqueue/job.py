@@ -49,6 +49,8 @@ class FailureReason(StrEnum):
     CUT_OFF = "cut_off"  # the server was away for a lease; the worker lives and says so; costs no failure
     TIMED_OUT = "timed_out"
     STORAGE = "storage"
+    ENDPOINT = "endpoint"  # the judge's does not answer, or only with errors
+    REFUSED = "refused"  # the judge's endpoint refuses the key, the model or the request
     DEVICE = "device"  # the GPU failed under it, or others took its memory; costs no failure
     PREEMPTED = "preempted"  # the worker was told to stop; costs no failure
     DEPENDENCY = "dependency"  # a job that this one needs did not succeed
@@ -58,7 +60,13 @@ class FailureReason(StrEnum):
 class JobKind(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
+    JUDGE = "judge"
     REPORT = "report"
+
+    @property
+    def control(self) -> bool:
+        """Whether a control worker does it, without a GPU."""
+        return self in (JobKind.JUDGE, JobKind.REPORT)
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Job:
     @property
     def queue(self) -> str:
         """The memory class it waits in; "" while its size is not known."""
-        if self.kind is JobKind.REPORT:
+        if self.kind.control:
             return "control"
         if self.spec.get("resources", {}).get("device") == "cpu":
             return "cpu"

@@ -12,13 +12,23 @@ from jobqueue import adapters, base_model, rows, sources
 from jobqueue.data_spec import DataSpec, QuestionFormat
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
+from jobqueue.judge_spec import JudgeSpec
 from jobqueue.memory import estimate, memory_class
 from jobqueue.sources import AnyData
-from jobqueue.spec import BY_QUESTION, EvaluateSpec, EvaluationSpec, ReportSpec, RunSpec, TrainSpec
+from jobqueue.spec import (
+    BY_QUESTION,
+    ControlSpec,
+    EvaluateSpec,
+    EvaluationSpec,
+    RateSpec,
+    ReportSpec,
+    RunSpec,
+    TrainSpec,
+)
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
-EVALUATOR = 2  # raised when the same answers would be scored otherwise: base models are then asked anew
+EVALUATOR = 3  # raised when the same answers would be scored otherwise: base models are then asked anew
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
 
 
@@ -26,10 +36,10 @@ BATCH = "{batch}"  # stands for the batch's name until the server has given it
 class PlannedJob:
     """One job to be. Ids are those within the batch, but for base evaluations, which serve many batches."""
 
-    id: str  # "1", "1.eval", "report"; "base-<hash>"
+    id: str  # "1", "1.eval", "judge", "report"; "base-<hash>"
     kind: JobKind
     trial: str
-    spec: TrainSpec | EvaluateSpec | ReportSpec
+    spec: TrainSpec | EvaluateSpec | ControlSpec
     need_bytes: int  # estimated peak; 0: a control worker will say
     needs: tuple[str, ...] = ()  # must have succeeded before
     follows: tuple[str, ...] = ()  # must have ended before
@@ -45,7 +55,7 @@ class PlannedJob:
     @property
     def queue(self) -> str:
         """The class that it waits in; "" where the memory is yet to be estimated."""
-        if isinstance(self.spec, ReportSpec):
+        if isinstance(self.spec, ControlSpec):
             return "control"
         if self.spec.resources.device == "cpu":
             return "cpu"
@@ -170,8 +180,22 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     for number, trial in enumerate(sweep.trials, start=1):
         for job in _trial_jobs(str(number), trial, look):
             jobs.setdefault(job.id, job)  # trials share a base evaluation
+    judge = _judge(sweep)
+    if judge is not None:
+        answered = tuple(job.id for job in jobs.values() if job.kind is JobKind.EVALUATE)
+        jobs["judge"] = PlannedJob("judge", JobKind.JUDGE, "", RateSpec(batch=BATCH, judge=judge), 0, follows=answered)
     report = PlannedJob("report", JobKind.REPORT, "", ReportSpec(batch=BATCH), 0, follows=tuple(jobs))
     return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings))
+
+
+def _judge(sweep: Sweep) -> JudgeSpec | None:
+    """The one judge of all configurations. Raises SpecError where there are several: their scores do not compare."""
+    judges = [trial.run.evaluation.judge for trial in sweep.trials if trial.run.evaluation]
+    judge = next((judge for judge in judges if judge), None)
+    if any(other not in (judge, None) for other in judges):
+        message = "one judge rates all configurations of a sweep; submit another file for another judge"
+        raise SpecError([Problem(message, str(sweep.file), path="evaluation.judge")])
+    return judge
 
 
 def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
@@ -220,7 +244,7 @@ def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
         adapter_job=None,
         load_in_4bit=run.load_in_4bit,
         max_seq_length=run.training.max_seq_length,
-        evaluation=look.data(run.evaluation),
+        evaluation=look.data(run.evaluation.model_copy(update={"judge": None})),  # a job of its own
         resources=run.resources,
     )
 

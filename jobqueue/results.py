@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jobqueue.answers import ChangedQuestion, Confusion
 from jobqueue.comparison import Comparison
 from jobqueue.job import FailureReason, JobState
+from jobqueue.ratings import Ratings
 
 Metric = Literal["likelihood", "likelihood_normalised", "generated"]
 METRICS: tuple[Metric, ...] = ("likelihood", "likelihood_normalised", "generated")
@@ -99,6 +100,9 @@ class BatchReport:
     settings: Mapping[str, Any] = field(default_factory=dict)  # dotted key -> value, where all trials are alike
     confusions: tuple[Confusion, ...] = ()  # of the best trial and its base model
     changed: tuple[ChangedQuestion, ...] = ()  # between the two
+    judge: Ratings | None = None  # of written answers, by a language model
+    people: Ratings | None = None  # the same, by those who filled in score cards
+    problems: tuple[str, ...] = ()  # what else of the batch has failed, a line each
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -85,6 +85,17 @@ TABLE = {
         "Free space, or mount it again; the worker takes jobs again by itself.",
         delay_s=30,
     ),
+    R.ENDPOINT: Rule(
+        3,
+        "The judge's endpoint did not answer, or only with errors, however often a request was sent again.",
+        "See `base_url` and the endpoint's limits. What was rated is kept: `loraq retry` asks for the rest alone.",
+        delay_s=30,
+    ),
+    R.REFUSED: Rule(
+        1,
+        "The judge's endpoint refused the key, the model or the request, or a worker may not talk to it.",
+        "Put right what the message says. What was rated is kept: `loraq retry` asks for the rest alone.",
+    ),
     R.DEVICE: Rule(  # on another GPU: the worker takes none meanwhile
         1,
         "The GPU failed under the job, other processes took its memory, or a fault took down its MPS server.",

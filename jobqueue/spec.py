@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from jobqueue.data_spec import DataSpec, Part, QuestionFormat, RowsSpec
+from jobqueue.judge_spec import JudgeSpec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 Revision = Annotated[str, Field(min_length=1)]
@@ -27,6 +28,8 @@ Device = Literal["auto", "gpu", "cpu"]
 Metric = Literal["likelihood", "generated", "perplexity", "bleu"]
 BY_QUESTION: tuple[Metric, ...] = ("likelihood", "generated")
 """Metrics of multiple-choice questions; the others take any row with an answer."""
+WRITING: tuple[Metric, ...] = ("generated", "bleu")
+"""Metrics for which a model writes answers."""
 Method = Literal["qlora", "lora", "full"]
 Optimizer = Literal[
     "adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused",
@@ -150,9 +153,16 @@ class EvaluationSpec(RowsSpec):
     """None: as it was trained (4 bits for qlora)."""
     per_device_eval_batch_size: PositiveInt = 16
     max_new_tokens: PositiveInt = 64
+    judge: JudgeSpec | None = None
+    """Section, see below. Without it no written answer is rated."""
 
     @model_validator(mode="after")
     def _askable(self) -> Self:
+        if self.judge and not set(self.metrics) & set(WRITING):
+            raise ValueError(
+                "judge rates written answers, and no metric writes any: "
+                "add generated (questions with options) or bleu (any rows) to metrics"
+            )
         by_question = [metric for metric in self.metrics if metric in BY_QUESTION]
         if by_question and self.format not in ("auto", *get_args(QuestionFormat)):
             raise ValueError(
@@ -292,4 +302,14 @@ class ReportSpec(Part):
     batch: str
 
 
-JobSpec = Annotated[TrainSpec | EvaluateSpec | ReportSpec, Field(discriminator="kind")]
+class RateSpec(Part):
+    """A job in which a judge rates what the models of a batch have written."""
+
+    kind: Literal["judge"] = "judge"
+    batch: str
+    judge: JudgeSpec
+
+
+ControlSpec = ReportSpec | RateSpec
+"""What a control worker does: no GPU, no memory to speak of."""
+JobSpec = Annotated[TrainSpec | EvaluateSpec | ControlSpec, Field(discriminator="kind")]

@@ -466,7 +466,8 @@ local function retry(_, ids)
   local now, changed, woken = time(), {}, nobody()
   for _, id in ipairs(ids) do
     local state = field(id, 'state')
-    local early = field(id, 'kind') == 'report' -- it would not see what is to be run again, even if it runs by now
+    local kind = field(id, 'kind')
+    local early = kind == 'report' or kind == 'judge' -- it would not see what is run again, even if it runs by now
     if early then
       unplace(id)
       runs_no_more(id)

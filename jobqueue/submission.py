@@ -9,7 +9,7 @@ from jobqueue.errors import CapacityError
 from jobqueue.job import WorkerInfo
 from jobqueue.memory import GIB, kind_of
 from jobqueue.plan import BATCH, Plan, PlannedJob
-from jobqueue.spec import EvaluateSpec, ReportSpec, TrainSpec
+from jobqueue.spec import ControlSpec, EvaluateSpec, TrainSpec
 from jobqueue.store import NewJob, Store
 
 
@@ -17,7 +17,7 @@ def corrected(plan: Plan, store: Store) -> Plan:
     """With the memory that such jobs were measured to take."""
 
     def of_job(job: PlannedJob) -> PlannedJob:
-        if isinstance(job.spec, ReportSpec) or job.spec.resources.memory is not None:
+        if isinstance(job.spec, ControlSpec) or job.spec.resources.memory is not None:
             return job
         factor = store.correction(kind_of(job.spec.model_dump()))
         return replace(job, need_bytes=int(job.need_bytes * factor))
@@ -29,7 +29,7 @@ def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     def full(job_id: str) -> str:
         return job_id if job_id.startswith("base-") else f"{batch}.{job_id}"
 
-    resources = None if isinstance(job.spec, ReportSpec) else job.spec.resources
+    resources = None if isinstance(job.spec, ControlSpec) else job.spec.resources
     return NewJob(
         id=full(job.id),
         kind=job.kind.value,
@@ -47,9 +47,9 @@ def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     )
 
 
-def _named(spec: TrainSpec | EvaluateSpec | ReportSpec, batch: str) -> TrainSpec | EvaluateSpec | ReportSpec:
+def _named(spec: TrainSpec | EvaluateSpec | ControlSpec, batch: str) -> TrainSpec | EvaluateSpec | ControlSpec:
     """With the batch's name where the plan left it open."""
-    if isinstance(spec, ReportSpec):
+    if isinstance(spec, ControlSpec):
         return spec.model_copy(update={"batch": batch})
     if isinstance(spec, EvaluateSpec) and spec.adapter_job is not None:
         return spec.model_copy(update={"adapter_job": spec.adapter_job.replace(BATCH, batch)})

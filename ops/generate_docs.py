@@ -22,7 +22,7 @@ import click
 from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
-from jobqueue import data_spec, spec
+from jobqueue import data_spec, judge_spec, spec
 from jobqueue.retry import TABLE, Rule
 from jobqueue.settings import Settings
 
@@ -38,6 +38,7 @@ SECTIONS = (
     ("lora.loftq_config", spec.LoftqSpec),
     ("training", spec.TrainingSpec),
     ("evaluation", spec.EvaluationSpec),
+    ("evaluation.judge", judge_spec.JudgeSpec),
     ("resources", spec.ResourcesSpec),
     ("sweep", spec.SweepSpec),
 )
@@ -285,7 +286,10 @@ def commands_page() -> str:
     for name in COMMANDS:
         command = loraq.get_command(context, name)
         assert command is not None
-        parts += _command(command, click.Context(command, info_name=name, parent=context))
+        below = click.Context(command, info_name=name, parent=context)
+        parts += _command(command, below)
+        for inner in command.commands.values() if isinstance(command, click.Group) else ():
+            parts += _command(inner, click.Context(inner, info_name=inner.name, parent=below))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -296,7 +300,7 @@ def _exit_codes() -> str:
 
 
 def _command(command: click.Command, context: click.Context) -> Iterator[str]:
-    yield f"## loraq {command.name}"
+    yield f"## {context.command_path}"
     yield f"```\n{context.command_path} {' '.join(command.collect_usage_pieces(context))}\n```"
     paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
     yield "\n\n".join(_wrapped(paragraph) for paragraph in paragraphs)

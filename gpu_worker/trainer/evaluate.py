@@ -29,6 +29,7 @@ from gpu_worker.trainer.parked import loaded_for_asking
 from gpu_worker.trainer.questions import Question, padded, to_questions
 from gpu_worker.trainer.texts import Text, add_losses, bleu, perplexity, to_texts
 from jobqueue import answers, rows
+from jobqueue import written as written_answers
 from jobqueue.chat import Chat
 from jobqueue.example import MultipleChoice
 from jobqueue.extraction import extract, has_asked_form
@@ -137,7 +138,7 @@ def _ask(
     memory = usage.memory(reserved_at_start)
     _write(request, answers.FILE, questions)
     if texts:
-        _write(request, "answers.jsonl", texts)
+        _write(request, written_answers.FILE, texts)
     clock.lap("save_s")
     return outcome | {
         "commit": getattr(model.config, "_commit_hash", None),  # of a hub model
