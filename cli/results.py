@@ -116,7 +116,11 @@ def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: For
     elif form == "markdown":
         parts = [tables.as_markdown(*tables.cells(rows))]
         parts += [tables.as_markdown(*tables.memory_cells(rows))] if memory else []
-        click.echo("\n\n".join([*parts, *tables.failures(rows), *(report.verdict for report in reports)]))
+        click.echo(
+            "\n\n".join(
+                [*parts, *tables.failures(rows), *tables.exports(rows), *(report.verdict for report in reports)]
+            )
+        )
     elif form == "plot":
         from cli.plot import plot
 
@@ -142,6 +146,8 @@ def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bo
             out.print()
     for line in tables.failures(rows):
         out.print(line, style="red")
+    for line in tables.exports(rows):
+        out.print(line, soft_wrap=True)
     for report in reports:
         out.print(f"{report.batch}: {report.verdict}" if len(reports) > 1 else report.verdict, style="bold")
     for note in notes(reports, rows):

@@ -49,6 +49,7 @@ class FailureReason(StrEnum):
     TIMED_OUT = "timed_out"
     STORAGE = "storage"
     DEVICE = "device"  # the GPU failed under it, or others took its memory; costs no failure
+    WRONG_EXPORT = "wrong_export"  # what was written does not answer as the adapter does
     PREEMPTED = "preempted"  # the worker was told to stop; costs no failure
     DEPENDENCY = "dependency"  # a job that this one needs did not succeed
     INTERNAL = "internal"  # an exception nobody foresaw; the log has it
@@ -57,6 +58,7 @@ class FailureReason(StrEnum):
 class JobKind(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
+    EXPORT = "export"
     REPORT = "report"
 
 

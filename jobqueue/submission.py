@@ -9,7 +9,7 @@ from jobqueue.errors import CapacityError
 from jobqueue.job import WorkerInfo
 from jobqueue.memory import GIB, kind_of
 from jobqueue.plan import BATCH, Plan, PlannedJob
-from jobqueue.spec import EvaluateSpec, ReportSpec, TrainSpec
+from jobqueue.spec import EvaluateSpec, ExportSpec, ReportSpec, WorkSpec
 from jobqueue.store import NewJob, Store
 
 
@@ -47,11 +47,11 @@ def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     )
 
 
-def _named(spec: TrainSpec | EvaluateSpec | ReportSpec, batch: str) -> TrainSpec | EvaluateSpec | ReportSpec:
+def _named(spec: WorkSpec | ReportSpec, batch: str) -> WorkSpec | ReportSpec:
     """With the batch's name where the plan left it open."""
     if isinstance(spec, ReportSpec):
         return spec.model_copy(update={"batch": batch})
-    if isinstance(spec, EvaluateSpec) and spec.adapter_job is not None:
+    if isinstance(spec, (EvaluateSpec, ExportSpec)) and spec.adapter_job is not None:
         return spec.model_copy(update={"adapter_job": spec.adapter_job.replace(BATCH, batch)})
     return spec
 
