@@ -86,10 +86,10 @@ def export(
 def compared(made: Mapping[str, Any]) -> str:
     """How close the answers of what was written are to the adapter's, in words."""
     same = f"{made['same_tokens']} of {made['tokens']} tokens"
-    said = f"answers as the adapter does (log-probabilities within {made['difference']:.2g}, {same} the same"
+    said = f"answers as the adapter does (log-probabilities differ by {made['difference']:.2g}, {same} are the same"
     base = made["base_difference"]
     if base is None:
         return f"{said})"
     if base > made["tolerance"]:
-        return f"{said}; the base model's are {base:.2g} off)"
-    return f"{said}), but so does the base model (within {base:.2g}): ask other prompts to tell the two apart"
+        return f"{said}; the base model's differ by {base:.2g})"
+    return f"{said}), but so does the base model (by {base:.2g}): ask other prompts to tell the two apart"

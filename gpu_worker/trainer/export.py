@@ -23,7 +23,7 @@ import torch
 from gpu_worker.protocol import Progress, Request
 from gpu_worker.trainer import gguf, parked, stock, usage
 from gpu_worker.trainer.clock import Clock
-from gpu_worker.trainer.compare import TOLERANCE, TOLERANCE_8BIT, Answer, answer, closeness
+from gpu_worker.trainer.compare import EIGHT_BITS, TOLERANCE, Answer, answer, closeness
 from gpu_worker.trainer.data import chat_of, end_ids
 from gpu_worker.trainer.failures import JobFailure, bad_data, bad_spec, one_line
 from gpu_worker.trainer.watch import Report
@@ -70,7 +70,7 @@ def export(spec: ExportSpec, request: Request, report: Report) -> dict[str, Any]
     clock.lap("merge_s")
 
     report(Progress("evaluate"))
-    made = [_checked(MERGED, merged, reference, TOLERANCE) | {"path": MERGED}]
+    made = [_checked(MERGED, merged, reference) | {"path": MERGED}]
     models.free()
     clock.lap("check_s")
 
@@ -84,8 +84,7 @@ def export(spec: ExportSpec, request: Request, report: Report) -> dict[str, Any]
         report(Progress("evaluate"))
         with TemporaryDirectory(dir=output) as folder:
             gguf.read(file, Path(folder))
-            tolerance = TOLERANCE_8BIT if outtype == "q8_0" else TOLERANCE
-            checked = _checked(f"gguf {outtype}", Path(folder), reference, tolerance)
+            checked = _checked(f"gguf {outtype}", Path(folder), reference)
         made.append(checked | {"path": f"gguf/{file.name}"})
         clock.lap("check_s")
     if MERGED not in options.formats:
@@ -131,7 +130,7 @@ def _merge(spec: ExportSpec, request: Request, prompts: list[Prompt], folder: Pa
     return Reference([prompt for prompt, _ in asked], answers, base_difference), memory
 
 
-def _checked(what: str, folder: Path, reference: Reference, tolerance: float) -> dict[str, Any]:
+def _checked(what: str, folder: Path, reference: Reference) -> dict[str, Any]:
     """The outcome's word of a model that was written. Raises JobFailure (wrong_export)."""
     name = str(folder)
     with stock.classes(models.config_of(name, None)):
@@ -144,10 +143,11 @@ def _checked(what: str, folder: Path, reference: Reference, tolerance: float) ->
             found = closeness(written.model, reference.answers)
         except ValueError as error:
             raise _wrong(f"{what}: {error}") from error
+    tolerance = TOLERANCE[written.model.dtype] + (EIGHT_BITS if what.endswith("q8_0") else 0.0)
     if not found.difference <= tolerance:  # also where it is NaN
         raise _wrong(
-            f"{what} does not answer as the adapter does: a log-probability differs by {found.difference:.3g}, and "
-            f"rounding explains {tolerance:g}; of {found.tokens} tokens {found.same_tokens} are the same"
+            f"{what} does not answer as the adapter does: log-probabilities differ by {found.difference:.3g} on "
+            f"average, and rounding explains {tolerance:g}; of {found.tokens} tokens {found.same_tokens} are the same"
         )
     return {"format": what, **asdict(found), "tolerance": tolerance, "base_difference": reference.base_difference}
 

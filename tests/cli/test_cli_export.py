@@ -48,8 +48,8 @@ def test_with_wait_it_says_where_the_files_lie_and_how_close_they_are(command: C
 
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-2:] == [
-        f"{what} answers as the adapter does (log-probabilities within 0.004, 119 of 120 tokens the same; "
-        f"the base model's are 2.5 off): batches/x/1-a/{path}"
+        f"{what} answers as the adapter does (log-probabilities differ by 0.004, 119 of 120 tokens are the same; "
+        f"the base model's differ by 2.5): batches/x/1-a/{path}"
         for what, path in (("merged_16bit", "merged_16bit"), ("gguf q8_0", "gguf/medqa.1-Q8_0.gguf"))
     ]
     assert json.loads(command("export", "medqa/1", "--json").stdout)["outcome"]["exports"][0]["difference"] == 0.004
@@ -57,7 +57,7 @@ def test_with_wait_it_says_where_the_files_lie_and_how_close_they_are(command: C
 
 def test_prompts_that_do_not_tell_adapter_and_base_model_apart_are_named(command: Command, client: FakeClient) -> None:
     export_is(client, JobState.SUCCEEDED, outcome=exported(base_difference=0.1))
-    assert "but so does the base model (within 0.1): ask other prompts" in command("export", "medqa/1").stdout
+    assert "but so does the base model (by 0.1): ask other prompts" in command("export", "medqa/1").stdout
 
 
 def test_one_that_failed_ends_with_its_reason_and_a_code(command: Command, client: FakeClient) -> None:
@@ -91,4 +91,4 @@ def test_show_has_the_files_and_how_close_they_are(command: Command, client: Fak
 
     assert "merged_16bit batches/x/1-a/merged_16bit" in lines
     compared = lines.index("Compared with the adapter")
-    assert lines[compared + 2].startswith("gguf q8_0 answers as the adapter does (log-probabilities within 0.004")
+    assert lines[compared + 2].startswith("gguf q8_0 answers as the adapter does (log-probabilities differ by 0.004")

@@ -47,8 +47,8 @@ def test_an_export_is_a_line_with_how_close_it_is_or_why_it_failed(command: Comm
     for form in ((), ("--markdown",)):
         lines = command("results", "medqa", *form).stdout.splitlines()
         assert (
-            "learning_rate=0.0001 r=8: gguf q8_0 answers as the adapter does (log-probabilities within 0.004, "
-            "119 of 120 tokens the same; the base model's are 2.5 off): batches/x/1-a/gguf/medqa.1-Q8_0.gguf"
+            "learning_rate=0.0001 r=8: gguf q8_0 answers as the adapter does (log-probabilities differ by 0.004, "
+            "119 of 120 tokens are the same; the base model's differ by 2.5): batches/x/1-a/gguf/medqa.1-Q8_0.gguf"
         ) in lines
         assert (
             "learning_rate=0.0002 r=8: its export failed (wrong_export): gguf q8_0 does not answer as the adapter does"

@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from trainer_child import DEMO, Child, Done, train_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.trainer import gguf
-from gpu_worker.trainer.compare import TOLERANCE, TOLERANCE_8BIT, answer, closeness
+from gpu_worker.trainer.compare import EIGHT_BITS, TOLERANCE, answer, closeness
+from jobqueue.example import MultipleChoice
 
 HERE = Path(__file__).parent
+LINES = (DEMO / "train.jsonl").read_text().splitlines()
 LEARNS = {"max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 5e-3}
-QUESTION = [{"role": "user", "content": "Find the vegetable.\n\nOptions:\nA. clarinet\nB. leek\n\nPlease choose."}]
+ROWS = [MultipleChoice(row["question"], row["options"], row["answer_idx"]) for row in map(json.loads, LINES[:4])]
 
 
 def export_spec(**changes: Any) -> dict[str, Any]:
@@ -42,56 +46,57 @@ def exported(child: Child, trained: Path) -> Done:
     return child.run(export_spec(export=export), adapter=trained, gguf_converter=HERE / "gguf_converter.py")
 
 
-def log_probs(model: Any, tokenizer: Any) -> torch.Tensor:
-    """Of the word that names the answer."""
-    text = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(f"{text}The correct answer is", add_special_tokens=False, return_tensors="pt")["input_ids"]
+@pytest.fixture
+def base() -> Any:
+    return AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+
+
+def prompt(tokenizer: Any, row: MultipleChoice, answer: str = "") -> list[int]:
+    text = tokenizer.apply_chat_template(row.conversation()[:-1], add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text + answer, add_special_tokens=False)["input_ids"])
+
+
+def next_log_probs(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Of the word that names the answer: (rows, vocabulary)."""
     with torch.inference_mode():
-        return torch.as_tensor(model(ids).logits[0, -1].float().log_softmax(-1))
+        asked = [torch.tensor([prompt(tokenizer, row, "The correct answer is")]) for row in ROWS]
+        return torch.stack([model(ids).logits[0, -1].log_softmax(-1) for ids in asked])
 
 
-def test_the_merged_model_answers_as_the_adapter_and_not_as_its_base(exported: Done, trained: Path) -> None:
+def test_the_merged_model_answers_as_the_adapter_and_not_as_its_base(exported: Done, trained: Path, base: Any) -> None:
     """unsloth#3508, unsloth#7792: the merged model was wrong while the adapter was right; answers are compared."""
-    from peft import PeftModel
-
     folder = exported.folder / "merged_16bit"
-    base = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    before = log_probs(base, tokenizer)
-    adapter = log_probs(PeftModel.from_pretrained(base, trained), tokenizer)
-    merged = log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
+    before = next_log_probs(base, tokenizer)
+    adapter = next_log_probs(PeftModel.from_pretrained(base, trained), tokenizer)
+    merged = next_log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
 
-    top = adapter.argmax()
-    assert abs(merged[top] - adapter[top]) < 0.05
-    assert abs(before[top] - adapter[top]) > 0.5
+    tops = adapter.argmax(1, keepdim=True)
+    assert (merged - adapter).gather(1, tops).abs().max() < 0.05
+    assert (before - adapter).gather(1, tops).abs().max() > 1
     said = exported.outcome["exports"][0]
     assert said["format"] == "merged_16bit"
     assert said["same_tokens"] == said["tokens"] > 20
-    assert said["difference"] < 0.05 < said["tolerance"] < said["base_difference"]
+    assert 3 * said["difference"] < said["tolerance"] < said["base_difference"] / 2
 
 
-def test_a_merge_that_is_wrong_is_beyond_the_tolerance(trained: Path) -> None:
-    """unsloth#3508, unsloth#7792: the base model saved by mistake, the adapter at half its weight, in all
-    layers or in some."""
-    from peft import PeftModel
-
-    base: Any = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+def test_a_merge_that_is_wrong_is_beyond_the_tolerance(trained: Path, base: Any) -> None:
+    """unsloth#3508, unsloth#7792: the base model saved by mistake, the adapter at half its weight, in all layers or in
+    some."""
     tokenizer = AutoTokenizer.from_pretrained(trained)
-    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     tuned = PeftModel.from_pretrained(base, trained)
-    answers = answer(base, [prompt[0].tolist()], [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    answers = answer(base, [prompt(tokenizer, row) for row in ROWS], [tokenizer.eos_token_id], tokenizer.pad_token_id)
 
-    assert closeness(base, answers).difference == 0
+    assert closeness(base, answers).difference < 1e-4
     with tuned.disable_adapter():
-        assert closeness(base, answers).difference > 2 * TOLERANCE_8BIT
-    layers = [module for module in tuned.modules() if hasattr(module, "scaling")]
+        assert closeness(base, answers).difference > TOLERANCE[torch.float32] + EIGHT_BITS
+    layers = [module for module in tuned.modules() if isinstance(module, LoraLayer)]
     for wrong in (layers, layers[: len(layers) // 4]):
         for layer in wrong:
             layer.scaling["default"] /= 2
-        assert closeness(base, answers).difference > TOLERANCE
+        assert closeness(base, answers).difference > TOLERANCE[torch.float32]
         for layer in wrong:
             layer.scaling["default"] *= 2
-    assert closeness(base, answers).difference == 0
 
 
 def test_a_merged_folder_is_a_whole_model_in_16_bits_without_an_adapters_config(exported: Done) -> None:
@@ -125,7 +130,7 @@ def test_a_gguf_file_with_weights_in_another_order_is_refused(child: Child, trai
         export_spec(export={"formats": ["gguf"], "quantization_method": "f16"}), adapter=trained, gguf_converter=script
     ).failure
     assert failure.reason == "wrong_export"
-    assert failure.message.startswith("gguf f16 does not answer as the adapter does: a log-probability differs by ")
+    assert failure.message.startswith("gguf f16 does not answer as the adapter does: log-probabilities differ by ")
 
 
 def test_gguf_alone_leaves_no_other_model_behind_and_may_ask_the_users_own_prompts(child: Child, trained: Path) -> None:
