@@ -113,7 +113,8 @@ def _merge(spec: ExportSpec, request: Request, prompts: list[Prompt], folder: Pa
         reserved_at_start = usage.reserved()
         chat = chat_of(tokenizer, spec.chat_template)
         ends = end_ids(chat, model)
-        asked = _askable(chat, prompts, spec.max_seq_length)
+        most = len(prompts) if spec.export.prompts else PROMPTS
+        asked = _askable(chat, prompts, spec.max_seq_length, most)
         tuned = None if whole else parked.with_adapter(model, request.adapter)  # it puts the adapter into `model`
         answers = answer(model, [ids for _, ids in asked], ends, tokenizer.pad_token_id)
         for one in answers:
@@ -122,7 +123,10 @@ def _merge(spec: ExportSpec, request: Request, prompts: list[Prompt], folder: Pa
         if tuned is not None:
             with tuned.disable_adapter():
                 base_difference = closeness(model, answers).difference
-            model = tuned.merge_and_unload(safe_merge=True)
+            try:
+                model = tuned.merge_and_unload(safe_merge=True)
+            except ValueError as error:  # NaN
+                raise _wrong(f"the adapter cannot be merged: {error}") from error
         model.generation_config.eos_token_id = ends  # the chat template's end of turn may not be the model's own
         model.to(config.dtype if config.dtype in SIXTEEN_BITS else torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -172,15 +176,15 @@ def _prompts(spec: ExportSpec) -> list[Prompt]:
     return list(found.values())
 
 
-def _askable(chat: Chat, prompts: list[Prompt], limit: int) -> list[tuple[Prompt, list[int]]]:
-    """The first PROMPTS that the template renders and that leave room for an answer, with their token ids."""
+def _askable(chat: Chat, prompts: list[Prompt], limit: int, most: int) -> list[tuple[Prompt, list[int]]]:
+    """The first `most` that the template renders and that leave room for an answer, with their token ids."""
     found: list[tuple[Prompt, list[int]]] = []
     for prompt in prompts:
         with contextlib.suppress(BadTurn):
             ids = _ids(chat, prompt)
             if ids and len(ids) + COMPARED_TOKENS <= limit:
                 found.append((prompt, ids))
-        if len(found) == PROMPTS:
+        if len(found) == most:
             break
     if not found:
         raise bad_data(f"no prompt is short enough to compare answers to it within {limit} tokens: set export.prompts")
