@@ -147,7 +147,7 @@ def _checked(what: str, folder: Path, reference: Reference) -> dict[str, Any]:
             found = closeness(written.model, reference.answers)
         except ValueError as error:
             raise _wrong(f"{what}: {error}") from error
-    tolerance = TOLERANCE[written.model.dtype] + (EIGHT_BITS if what.endswith("q8_0") else 0.0)
+    tolerance = round(TOLERANCE[written.model.dtype] + (EIGHT_BITS if what.endswith("q8_0") else 0.0), 2)
     if not found.difference <= tolerance:  # also where it is NaN
         raise _wrong(
             f"{what} does not answer as the adapter does: log-probabilities differ by {found.difference:.3g} on "
