@@ -123,7 +123,7 @@ def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: For
             said = f"{report.batch}: {ratings.title(found)}" if len(reports) > 1 else ratings.title(found)
             parts += [f"{said}:", tables.as_markdown(*ratings.cells(found)), *ratings.notes(found)]
         parts += [*tables.failures(rows), *(problem for report in reports for problem in report.problems)]
-        click.echo("\n\n".join([*parts, *(report.verdict for report in reports)]))
+        click.echo("\n\n".join([*parts, *tables.exports(rows), *(report.verdict for report in reports)]))
     elif form == "plot":
         from cli.plot import plot
 
@@ -152,6 +152,8 @@ def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bo
         out.print()
     for line in [*tables.failures(rows), *(problem for report in reports for problem in report.problems)]:
         out.print(line, style="red")
+    for line in tables.exports(rows):
+        out.print(line, soft_wrap=True)
     for report in reports:
         out.print(f"{report.batch}: {report.verdict}" if len(reports) > 1 else report.verdict, style="bold")
     for note in notes(reports, rows):

@@ -43,7 +43,7 @@ def find(client: Client, target: str) -> Batch | Job:
     """The batch or the job of that name. Raises NotFoundError."""
     from jobqueue.errors import NotFoundError
 
-    if re.fullmatch(r"base-[0-9a-f]+|.*\.(\d+|\d+\.eval|judge|report)", target):  # the look of a job's id
+    if re.fullmatch(r"base-[0-9a-f]+|.*\.(\d+|\d+\.(eval|export)|judge|report)", target):  # the look of a job's id
         try:
             return client.job(target)
         except NotFoundError as error:
@@ -134,7 +134,9 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
         _print_outcome(out, job.outcome)
     if folder := job.outcome.get("folder"):
         _title(out, "Files")
-        facts(out, {"in the storage": folder, "adapter": f"{folder}/adapter" if job.kind is JobKind.TRAIN else ""})
+        written = {made["format"]: f"{folder}/{made['path']}" for made in job.outcome.get("exports") or ()}
+        adapter = f"{folder}/adapter" if job.kind is JobKind.TRAIN else ""
+        facts(out, {"in the storage": folder, "adapter": adapter, **written})
     _title(out, "Spec")
     _print_yaml(out, job.spec)
 
@@ -166,6 +168,7 @@ def _print_attempts(out: Console, history: Sequence[Mapping[str, Any]]) -> None:
 
 def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
     """Memory as Unsloth's notebooks report it, time, and what came out."""
+    from cli.export import compared
     from cli.render import counted, facts, memory, number, percent
 
     used, time, training = (outcome.get(part) or {} for part in ("memory", "time", "training"))
@@ -202,6 +205,9 @@ def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
             out,
             {f"step {step}": f"{loss} ({marks[step]})" if step in marks else loss for step, loss in losses.items()},
         )
+    if exports := outcome.get("exports"):
+        _title(out, "Compared with the adapter")
+        facts(out, {made["format"]: compared(made) for made in exports})
     scores = {key: part for key, part in outcome.items() if isinstance(part, dict) and "accuracy" in part}
     if scores:
         _title(out, f"Scores on {number(outcome.get('questions'))} questions")

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from cli import render
+from cli.export import compared
 from cli.render import NONE, Column
 from cli.trials import Row, labels, shown, varied
 from jobqueue.job import JobState
@@ -82,6 +83,21 @@ def failures(rows: Sequence[Row]) -> list[str]:
         for name, result in ended
         if result.state in (JobState.FAILED, JobState.CANCELLED)
     ]
+
+
+def exports(rows: Sequence[Row]) -> list[str]:
+    """A line for each form in which a trial was written, or why it was not."""
+    said = []
+    for row, label in zip(rows, labels(rows), strict=True):
+        export = row.trial.export
+        if export and export.state in (JobState.FAILED, JobState.CANCELLED):
+            ended = f"failed ({export.reason})" if export.state is JobState.FAILED else "was cancelled"
+            said.append(f"{label}: its export {ended}: {export.message or 'no reason given'}")
+        if export:
+            said += [
+                f"{label}: {made['format']} {compared(made)}: {export.folder}/{made['path']}" for made in export.exports
+            ]
+    return said
 
 
 def _trial_cells(row: Row, label: str) -> dict[str, str]:
@@ -181,7 +197,9 @@ def as_markdown(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str
 
 # What a line of the CSV has beside the settings that differ, the scores and the comparison with the base model.
 _PLAIN = [
-    f.name for f in fields(TrialResult) if f.name not in ("differs", "scores", "versus_base", "losses", "measures")
+    f.name
+    for f in fields(TrialResult)
+    if f.name not in ("differs", "scores", "versus_base", "losses", "measures", "export")
 ]
 _COMPARED = ("points", "gained", "lost", "p_value", "p_holm", "finding")
 

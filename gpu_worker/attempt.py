@@ -116,14 +116,14 @@ class Attempt:
     def _request(self) -> Request:
         """The job as this machine can do it: what lies in the storage is copied, no trainer waits for a mount."""
         spec = dict(self._claim.spec)
-        section = "data" if spec["kind"] == "train" else "evaluation"
-        replay = spec[section].get("replay")
-        read = [spec["base_model"], spec.get("from_adapter"), spec[section]["source"], replay and replay["source"]]
+        section = "evaluation" if spec["kind"] == "evaluate" else "data"
+        data = spec[section] or {}  # an export may ask the user's own prompts
+        replay = data.get("replay")
+        read = [spec["base_model"], spec.get("from_adapter"), data.get("source"), replay and replay["source"]]
         for source in filter(None, read):
             check_source(source, self._settings.model_roots)
-        spec[section] = self._copied(spec[section], "data") | (
-            {"replay": self._copied(replay, "replay")} if replay else {}
-        )
+        if data:
+            spec[section] = self._copied(data, "data") | ({"replay": self._copied(replay, "replay")} if replay else {})
         adapter = resume = None
         if spec["kind"] == "train":
             resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
@@ -143,6 +143,7 @@ class Attempt:
             self._budget,
             self._lease.insist(lambda: self._store.correction(kind_of(spec))),
             any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._conclusion.before),
+            str(converter) if (converter := self._settings.gguf_converter) else None,
         )
 
     def _copied(self, data: dict[str, Any], name: str) -> dict[str, Any]:

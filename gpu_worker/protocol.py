@@ -26,14 +26,15 @@ class Request:
     """One job for a trainer."""
 
     job_id: str
-    spec: dict[str, Any]  # a TrainSpec or an EvaluateSpec, its sources made readable for this machine
+    spec: dict[str, Any]  # a jobqueue.spec.WorkSpec, its sources made readable for this machine
     output: str  # an empty folder for everything that the job leaves behind
-    adapter: str | None = None  # the folder (or hub id) of the adapter that an evaluation asks or training goes on from
+    adapter: str | None = None  # the folder (or hub id) of the adapter that is asked, exported, or gone on from
     resume: str | None = None  # the folder of the checkpoint that training goes on from
     rung: int = 0  # of the ladder of splits, where this attempt begins; grows when memory ran out
     budget_bytes: int | None = None  # of the GPU, at most, the CUDA context included; None: nothing is known of it
     correction: float = 1.0  # measured peak over estimate, of jobs like this one
     ran_out: bool = False  # memory has run out in an attempt before this one
+    gguf_converter: str | None = None  # llama.cpp's script that writes GGUF files, of this machine
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"

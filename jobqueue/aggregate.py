@@ -17,6 +17,7 @@ from jobqueue.results import (
     PRIMARY,
     BaseResult,
     BatchReport,
+    ExportResult,
     Measure,
     Metric,
     Score,
@@ -40,6 +41,7 @@ def build_report(
     """
     work = [job for job in jobs if job.kind is not JobKind.REPORT]
     evaluations = {job.spec["adapter_job"]: job for job in work if job.kind is JobKind.EVALUATE and not _is_base(job)}
+    exports = {job.spec["adapter_job"]: job for job in work if job.kind is JobKind.EXPORT}
     trains = sorted((job for job in work if job.kind is JobKind.TRAIN), key=lambda job: _number(batch, job))
     bases = [job for job in work if _is_base(job)]
 
@@ -48,7 +50,7 @@ def build_report(
     runs = [(job, evaluations.get(job.id)) for job in trains] or [(job, None) for job in bases]
     settings, differs = _settings(runs)
     trials = [
-        _trial(job, evaluation, bases, scored, metric, answers, what)
+        _trial(job, evaluation, exports.get(job.id), bases, scored, metric, answers, what)
         for (job, evaluation), what in zip(runs, differs, strict=True)
     ]
     versus_base = corrected([trial.versus_base for trial in trials])
@@ -124,6 +126,7 @@ def _measures(job: Job | None) -> dict[Measure, float]:
 def _trial(
     job: Job,
     evaluation: Job | None,
+    export: Job | None,
     bases: Sequence[Job],
     scored: Mapping[str, Mapping[Metric, Score]],
     metric: Metric | None,
@@ -163,10 +166,16 @@ def _trial(
         peak_percent=memory.get("peak_percent"),
         training_percent=memory.get("peak_for_training_percent"),
         train_seconds=_finite(time.get("train_s")),
-        gpu_minutes=_minutes(job, evaluation),
+        gpu_minutes=_minutes(job, evaluation, export),
         measures=_measures(asked),
         losses=thinned([(step, loss) for step, loss, *_ in job.outcome.get("losses") or ()], MOST_POINTS),
+        export=_export(export) if export else None,
     )
+
+
+def _export(job: Job) -> ExportResult:
+    made = tuple(job.outcome.get("exports") or ())
+    return ExportResult(job.id, job.state, job.reason, job.message, job.outcome.get("folder", ""), made)
 
 
 def _base_label(differs: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ class FailureReason(StrEnum):
     ENDPOINT = "endpoint"  # the judge's does not answer, or only with errors
     REFUSED = "refused"  # the judge's endpoint refuses the key, the model or the request
     DEVICE = "device"  # the GPU failed under it, or others took its memory; costs no failure
+    WRONG_EXPORT = "wrong_export"  # what was written does not answer as the adapter does
     PREEMPTED = "preempted"  # the worker was told to stop; costs no failure
     DEPENDENCY = "dependency"  # a job that this one needs did not succeed
     INTERNAL = "internal"  # an exception nobody foresaw; the log has it
@@ -60,6 +61,7 @@ class FailureReason(StrEnum):
 class JobKind(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
+    EXPORT = "export"
     JUDGE = "judge"
     REPORT = "report"
 

@@ -20,10 +20,12 @@ from jobqueue.spec import (
     ControlSpec,
     EvaluateSpec,
     EvaluationSpec,
+    ExportSpec,
     RateSpec,
     ReportSpec,
     RunSpec,
     TrainSpec,
+    WorkSpec,
 )
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
@@ -36,10 +38,10 @@ BATCH = "{batch}"  # stands for the batch's name until the server has given it
 class PlannedJob:
     """One job to be. Ids are those within the batch, but for base evaluations, which serve many batches."""
 
-    id: str  # "1", "1.eval", "judge", "report"; "base-<hash>"
+    id: str  # "1", "1.export", "1.eval", "judge", "report"; "base-<hash>"
     kind: JobKind
     trial: str
-    spec: TrainSpec | EvaluateSpec | ControlSpec
+    spec: WorkSpec | ControlSpec
     need_bytes: int  # estimated peak; 0: a control worker will say
     needs: tuple[str, ...] = ()  # must have succeeded before
     follows: tuple[str, ...] = ()  # must have ended before
@@ -199,7 +201,7 @@ def _judge(sweep: Sweep) -> JudgeSpec | None:
 
 
 def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
-    """Train, evaluation of the base model, evaluation of the adapter: those of them that the configuration has."""
+    """Train, export, evaluation of the base model, evaluation of the adapter: those that the configuration has."""
     run = trial.run
     model = look.model(run.base_model)
     look.check_revision(run.revision, model)
@@ -216,7 +218,12 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
             training=run.training,
             resources=run.resources,
         )
-        jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, _need(train)))
+        jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, need(train)))
+        if run.export is not None:
+            export = ExportSpec.of(train, f"{BATCH}.{number}", run.export)
+            jobs.append(
+                PlannedJob(f"{number}.export", JobKind.EXPORT, trial.label, export, need(export), needs=(number,))
+            )
     if run.evaluation is None:
         return jobs
     if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
@@ -225,12 +232,12 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
     if run.data is None or run.evaluation.compare_with_base:
         label = "" if run.data is not None else trial.label
         jobs.append(
-            PlannedJob(_base_id(base, look.version(model, run.revision)), JobKind.EVALUATE, label, base, _need(base))
+            PlannedJob(_base_id(base, look.version(model, run.revision)), JobKind.EVALUATE, label, base, need(base))
         )
     if run.data is not None:
         adapter = base.model_copy(update={"adapter_job": f"{BATCH}.{number}"})
         job_id = f"{number}.eval"
-        jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, _need(adapter), needs=(number,)))
+        jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, need(adapter), needs=(number,)))
     return jobs
 
 
@@ -259,7 +266,7 @@ def _base_id(spec: EvaluateSpec, model: str) -> str:
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def _need(spec: TrainSpec | EvaluateSpec) -> int:
+def need(spec: WorkSpec) -> int:
     """Estimated peak bytes, 0 where this machine cannot read the model's config."""
     if spec.resources.memory is not None:
         return int(spec.resources.memory)

@@ -47,6 +47,18 @@ class BaseResult:
 
 
 @dataclass(frozen=True)
+class ExportResult:
+    """What was written of a trial, and how close its answers are to the adapter's."""
+
+    job: str
+    state: JobState
+    reason: FailureReason | None
+    message: str
+    folder: str  # in the storage, "" where there is none
+    exports: tuple[Mapping[str, Any], ...]  # as the job's outcome has them: format, path, difference, ...
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """One configuration: what came out, and what it cost."""
 
@@ -77,6 +89,7 @@ class TrialResult:
     cost: float | None = None  # of them, where a price per GPU hour is set
     losses: tuple[tuple[int, float], ...] = ()  # step, mean loss since the point before
     measures: Mapping[Measure, float] = field(default_factory=dict)  # perplexity; BLEU, 0 to 100
+    export: ExportResult | None = None
 
     @property
     def by_measure(self) -> tuple[float, float]:

@@ -103,6 +103,12 @@ TABLE = {
         counts=False,
         in_a_row=3,
     ),
+    R.WRONG_EXPORT: Rule(
+        1,
+        "The exported model does not answer as the adapter does; nothing of it was kept.",
+        "The adapter itself is fine. The message has how far off it was: take a newer GGUF converter, "
+        "another `quantization_method`, or `merged_16bit` alone; report it where that is wrong too.",
+    ),
     R.PREEMPTED: Rule(
         1, "The worker was drained or stopped; a checkpoint was written first.", "Nothing: it goes on.", counts=False
     ),

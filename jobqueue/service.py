@@ -11,13 +11,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobqueue import adapters, cards, sheets, submission
+from jobqueue import adapters, cards, exports, sheets, submission
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.cards import Deck
 from jobqueue.embedded import connect_url
 from jobqueue.errors import BusyError, NotFoundError, ServerError, StorageError, UnansweredError
 from jobqueue.events import Event
+from jobqueue.export_spec import ExportOptions
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import all_classes
 from jobqueue.plan import Plan, make_plan
@@ -67,6 +68,10 @@ class Client:
     def plan(self, sweep: Sweep) -> Plan:
         """The jobs of a sweep; needs no server. Raises SpecError, DataError."""
         return make_plan(sweep, workers_are_here=self.settings.redis_url is None)
+
+    def plan_export(self, trial: str, options: ExportOptions) -> Plan:
+        """One job that exports a trial (BATCH/NUMBER). Raises NotFoundError where it has trained nothing."""
+        return exports.plan_export(trial, options, self.store.job)
 
     def find(self, plan: Plan) -> Batch | None:
         """The batch of this owner that was made from the same plan."""

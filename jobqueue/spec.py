@@ -1,4 +1,4 @@
-"""The only schema, with data_spec.py: what a user writes in a sweep file, and what a job is asked to do.
+"""The only schema, with data_spec.py and export_spec.py: what a user writes in a sweep file, what a job is asked to do.
 
 Names are those of Hugging Face, PEFT, TRL and Unsloth, so that a notebook's settings can be copied; everything
 left out has the default of Unsloth's notebook for Llama-3.2-1B on MedQA.
@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from jobqueue.data_spec import DataSpec, Part, QuestionFormat, RowsSpec
+from jobqueue.export_spec import ExportOptions
 from jobqueue.judge_spec import JudgeSpec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
@@ -214,12 +215,15 @@ class RunSpec(Part):
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec | None = None
+    export: ExportOptions | None = None
     resources: ResourcesSpec = ResourcesSpec()
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
         if self.data is None and self.evaluation is None:
             raise ValueError("neither data nor evaluation is set; there is nothing to do")
+        if self.export and self.data is None:
+            raise ValueError("export writes what was trained, and without data nothing is trained")
         for clashes, why in (
             (self.data is None, "without data nothing is trained"),
             (self.method == "full", "method full trains no adapter"),
@@ -295,6 +299,40 @@ class EvaluateSpec(Part):
     resources: ResourcesSpec
 
 
+class ExportSpec(Part):
+    """A job that writes a trained model as others read it, and compares its answers with the adapter's."""
+
+    kind: Literal["export"] = "export"
+    base_model: str
+    revision: str | None = None
+    method: Method
+    chat_template: str | None = None
+    adapter_job: str
+    """The train job whose adapter (or, for method full, whose model) is written."""
+    data: DataSpec | None
+    """The rows whose prompts are asked; None: `export.prompts` are."""
+    lora: LoraSpec
+    max_seq_length: int
+    export: ExportOptions
+    resources: ResourcesSpec
+
+    @classmethod
+    def of(cls, train: TrainSpec, adapter_job: str, export: ExportOptions) -> ExportSpec:
+        """The export of what `train` trains."""
+        return cls(
+            base_model=train.base_model,
+            revision=train.revision,
+            method=train.method,
+            chat_template=train.chat_template,
+            adapter_job=adapter_job,
+            data=None if export.prompts else train.data.model_copy(update={"validation_split": None, "replay": None}),
+            lora=train.lora,
+            max_seq_length=train.training.max_seq_length,
+            export=export,
+            resources=train.resources,
+        )
+
+
 class ReportSpec(Part):
     """A job that aggregates a batch."""
 
@@ -310,6 +348,8 @@ class RateSpec(Part):
     judge: JudgeSpec
 
 
+WorkSpec = TrainSpec | EvaluateSpec | ExportSpec
+"""What a trainer does."""
 ControlSpec = ReportSpec | RateSpec
 """What a control worker does: no GPU, no memory to speak of."""
-JobSpec = Annotated[TrainSpec | EvaluateSpec | ControlSpec, Field(discriminator="kind")]
+JobSpec = Annotated[WorkSpec | ControlSpec, Field(discriminator="kind")]

@@ -9,7 +9,7 @@ from jobqueue.errors import CapacityError
 from jobqueue.job import WorkerInfo
 from jobqueue.memory import GIB, kind_of
 from jobqueue.plan import BATCH, Plan, PlannedJob
-from jobqueue.spec import ControlSpec, EvaluateSpec, TrainSpec
+from jobqueue.spec import ControlSpec, EvaluateSpec, ExportSpec, WorkSpec
 from jobqueue.store import NewJob, Store
 
 
@@ -47,11 +47,11 @@ def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     )
 
 
-def _named(spec: TrainSpec | EvaluateSpec | ControlSpec, batch: str) -> TrainSpec | EvaluateSpec | ControlSpec:
+def _named(spec: WorkSpec | ControlSpec, batch: str) -> WorkSpec | ControlSpec:
     """With the batch's name where the plan left it open."""
     if isinstance(spec, ControlSpec):
         return spec.model_copy(update={"batch": batch})
-    if isinstance(spec, EvaluateSpec) and spec.adapter_job is not None:
+    if isinstance(spec, (EvaluateSpec, ExportSpec)) and spec.adapter_job is not None:
         return spec.model_copy(update={"adapter_job": spec.adapter_job.replace(BATCH, batch)})
     return spec
 

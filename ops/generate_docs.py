@@ -22,7 +22,7 @@ import click
 from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
-from jobqueue import data_spec, judge_spec, spec
+from jobqueue import data_spec, export_spec, judge_spec, spec
 from jobqueue.retry import TABLE, Rule
 from jobqueue.settings import Settings
 
@@ -39,6 +39,7 @@ SECTIONS = (
     ("training", spec.TrainingSpec),
     ("evaluation", spec.EvaluationSpec),
     ("evaluation.judge", judge_spec.JudgeSpec),
+    ("export", export_spec.ExportOptions),
     ("resources", spec.ResourcesSpec),
     ("sweep", spec.SweepSpec),
 )
@@ -51,6 +52,7 @@ MEANINGS: Mapping[str, str] = {
     "lora": "Section, see below.",
     "training": "Section, see below.",
     "evaluation": "Section, see below. Without it nothing is scored.",
+    "export": "Section, see below. Without it the adapter alone is kept.",
     "resources": "Section, see below.",
     "sweep": "Section, see below. Without it the file is one configuration.",
     "data.format": "How a row looks; auto: by the names of its columns.",
@@ -80,6 +82,8 @@ MEANINGS: Mapping[str, str] = {
     "training.max_seq_length": "Tokens of a row; what is longer is cut.",
     "training.dataset_num_proc": "Accepted for the sake of notebooks: rows are prepared by threads, however many.",
     "training.report_to": "Experiment trackers, by transformers' names.",
+    "export.formats": "merged_16bit: a model that needs no adapter; gguf: a file for llama.cpp, on workers with "
+    "`LORAQ_GGUF_CONVERTER`.",
     "evaluation.split": "Of a hub data set; a file has no splits.",
     "evaluation.metrics": "likelihood: the option with the highest log-probability; generated: the written answer; "
     "perplexity of the right answers; bleu: the written answer against the right one. The last two take rows of any "

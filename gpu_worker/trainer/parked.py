@@ -80,7 +80,7 @@ def _loaded(spec: EvaluateSpec, name: str, revision: str | None, adapter: str | 
         yield base
     else:
         before = _tensors(base.model)
-        tuned = _with_adapter(base.model, adapter)
+        tuned = with_adapter(base.model, adapter)
         # PEFT puts the adapter into the base model's own layers. That model is asked, not the wrapper, whose
         # forward Unsloth replaces.
         yield models.Loaded(tuned.get_base_model().eval(), base.tokenizer, base.name)
@@ -90,7 +90,8 @@ def _loaded(spec: EvaluateSpec, name: str, revision: str | None, adapter: str | 
         _parked = Parked(key, base.model)
 
 
-def _with_adapter(model: Any, adapter: str) -> Any:
+def with_adapter(model: Any, adapter: str) -> Any:
+    """PEFT's wrapper of `model`, whose own layers get the adapter. Raises JobFailure (storage) where there is none."""
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise JobFailure(FailureReason.STORAGE, f"there is no adapter in {adapter}")
     return PeftModel.from_pretrained(model, str(Path(adapter).absolute()))

@@ -61,15 +61,15 @@ class Child:
         adapter: Path | None = None,
         output: Path | None = None,
         resume: Path | None = None,
+        gguf_converter: Path | None = None,
     ) -> Path:
         """Hand it a job; returns the job's output folder."""
         self.jobs += 1
         if output is None:
             output = self.folder / f"job{self.jobs}"
             output.mkdir()
-        request = Request(
-            f"job{self.jobs}", spec, str(output), str(adapter) if adapter else None, str(resume) if resume else None
-        )
+        adapter_, resume_, converter = (str(path) if path else None for path in (adapter, resume, gguf_converter))
+        request = Request(f"job{self.jobs}", spec, str(output), adapter_, resume_, gguf_converter=converter)
         assert self.process.stdin is not None
         self.process.stdin.write(request.line())
         self.process.stdin.flush()
@@ -81,9 +81,10 @@ class Child:
         adapter: Path | None = None,
         output: Path | None = None,
         resume: Path | None = None,
+        gguf_converter: Path | None = None,
     ) -> Done:
         """Hand it a job and wait for its end."""
-        folder = self.send(spec, adapter, output, resume)
+        folder = self.send(spec, adapter, output, resume, gguf_converter)
         progress: list[Progress] = []
         checkpoints: list[Path] = []
         while True:
