@@ -43,7 +43,7 @@ def find(client: Client, target: str) -> Batch | Job:
     """The batch or the job of that name. Raises NotFoundError."""
     from jobqueue.errors import NotFoundError
 
-    if re.fullmatch(r"base-[0-9a-f]+|.*\.(\d+|\d+\.eval|report)", target):  # the look of a job's id
+    if re.fullmatch(r"(base|ask)-[0-9a-f]+|.*\.(\d+|\d+\.eval|report)", target):  # the look of a job's id
         try:
             return client.job(target)
         except NotFoundError as error:

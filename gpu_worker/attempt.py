@@ -20,7 +20,7 @@ from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
 from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
-from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
+from gpu_worker.protocol import Answer, Checkpoint, Failed, Progress, Request, Result
 from gpu_worker.stop import CUT_OFF, ON_REQUEST, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue import adapters
@@ -76,7 +76,7 @@ class Attempt:
             self.sick = end.message if end.reason == FailureReason.STORAGE else ""
             self.succeeded = end.state is JobState.SUCCEEDED
             self._wake(self._lease.settle(end))
-            if end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
+            if self._claim.leaves_files and end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
                 self._patience("remove checkpoints", self._keeper.forget, settled=True, hurry=True)
         except StaleAttemptError as error:
             log.warning("%s; its trainer was ended", error.what)
@@ -111,24 +111,26 @@ class Attempt:
             return self._conclusion.failure(FailureReason.INTERNAL, f"{type(error).__name__}: {error}")
 
     def _published(self) -> Published | None:
+        if not self._claim.leaves_files:
+            return None
         return self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
 
     def _request(self) -> Request:
         """The job as this machine can do it: what lies in the storage is copied, no trainer waits for a mount."""
         spec = dict(self._claim.spec)
-        section = "data" if spec["kind"] == "train" else "evaluation"
-        replay = spec[section].get("replay")
-        read = [spec["base_model"], spec.get("from_adapter"), spec[section]["source"], replay and replay["source"]]
+        section = next((name for name in ("data", "evaluation") if name in spec), "")
+        rows = spec.get(section, {})  # a question reads none
+        replay = rows.get("replay")
+        read = [spec["base_model"], spec.get("from_adapter"), rows.get("source"), replay and replay["source"]]
         for source in filter(None, read):
             check_source(source, self._settings.model_roots)
-        spec[section] = self._copied(spec[section], "data") | (
-            {"replay": self._copied(replay, "replay")} if replay else {}
-        )
+        if rows:
+            spec[section] = self._copied(rows, "data") | ({"replay": self._copied(replay, "replay")} if replay else {})
         adapter = resume = None
         if spec["kind"] == "train":
             resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
             adapter = self._adapter(spec["from_adapter"]) if spec.get("from_adapter") else None
-        elif spec["adapter_job"]:
+        elif spec["adapter_job"] and "adapter" in spec.get("asked", ("adapter",)):
             trained = self._lease.insist(lambda: self._store.job(spec["adapter_job"])).outcome["folder"]
             adapter = self._adapter(f"{STORED}{trained}/adapter")
         output = self._scratch / "output"
@@ -169,7 +171,7 @@ class Attempt:
             self._lease.release()
             self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
             stays = self._watch.freed(trainer.mark, self._settings.grace_s) if trainer.ended else 0
-        if not isinstance(end, Result):
+        if self._claim.leaves_files and not isinstance(end, Result):
             self._keep_log()
         settlement = self._conclusion.after(end, request, list(journal.last_lines))
         if stays:
@@ -243,10 +245,12 @@ class Attempt:
                 if isinstance(message, LogLine):
                     journal.line(message.text)
                 elif isinstance(message, Progress):
-                    journal.progress(message)
+                    journal.event(message)
                     if message.budget_bytes is not None:
                         self._admission.lower(self._claim.nonce, message.budget_bytes)
                     stop.can_save = message.phase == "train"
+                elif isinstance(message, Answer):
+                    journal.event(message)
                 elif isinstance(message, Checkpoint):
                     self._keeper.take(message)
                 elif isinstance(message, (Result, Failed)):

@@ -7,7 +7,7 @@ LORAQ_EVENTS_FD names. Standard output and standard error are the job's log, who
       |                              | imports Unsloth
       |  <----- {"type": "ready"} ---|
       |--- request ----------------> |
-      |  <-- progress, checkpoint ---|  SIGUSR1 asks for a checkpoint at the next step's end
+      |  <-- progress, checkpoint, answer  SIGUSR1 asks for a checkpoint at the next step's end
       |  <----- result or failed ----|  one of them ends the job; the next request may follow where it says goes_on
       |--- end of file ------------> | leaves
 """
@@ -26,7 +26,7 @@ class Request:
     """One job for a trainer."""
 
     job_id: str
-    spec: dict[str, Any]  # a TrainSpec or an EvaluateSpec, its sources made readable for this machine
+    spec: dict[str, Any]  # a TrainSpec, EvaluateSpec or AskSpec, its sources made readable for this machine
     output: str  # an empty folder for everything that the job leaves behind
     adapter: str | None = None  # the folder (or hub id) of the adapter that an evaluation asks or training goes on from
     resume: str | None = None  # the folder of the checkpoint that training goes on from
@@ -43,7 +43,7 @@ class Request:
 class Progress:
     """Where a job is. Fields that do not apply are None and are left out."""
 
-    phase: Literal["load", "data", "train", "evaluate", "save"]
+    phase: Literal["load", "data", "train", "evaluate", "answer", "save"]
     step: int | None = None  # optimizer steps done, or questions answered
     steps: int | None = None  # of so many
     epoch: float | None = None
@@ -63,6 +63,18 @@ class Checkpoint:
     step: int
     folder: str
     type: Literal["checkpoint"] = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of an answer to a prompt: what was added to it, and at its end the whole."""
+
+    prompt: int  # its place among the prompts, from 0
+    by: str  # a jobqueue.spec.Asked
+    text: str
+    done: bool = False
+    cut: bool | None = None  # of a whole answer: whether it had to end before the model ended it
+    type: Literal["answer"] = "answer"
 
 
 @dataclass(frozen=True)
@@ -92,10 +104,11 @@ class Ready:
     type: Literal["ready"] = "ready"
 
 
-Event = Progress | Checkpoint | Result | Failed | Ready
-_KINDS: dict[str, type[Progress] | type[Checkpoint] | type[Result] | type[Failed] | type[Ready]] = {
+Event = Progress | Checkpoint | Answer | Result | Failed | Ready
+_KINDS: dict[str, type[Event]] = {
     "progress": Progress,
     "checkpoint": Checkpoint,
+    "answer": Answer,
     "result": Result,
     "failed": Failed,
     "ready": Ready,

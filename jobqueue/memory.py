@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jobqueue.spec import EvaluateSpec, LoraSpec, TrainSpec
+from jobqueue.spec import AskSpec, EvaluateSpec, LoraSpec, TrainSpec
 
 GIB = 2**30
 Layout = Literal["padded", "flat", "masked"]
@@ -118,6 +118,10 @@ class Shape:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return tokens * 2.0 * (2.6 * self.hidden + 2 * q + 2 * kv + 3 * self.intermediate)
 
+    def generating_bytes(self, tokens: int) -> float:
+        """Keys and values of so many tokens, and what reading them needs at once, in 16 bits."""
+        return tokens * self.layers * 2 * self.kv_heads * self.head_dim * 2 + self.working_bytes(tokens) / 2
+
 
 def training_peak(
     config: Mapping[str, Any], spec: TrainSpec, tokens: int | None = None, layout: Layout = "flat"
@@ -160,9 +164,16 @@ def evaluation_peak(config: Mapping[str, Any], spec: EvaluateSpec, row_tokens: i
     shape = Shape.from_config(config)
     length = min(row_tokens or spec.max_seq_length, spec.max_seq_length)
     tokens = spec.evaluation.per_device_eval_batch_size * (length + spec.evaluation.max_new_tokens)
-    cache = tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * 2 + shape.working_bytes(tokens) / 2
+    cache = shape.generating_bytes(tokens)
     scores = min(4 * tokens * shape.vocab * 4, SCORED_LOGITS)
     return int((shape.weight_bytes(spec.load_in_4bit) + max(cache, scores)) * FRAGMENTS + ROUNDING + CONTEXT)
+
+
+def asking_peak(config: Mapping[str, Any], spec: AskSpec) -> int:
+    """Peak bytes on the GPU of answering prompts: of an evaluation that writes one answer at a time and scores none."""
+    shape = Shape.from_config(config)
+    generating = shape.generating_bytes(spec.max_seq_length + spec.max_new_tokens)
+    return int((shape.weight_bytes(spec.load_in_4bit) + generating) * FRAGMENTS + ROUNDING + CONTEXT)
 
 
 def kind_of(spec: Mapping[str, Any]) -> str:
@@ -171,7 +182,7 @@ def kind_of(spec: Mapping[str, Any]) -> str:
     return f"{spec['kind']}:{bits}:{spec['base_model']}"
 
 
-def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec) -> int:
+def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec | AskSpec) -> int:
     """Peak bytes of a job with rows of `max_seq_length`; what the user said in `resources.memory` goes first.
 
     Raises KeyError where the config, the base model's config.json, lacks what the estimate needs.
@@ -180,4 +191,6 @@ def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec) -> int:
         return int(spec.resources.memory)
     if isinstance(spec, TrainSpec):
         return training_peak(config, spec)
+    if isinstance(spec, AskSpec):
+        return asking_peak(config, spec)
     return evaluation_peak(config, spec)

@@ -14,11 +14,12 @@ from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
 from jobqueue.sources import AnyData
-from jobqueue.spec import BY_QUESTION, EvaluateSpec, EvaluationSpec, ReportSpec, RunSpec, TrainSpec
+from jobqueue.spec import BY_QUESTION, AskSpec, EvaluateSpec, EvaluationSpec, ReportSpec, RunSpec, TrainSpec
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
 EVALUATOR = 2  # raised when the same answers would be scored otherwise: base models are then asked anew
+OF_NO_BATCH = ("base-", "ask-")  # how the ids of jobs begin that belong to none
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
 
 
@@ -29,14 +30,14 @@ class PlannedJob:
     id: str  # "1", "1.eval", "report"; "base-<hash>"
     kind: JobKind
     trial: str
-    spec: TrainSpec | EvaluateSpec | ReportSpec
+    spec: TrainSpec | EvaluateSpec | AskSpec | ReportSpec
     need_bytes: int  # estimated peak; 0: a control worker will say
     needs: tuple[str, ...] = ()  # must have succeeded before
     follows: tuple[str, ...] = ()  # must have ended before
 
     @property
     def shared(self) -> bool:
-        return self.id.startswith("base-")
+        return self.id.startswith(OF_NO_BATCH)
 
     @property
     def after(self) -> tuple[str, ...]:
@@ -192,7 +193,7 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
             training=run.training,
             resources=run.resources,
         )
-        jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, _need(train)))
+        jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, need_of(train)))
     if run.evaluation is None:
         return jobs
     if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
@@ -201,12 +202,12 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
     if run.data is None or run.evaluation.compare_with_base:
         label = "" if run.data is not None else trial.label
         jobs.append(
-            PlannedJob(_base_id(base, look.version(model, run.revision)), JobKind.EVALUATE, label, base, _need(base))
+            PlannedJob(_base_id(base, look.version(model, run.revision)), JobKind.EVALUATE, label, base, need_of(base))
         )
     if run.data is not None:
         adapter = base.model_copy(update={"adapter_job": f"{BATCH}.{number}"})
         job_id = f"{number}.eval"
-        jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, _need(adapter), needs=(number,)))
+        jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, need_of(adapter), needs=(number,)))
     return jobs
 
 
@@ -235,7 +236,7 @@ def _base_id(spec: EvaluateSpec, model: str) -> str:
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def _need(spec: TrainSpec | EvaluateSpec) -> int:
+def need_of(spec: TrainSpec | EvaluateSpec | AskSpec) -> int:
     """Estimated peak bytes, 0 where this machine cannot read the model's config."""
     if spec.resources.memory is not None:
         return int(spec.resources.memory)

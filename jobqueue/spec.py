@@ -28,6 +28,7 @@ Metric = Literal["likelihood", "generated", "perplexity", "bleu"]
 BY_QUESTION: tuple[Metric, ...] = ("likelihood", "generated")
 """Metrics of multiple-choice questions; the others take any row with an answer."""
 Method = Literal["qlora", "lora", "full"]
+Asked = Literal["base", "adapter"]
 Optimizer = Literal[
     "adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused",
     "adafactor", "sgd", "lion_8bit", "lion_32bit", "paged_lion_8bit", "ademamix_8bit", "rmsprop", "adagrad",
@@ -285,6 +286,28 @@ class EvaluateSpec(Part):
     resources: ResourcesSpec
 
 
+class AskSpec(Part):
+    """A job that answers prompts, as the base model and as a trial's adapter answer them."""
+
+    kind: Literal["ask"] = "ask"
+    base_model: str
+    revision: str | None = None
+    method: Method
+    chat_template: str | None = None
+    adapter_job: str
+    load_in_4bit: bool
+    max_seq_length: int
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    asked: Annotated[tuple[Asked, ...], Field(min_length=1)] = ("base", "adapter")
+    system_prompt: str | None = None
+    max_new_tokens: PositiveInt = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: the most likely token each time."""
+    seed: NonNegativeInt = 3407
+    """Of what is drawn where the temperature is above 0."""
+    resources: ResourcesSpec = ResourcesSpec()
+
+
 class ReportSpec(Part):
     """A job that aggregates a batch."""
 
@@ -292,4 +315,4 @@ class ReportSpec(Part):
     batch: str
 
 
-JobSpec = Annotated[TrainSpec | EvaluateSpec | ReportSpec, Field(discriminator="kind")]
+JobSpec = Annotated[TrainSpec | EvaluateSpec | AskSpec | ReportSpec, Field(discriminator="kind")]

@@ -8,26 +8,27 @@ from dataclasses import replace
 from jobqueue.errors import CapacityError
 from jobqueue.job import WorkerInfo
 from jobqueue.memory import GIB, kind_of
-from jobqueue.plan import BATCH, Plan, PlannedJob
-from jobqueue.spec import EvaluateSpec, ReportSpec, TrainSpec
+from jobqueue.plan import BATCH, OF_NO_BATCH, Plan, PlannedJob
+from jobqueue.spec import EvaluateSpec, JobSpec, ReportSpec
 from jobqueue.store import NewJob, Store
 
 
 def corrected(plan: Plan, store: Store) -> Plan:
     """With the memory that such jobs were measured to take."""
 
-    def of_job(job: PlannedJob) -> PlannedJob:
-        if isinstance(job.spec, ReportSpec) or job.spec.resources.memory is not None:
-            return job
-        factor = store.correction(kind_of(job.spec.model_dump()))
-        return replace(job, need_bytes=int(job.need_bytes * factor))
+    return replace(plan, jobs=tuple(corrected_job(job, store) for job in plan.jobs))
 
-    return replace(plan, jobs=tuple(map(of_job, plan.jobs)))
+
+def corrected_job(job: PlannedJob, store: Store) -> PlannedJob:
+    if isinstance(job.spec, ReportSpec) or job.spec.resources.memory is not None:
+        return job
+    factor = store.correction(kind_of(job.spec.model_dump()))
+    return replace(job, need_bytes=int(job.need_bytes * factor))
 
 
 def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     def full(job_id: str) -> str:
-        return job_id if job_id.startswith("base-") else f"{batch}.{job_id}"
+        return job_id if job_id.startswith(OF_NO_BATCH) else f"{batch}.{job_id}"
 
     resources = None if isinstance(job.spec, ReportSpec) else job.spec.resources
     return NewJob(
@@ -47,7 +48,7 @@ def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     )
 
 
-def _named(spec: TrainSpec | EvaluateSpec | ReportSpec, batch: str) -> TrainSpec | EvaluateSpec | ReportSpec:
+def _named(spec: JobSpec, batch: str) -> JobSpec:
     """With the batch's name where the plan left it open."""
     if isinstance(spec, ReportSpec):
         return spec.model_copy(update={"batch": batch})
@@ -56,10 +57,9 @@ def _named(spec: TrainSpec | EvaluateSpec | ReportSpec, batch: str) -> TrainSpec
     return spec
 
 
-def check_capacity(plan: Plan, workers: Sequence[WorkerInfo]) -> None:
-    """Refuses what would wait for ever: workers are alive, and none of them could hold a job of the plan."""
+def check_capacity(need: int, workers: Sequence[WorkerInfo]) -> None:
+    """Refuses what would wait for ever: workers are alive, and none of them could hold a job of `need` bytes."""
     usable = [worker.usable_bytes for worker in workers if worker.alive and worker.usable_bytes]
-    need = max((job.need_bytes for job in plan.jobs), default=0)
     if usable and need > max(usable):
         raise CapacityError(
             f"a job needs about {need / GIB:.1f} GiB, and the largest worker has {max(usable) / GIB:.1f} GiB",

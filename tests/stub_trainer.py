@@ -148,6 +148,11 @@ def work(request: dict) -> None:
         elif verb == "child":
             command = [sys.executable, "-c", "import signal, time; signal.signal(15, 1); time.sleep(600)"]
             subprocess.Popen(command, start_new_session=True)
+    if request["spec"]["kind"] == "ask":
+        outcome = {"answers": [{by: {"text": f"{by} says"} for by in request["spec"]["asked"]}], "pid": os.getpid()}
+        for by in request["spec"]["asked"]:
+            say(type="answer", prompt=0, by=by, text=f"{by} says", done=True, cut=False)
+        return say(type="result", outcome=outcome)
     os.makedirs(f"{request['output']}/adapter")
     with open(f"{request['output']}/adapter/adapter_model.txt", "w") as file:
         file.write(job)

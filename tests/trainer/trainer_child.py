@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from gpu_worker.protocol import EVENTS_FD, Checkpoint, Event, Failed, Progress, Request, Result, decode
+from gpu_worker.protocol import EVENTS_FD, Answer, Checkpoint, Event, Failed, Progress, Request, Result, decode
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "cli" / "demo"
@@ -86,6 +86,7 @@ class Child:
         folder = self.send(spec, adapter, output, resume)
         progress: list[Progress] = []
         checkpoints: list[Path] = []
+        answers: list[Answer] = []
         while True:
             event = self.next_event()
             assert event is not None, f"the trainer ended; its log:\n{self.log.read_text()[-3000:]}"
@@ -93,8 +94,10 @@ class Child:
                 progress.append(event)
             elif isinstance(event, Checkpoint):
                 checkpoints.append(Path(event.folder))
+            elif isinstance(event, Answer):
+                answers.append(event)
             elif isinstance(event, (Result, Failed)):
-                return Done(event, progress, folder, checkpoints)
+                return Done(event, progress, folder, checkpoints, answers)
 
     def close(self) -> None:
         self.process.kill()
@@ -104,11 +107,19 @@ class Child:
 class Done:
     """How a job ended."""
 
-    def __init__(self, end: Result | Failed, progress: list[Progress], folder: Path, checkpoints: list[Path]) -> None:
+    def __init__(
+        self,
+        end: Result | Failed,
+        progress: list[Progress],
+        folder: Path,
+        checkpoints: list[Path],
+        answers: list[Answer],
+    ) -> None:
         self.end = end
         self.progress = progress
         self.folder = folder
         self.checkpoints = checkpoints
+        self.answers = answers
 
     @property
     def outcome(self) -> dict[str, Any]:
@@ -140,4 +151,12 @@ def evaluate_spec(**changes: Any) -> dict[str, Any]:
     return {
         "kind": "evaluate", "base_model": str(DEMO / "model"), "method": "lora", "adapter_job": None,
         "load_in_4bit": False, "max_seq_length": 256, "evaluation": evaluation, "resources": {}, **changes,
+    }  # fmt: skip
+
+
+def ask_spec(*prompts: str, **changes: Any) -> dict[str, Any]:
+    """A question to the demo model and an adapter of it."""
+    return {
+        "kind": "ask", "base_model": str(DEMO / "model"), "method": "lora", "adapter_job": "batch.1",
+        "load_in_4bit": False, "max_seq_length": 256, "prompts": prompts, "max_new_tokens": 24, **changes,
     }  # fmt: skip
