@@ -32,7 +32,7 @@ COMMANDS = {
     "watch": ("cli.watch", "Follow a batch until it has ended."),
     "logs": ("cli.logs", "Show what a job has printed."),
     "results": ("cli.results", "Show which trial is better, by how much, and what it cost."),
-    "ask": ("cli.ask", "Ask a trial's base model and its adapter the same, side by side."),
+    "ask": ("cli.ask", "Ask a trial's base model and its adapter the same, and show both answers."),
     "cancel": ("cli.control", "Stop batches or jobs."),
     "retry": ("cli.steer", "Run again what failed or was cancelled."),
     "hold": ("cli.steer", "Keep jobs, batches or a memory class from being started."),
