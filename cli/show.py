@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +43,16 @@ def find(client: Client, target: str) -> Batch | Job:
     """The batch or the job of that name. Raises NotFoundError."""
     from jobqueue.errors import NotFoundError
 
+    looks: list[Callable[[str], Batch | Job]] = [client.batch, client.job]
     if re.fullmatch(r"(base|ask)-[0-9a-f]+|.*\.(\d+|\d+\.eval|report)", target):  # the look of a job's id
+        looks.reverse()
+    try:
+        return looks[0](target)
+    except NotFoundError as error:
         try:
-            return client.job(target)
-        except NotFoundError as error:
-            try:
-                return client.batch(target)  # a batch may be called llama3.1
-            except NotFoundError:
-                raise error from None
-    return client.batch(target)
+            return looks[1](target)  # a batch may be called llama3.1, and a job has the name of its ensemble
+        except NotFoundError:
+            raise error from None
 
 
 def _waits_for(client: Client, job: Job) -> str:

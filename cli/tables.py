@@ -37,6 +37,7 @@ def cells(rows: Sequence[Row]) -> Cells:
         "difference": Column("vs base\n95%", right=True, rank=6),
         "finding": Column("finding", right=True, wrap=True, rank=1, below="vs base"),
         "p": Column("p", right=True, rank=4),
+        "single": Column("vs best\ntrial", right=True, wrap=True, rank=4),
         "peak": Column("memory", right=True, rank=2),
         "minutes": Column("time", right=True, rank=2, below="memory"),
         "training": Column("for training", right=True, rank=11),
@@ -85,7 +86,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def _trial_cells(row: Row, label: str) -> dict[str, str]:
-    report, trial, versus = row.report, row.trial, row.trial.versus_base
+    report, trial, versus, single = row.report, row.trial, row.trial.versus_base, row.trial.versus_single
     primary = trial.scores.get(report.metric) if report.metric else None
     base = next((base for base in report.bases if base.job == trial.base), None)
     before = base.scores.get(report.metric) if base and report.metric else None
@@ -103,6 +104,7 @@ def _trial_cells(row: Row, label: str) -> dict[str, str]:
         "difference": render.points_interval(versus.interval if versus else None),
         "finding": versus.finding if versus else NONE,
         "p": render.p_value(row.p_value),
+        "single": f"{render.points(single.points)} {single.finding}" if single else NONE,
         "peak": render.memory(trial.peak_bytes),
         "minutes": render.minutes(trial.train_minutes),
         "training": render.memory(trial.training_bytes),
@@ -180,9 +182,8 @@ def as_markdown(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str
 
 
 # What a line of the CSV has beside the settings that differ, the scores and the comparison with the base model.
-_PLAIN = [
-    f.name for f in fields(TrialResult) if f.name not in ("differs", "scores", "versus_base", "losses", "measures")
-]
+_OTHERWISE = ("differs", "scores", "versus_base", "versus_single", "members", "losses", "measures")
+_PLAIN = [f.name for f in fields(TrialResult) if f.name not in _OTHERWISE]
 _COMPARED = ("points", "gained", "lost", "p_value", "p_holm", "finding")
 
 

@@ -23,7 +23,7 @@ from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Answer, Checkpoint, Failed, Progress, Request, Result
 from gpu_worker.stop import CUT_OFF, ON_REQUEST, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
-from jobqueue import adapters
+from jobqueue import adapters, ensembles
 from jobqueue.adapters import STORED
 from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
@@ -127,9 +127,12 @@ class Attempt:
         if rows:
             spec[section] = self._copied(rows, "data") | ({"replay": self._copied(replay, "replay")} if replay else {})
         adapter = resume = None
+        members: tuple[str, ...] = ()
         if spec["kind"] == "train":
             resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
             adapter = self._adapter(spec["from_adapter"]) if spec.get("from_adapter") else None
+        elif spec.get("members"):
+            members = self._members(spec["members"])
         elif spec["adapter_job"] and "adapter" in spec.get("asked", ("adapter",)):
             trained = self._lease.insist(lambda: self._store.job(spec["adapter_job"])).outcome["folder"]
             adapter = self._adapter(f"{STORED}{trained}/adapter")
@@ -145,6 +148,7 @@ class Attempt:
             self._budget,
             self._lease.insist(lambda: self._store.correction(kind_of(spec))),
             any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._conclusion.before),
+            members,
         )
 
     def _copied(self, data: dict[str, Any], name: str) -> dict[str, Any]:
@@ -152,9 +156,19 @@ class Attempt:
         source = self._patience("read the data", lambda: self._storage.fetch_source(data["source"], folder))
         return {**data, "source": source}
 
-    def _adapter(self, source: str) -> str:
+    def _members(self, members: dict[str, Any]) -> tuple[str, ...]:
+        """The adapters of an ensemble. Raises LoraqError where too few of its trials have succeeded."""
+        trains = self._lease.insist(lambda: self._store.jobs(members["trains"]))
+        try:
+            chosen = ensembles.chosen(trains, members["best"])
+        except ValueError as error:
+            raise LoraqError(f"{members['name']}: {error}") from None
+        adapters = [f"{STORED}{train.outcome['folder']}/adapter" for train in chosen]
+        return tuple(self._adapter(adapter, f"adapter-{number}") for number, adapter in enumerate(adapters))
+
+    def _adapter(self, source: str, name: str = "adapter") -> str:
         """As a folder of this machine, or a hub id."""
-        folder = self._scratch / "adapter"
+        folder = self._scratch / name
         if source.startswith(STORED):
             stored = source.removeprefix(STORED)
             return str(self._patience("read the adapter", lambda: self._storage.fetch(stored, folder)))

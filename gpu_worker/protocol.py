@@ -34,6 +34,7 @@ class Request:
     budget_bytes: int | None = None  # of the GPU, at most, the CUDA context included; None: nothing is known of it
     correction: float = 1.0  # measured peak over estimate, of jobs like this one
     ran_out: bool = False  # memory has run out in an attempt before this one
+    members: tuple[str, ...] = ()  # the folders of the adapters that an evaluation merges
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jobqueue import adapters, base_model, rows, sources
+from jobqueue import adapters, base_model, ensembles, rows, sources
 from jobqueue.data_spec import DataSpec, QuestionFormat
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
 from jobqueue.sources import AnyData
-from jobqueue.spec import BY_QUESTION, AskSpec, EvaluateSpec, EvaluationSpec, ReportSpec, RunSpec, TrainSpec
+from jobqueue.spec import (
+    BY_QUESTION,
+    AskSpec,
+    EnsembleSpec,
+    EvaluateSpec,
+    EvaluationSpec,
+    Members,
+    ReportSpec,
+    RunSpec,
+    TrainSpec,
+)
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
@@ -171,7 +182,15 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     for number, trial in enumerate(sweep.trials, start=1):
         for job in _trial_jobs(str(number), trial, look):
             jobs.setdefault(job.id, job)  # trials share a base evaluation
-    report = PlannedJob("report", JobKind.REPORT, "", ReportSpec(batch=BATCH), 0, follows=tuple(jobs))
+    votes = []
+    for ensemble in sweep.ensembles:
+        members = _members(ensemble, len(sweep.trials))
+        if ensemble.method == "vote":
+            votes.append(members)
+        else:
+            jobs[ensemble.name] = _merged(members, sweep.trials, look)
+    report_spec = ReportSpec(batch=BATCH, votes=tuple(votes))
+    report = PlannedJob("report", JobKind.REPORT, "", report_spec, 0, follows=tuple(jobs))
     return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings))
 
 
@@ -209,6 +228,21 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
         job_id = f"{number}.eval"
         jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, need_of(adapter), needs=(number,)))
     return jobs
+
+
+def _members(ensemble: EnsembleSpec, count: int) -> Members:
+    trains = tuple(f"{BATCH}.{number}" for number in ensembles.numbers(ensemble, count))
+    said = ensemble.model_dump(include={"name", "method", "weights", "density"})
+    return Members(trains=trains, best=ensemble.best, **said)
+
+
+def _merged(members: Members, trials: Sequence[Trial], look: _Lookups) -> PlannedJob:
+    """The evaluation of one adapter that is made of several."""
+    numbers = tuple(train.removeprefix(f"{BATCH}.") for train in members.trains)
+    run = trials[int(numbers[0]) - 1].run
+    spec = _evaluation(run, look.model(run.base_model), look).model_copy(update={"members": members})
+    job = PlannedJob(members.name, JobKind.EVALUATE, ensembles.label(members), spec, need_of(spec))
+    return replace(job, follows=numbers) if members.best else replace(job, needs=numbers)
 
 
 def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:

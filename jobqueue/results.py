@@ -76,6 +76,8 @@ class TrialResult:
     cost: float | None = None  # of them, where a price per GPU hour is set
     losses: tuple[tuple[int, float], ...] = ()  # step, mean loss since the point before
     measures: Mapping[Measure, float] = field(default_factory=dict)  # perplexity; BLEU, 0 to 100
+    members: tuple[str, ...] = ()  # of an ensemble: the labels of its trials
+    versus_single: Comparison | None = None  # of an ensemble, against the best trial
 
     @property
     def by_measure(self) -> tuple[float, float]:

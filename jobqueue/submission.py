@@ -9,7 +9,7 @@ from jobqueue.errors import CapacityError
 from jobqueue.job import WorkerInfo
 from jobqueue.memory import GIB, kind_of
 from jobqueue.plan import BATCH, OF_NO_BATCH, Plan, PlannedJob
-from jobqueue.spec import EvaluateSpec, JobSpec, ReportSpec
+from jobqueue.spec import EvaluateSpec, JobSpec, Members, ReportSpec
 from jobqueue.store import NewJob, Store
 
 
@@ -50,8 +50,14 @@ def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
 
 def _named(spec: JobSpec, batch: str) -> JobSpec:
     """With the batch's name where the plan left it open."""
+
+    def members(found: Members) -> Members:
+        return found.model_copy(update={"trains": tuple(train.replace(BATCH, batch) for train in found.trains)})
+
     if isinstance(spec, ReportSpec):
-        return spec.model_copy(update={"batch": batch})
+        return spec.model_copy(update={"batch": batch, "votes": tuple(map(members, spec.votes))})
+    if isinstance(spec, EvaluateSpec) and spec.members is not None:
+        return spec.model_copy(update={"members": members(spec.members)})
     if isinstance(spec, EvaluateSpec) and spec.adapter_job is not None:
         return spec.model_copy(update={"adapter_job": spec.adapter_job.replace(BATCH, batch)})
     return spec

@@ -40,6 +40,7 @@ SECTIONS = (
     ("evaluation", spec.EvaluationSpec),
     ("resources", spec.ResourcesSpec),
     ("sweep", spec.SweepSpec),
+    ("ensembles", spec.EnsembleSpec),
 )
 
 # What a key means where the model says nothing, since the name is Hugging Face's, PEFT's or TRL's own.

@@ -20,6 +20,7 @@ from peft import PeftConfig, PeftModel
 from gpu_worker.trainer import model as models
 from gpu_worker.trainer import stock
 from gpu_worker.trainer.failures import JobFailure
+from gpu_worker.trainer.merge import Merged
 from jobqueue import base_model
 from jobqueue.job import FailureReason
 from jobqueue.spec import AskSpec, EvaluateSpec
@@ -47,13 +48,13 @@ def forget() -> None:
 
 
 @contextmanager
-def loaded_for_asking(spec: EvaluateSpec | AskSpec, adapter: str | None) -> Iterator[models.Loaded]:
+def loaded_for_asking(spec: EvaluateSpec | AskSpec, adapter: str | Merged | None) -> Iterator[models.Loaded]:
     """The base model, with the adapter on it, for the time of the block, run by transformers' own classes.
 
     Raises JobFailure: bad_spec where there is no such model, storage where there is no adapter.
     """
-    whole = spec.method == "full" and adapter is not None  # what was trained is a whole model
-    name = models.resolve(adapter if whole and adapter else spec.base_model)
+    whole = spec.method == "full" and isinstance(adapter, str)  # what was trained is a whole model
+    name = models.resolve(adapter if whole and isinstance(adapter, str) else spec.base_model)
     revision = None if whole else spec.revision
     with (
         stock.classes(models.config_of(name, revision)),
@@ -64,7 +65,7 @@ def loaded_for_asking(spec: EvaluateSpec | AskSpec, adapter: str | None) -> Iter
 
 @contextmanager
 def _loaded(
-    spec: EvaluateSpec | AskSpec, name: str, revision: str | None, adapter: str | None
+    spec: EvaluateSpec | AskSpec, name: str, revision: str | None, adapter: str | Merged | None
 ) -> Iterator[models.Loaded]:
     """When the block is done, the base model is parked if it can be."""
     global _parked
@@ -92,7 +93,9 @@ def _loaded(
         _parked = Parked(key, base.model)
 
 
-def _with_adapter(model: Any, adapter: str) -> Any:
+def _with_adapter(model: Any, adapter: str | Merged) -> Any:
+    if isinstance(adapter, Merged):
+        return adapter.on(model)
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise JobFailure(FailureReason.STORAGE, f"there is no adapter in {adapter}")
     return PeftModel.from_pretrained(model, str(Path(adapter).absolute()))

@@ -7,6 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Child:
         adapter: Path | None = None,
         output: Path | None = None,
         resume: Path | None = None,
+        members: Sequence[Path] = (),
     ) -> Path:
         """Hand it a job; returns the job's output folder."""
         self.jobs += 1
@@ -68,7 +70,12 @@ class Child:
             output = self.folder / f"job{self.jobs}"
             output.mkdir()
         request = Request(
-            f"job{self.jobs}", spec, str(output), str(adapter) if adapter else None, str(resume) if resume else None
+            f"job{self.jobs}",
+            spec,
+            str(output),
+            str(adapter) if adapter else None,
+            str(resume) if resume else None,
+            members=tuple(map(str, members)),
         )
         assert self.process.stdin is not None
         self.process.stdin.write(request.line())
@@ -81,9 +88,10 @@ class Child:
         adapter: Path | None = None,
         output: Path | None = None,
         resume: Path | None = None,
+        members: Sequence[Path] = (),
     ) -> Done:
         """Hand it a job and wait for its end."""
-        folder = self.send(spec, adapter, output, resume)
+        folder = self.send(spec, adapter, output, resume, members)
         progress: list[Progress] = []
         checkpoints: list[Path] = []
         answers: list[Answer] = []
