@@ -191,7 +191,7 @@ class Page:
     def __init__(self, job: Job, answers: Answers, out: Console) -> None:
         self._answers, self._out = answers, out
         trial = "/".join(job.spec["adapter_job"].rsplit(".", 1))
-        label = f"{trial} ({job.trial})" if job.trial else trial
+        label = f"{trial}: {job.trial}" if job.trial else trial
         self._titles = {"base": f"base model {job.spec['base_model'].rpartition('/')[2]}", "adapter": label}
         self.at = 0  # the prompt that is being answered
 

@@ -135,7 +135,8 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
         _print_outcome(out, job.outcome)
     if folder := job.outcome.get("folder"):
         _title(out, "Files")
-        facts(out, {"in the storage": folder, "adapter": f"{folder}/adapter" if job.kind is JobKind.TRAIN else ""})
+        has_adapter = job.kind is JobKind.TRAIN or job.spec.get("members")
+        facts(out, {"in the storage": folder, "adapter": f"{folder}/adapter" if has_adapter else ""})
     _title(out, "Spec")
     _print_yaml(out, job.spec)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -187,8 +187,9 @@ def _ensemble(
     except ValueError:
         trains = []
     row = _trial(job, None, bases, scored, metric, answers, {})
-    # memory is a column of what training took
-    row = replace(row, peak_bytes=None, members=tuple(train.trial or train.id for train in trains))
+    of_training = (field.name for field in fields(row) if field.name.endswith(("_bytes", "_percent")))
+    untrained: dict[str, Any] = dict.fromkeys(of_training)
+    row = replace(row, **untrained, members=tuple(train.trial or train.id for train in trains))
     rivals = [
         trial for trial in trials if metric in trial.scores and _asked(jobs[trial.evaluation or ""]) == _asked(job)
     ]

@@ -177,15 +177,17 @@ def _evaluation(
     except ValueError as error:
         state, message = (JobState.CANCELLED, str(error)) if ended else (state, "")
     first = evaluations[0]
-    one_base = all(
-        job.spec[key] == first.spec[key] for job in evaluations for key in ("base_model", "revision", "load_in_4bit")
-    )
+    models = [[job.spec.get(key) for key in ("base_model", "revision", "load_in_4bit")] for job in evaluations]
     job = replace(
         first,
         id=f"{first.batch}.{members['name']}",
         trial=label(Members.model_validate(members, strict=False)),
         # over several base models there is none to compare it with
-        spec={**first.spec, "members": members, **({} if one_base else {"base_model": "several"})},
+        spec={
+            **first.spec,
+            "members": members,
+            **({"base_model": "several"} if any(model != models[0] for model in models) else {}),
+        },
         state=state,
         reason=FailureReason.DEPENDENCY if message else None,
         message=message,

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 events = os.fdopen(int(os.environ["LORAQ_EVENTS_FD"]), "w", buffering=1)
 asked, started = False, time.time()
@@ -161,6 +162,8 @@ def work(request: dict) -> None:
         weights = next(name for name in sorted(os.listdir(request["adapter"])) if name.startswith("adapter_model"))
         with open(f"{request['adapter']}/{weights}") as file:
             outcome["adapter"] = file.read()
+    if request["members"]:
+        outcome["members"] = [Path(folder, "adapter_model.txt").read_text() for folder in request["members"]]
     outcome |= measured
     if training := request["spec"].get("training"):
         micro, rung = training["per_device_train_batch_size"], request["rung"]

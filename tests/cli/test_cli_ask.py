@@ -57,7 +57,7 @@ def test_answers_stand_side_by_side_where_there_is_room_else_one_under_the_other
     client.streams = [told()]
     output = command("ask", "medqa/2", "Which drug?", columns=columns).stdout
     output = on_screen(output)
-    titles = line_of(output, "base model tiny"), line_of(output, "medqa/2 (r=8)")
+    titles = line_of(output, "base model tiny"), line_of(output, "medqa/2: r=8")
     texts = line_of(output, "A urinary tract infection"), line_of(output, TUNED)
     assert line_of(output, "> Which drug?") < titles[0] < texts[0]
     assert (titles[0] == titles[1], texts[0] == texts[1]) == (columns == 120, columns == 120)
@@ -73,7 +73,7 @@ def test_what_is_written_is_seen_before_it_is_whole(command: Command, client: Fa
     assert places == sorted(places)
 
 
-def test_a_pipe_gets_each_prompt_once_with_whole_answers(command: Command, client: FakeClient) -> None:
+def test_a_pipe_gets_each_prompt_once_with_whole_answers(command: Command, client: FakeClient, tmp_path: Path) -> None:
     client.question = question("One?", "Two?")
     one = [answer(0, by, f"{by} 1", done=True) for by in ("base", "adapter")]
     lost = make_events(("state", "running on box/gpu0"), *one, answer(1, "base", "half"), attempt=1)
@@ -82,11 +82,11 @@ def test_a_pipe_gets_each_prompt_once_with_whole_answers(command: Command, clien
     client.streams = [lost, ServerError("no answer", ""), again]
     result = command("ask", "medqa/2", "--file", "-")
     assert result.exit_code == 4  # nothing on standard input
-    Path("prompts.txt").write_text("One?\n\nTwo?\n")
-    result = command("ask", "medqa/2", "--file", "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("One?\n\nTwo?\n")
+    result = command("ask", "medqa/2", "--file", str(tmp_path / "prompts.txt"))
     assert result.exit_code == 0
-    expected = ["1/2 > One?", "base model tiny", "base 1", "", "medqa/2 (r=8)", "adapter 1", ""]
-    expected += ["2/2 > Two?", "base model tiny", "base 2", "", "medqa/2 (r=8)", "adapter 2", ""]
+    expected = ["1/2 > One?", "base model tiny", "base 1", "", "medqa/2: r=8", "adapter 1", ""]
+    expected += ["2/2 > Two?", "base model tiny", "base 2", "", "medqa/2: r=8", "adapter 2", ""]
     assert result.stdout.splitlines() == expected
     assert "waiting for the server" in result.stderr
 
