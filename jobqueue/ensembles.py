@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jobqueue.answers import Answer, Answers
+from jobqueue.ensemble_spec import SAME_RANK, EnsembleSpec, Members
 from jobqueue.job import FailureReason, Job, JobState
-from jobqueue.spec import BY_QUESTION, SAME_RANK, EnsembleSpec, Members, RunSpec
+from jobqueue.spec import BY_QUESTION, RunSpec
 
 if TYPE_CHECKING:
     from jobqueue.sweep import Trial

@@ -11,21 +11,12 @@ from typing import Any, get_args
 
 from jobqueue import adapters, base_model, ensembles, rows, sources
 from jobqueue.data_spec import DataSpec, QuestionFormat
+from jobqueue.ensemble_spec import EnsembleSpec, Members
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import estimate, memory_class
 from jobqueue.sources import AnyData
-from jobqueue.spec import (
-    BY_QUESTION,
-    AskSpec,
-    EnsembleSpec,
-    EvaluateSpec,
-    EvaluationSpec,
-    Members,
-    ReportSpec,
-    RunSpec,
-    TrainSpec,
-)
+from jobqueue.spec import BY_QUESTION, AskSpec, EvaluateSpec, EvaluationSpec, ReportSpec, RunSpec, TrainSpec
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 

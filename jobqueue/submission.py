@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from jobqueue.ensemble_spec import Members
 from jobqueue.errors import CapacityError
 from jobqueue.job import WorkerInfo
 from jobqueue.memory import GIB, kind_of
 from jobqueue.plan import BATCH, OF_NO_BATCH, Plan, PlannedJob
-from jobqueue.spec import EvaluateSpec, JobSpec, Members, ReportSpec
+from jobqueue.spec import EvaluateSpec, JobSpec, ReportSpec
 from jobqueue.store import NewJob, Store
 
 

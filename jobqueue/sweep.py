@@ -16,8 +16,9 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from jobqueue import ensembles
+from jobqueue.ensemble_spec import EnsembleSpec
 from jobqueue.errors import Problem, SpecError
-from jobqueue.spec import EnsembleSpec, RunSpec, SweepFile, SweepSpec
+from jobqueue.spec import RunSpec, SweepFile, SweepSpec
 
 MAX_TRIALS = 10_000
 

@@ -22,7 +22,7 @@ import click
 from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
-from jobqueue import data_spec, spec
+from jobqueue import data_spec, ensemble_spec, spec
 from jobqueue.retry import TABLE, Rule
 from jobqueue.settings import Settings
 
@@ -40,7 +40,7 @@ SECTIONS = (
     ("evaluation", spec.EvaluationSpec),
     ("resources", spec.ResourcesSpec),
     ("sweep", spec.SweepSpec),
-    ("ensembles", spec.EnsembleSpec),
+    ("ensembles", ensemble_spec.EnsembleSpec),
 )
 
 # What a key means where the model says nothing, since the name is Hugging Face's, PEFT's or TRL's own.

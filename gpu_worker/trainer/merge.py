@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from gpu_worker.trainer.failures import bad_spec, one_line
-from jobqueue.spec import Members
+from jobqueue.ensemble_spec import Members
 
 NAME = "merged"  # of the adapter, as long as it is loaded beside those that it is made of
 SEED = 3407  # dare draws which weights it drops

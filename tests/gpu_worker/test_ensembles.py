@@ -10,8 +10,9 @@ import pytest
 from helpers import new_job, submit
 from worker_process import Site, site
 
+from jobqueue.ensemble_spec import Members
 from jobqueue.job import FailureReason, Job, JobState
-from jobqueue.spec import EvaluateSpec, EvaluationSpec, Members, ResourcesSpec
+from jobqueue.spec import EvaluateSpec, EvaluationSpec, ResourcesSpec
 
 
 @pytest.fixture
