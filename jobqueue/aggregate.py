@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -182,10 +183,9 @@ def _ensemble(
 ) -> TrialResult:
     """A row as a trial has, and the comparison with the best of the trials that were asked the same."""
     members = job.spec["members"]
-    try:
-        trains = ensembles.chosen([jobs[train] for train in members["trains"]], members["best"])
-    except ValueError:
-        trains = []
+    trains = [jobs[train] for train in members["trains"]]
+    with suppress(ValueError):  # too few have succeeded, or not yet
+        trains = ensembles.chosen(trains, members["best"])
     row = _trial(job, None, bases, scored, metric, answers, {})
     of_training = (field.name for field in fields(row) if field.name.endswith(("_bytes", "_percent")))
     untrained: dict[str, Any] = dict.fromkeys(of_training)

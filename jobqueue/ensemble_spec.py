@@ -33,8 +33,8 @@ class EnsembleSpec(Part):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.name == "report":
-            raise ValueError("name: report is the name of the job that makes the results")
+        if self.name == "report" or self.name.startswith(("base-", "ask-")):
+            raise ValueError("name: report, and what begins with base- or ask-, are names of other jobs")
         if (self.density is None) == self.method.startswith(PRUNED):
             raise ValueError(f"method {self.method} {'needs a density' if self.density is None else 'has no density'}")
         return self

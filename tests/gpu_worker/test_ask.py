@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 from helpers import wait_for
-from worker_process import START_S, Site, site, train_job
+from worker_process import START_S, Site, train_job
 
 from jobqueue.errors import CapacityError, DataError, LoraqError, NotFoundError
 from jobqueue.job import Job, JobKind, JobState
 from jobqueue.memory import asking_peak, evaluation_peak
 from jobqueue.service import Client
 from jobqueue.spec import AskSpec, EvaluateSpec, EvaluationSpec, ResourcesSpec
-
-
-@pytest.fixture
-def here(redis_url: str, tmp_path: Path) -> Iterator[Site]:
-    with site(redis_url, tmp_path) as opened:
-        yield opened
 
 
 def files(here: Site) -> list[str]:

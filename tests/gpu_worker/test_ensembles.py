@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
 from helpers import new_job, submit
-from worker_process import Site, site
+from worker_process import Site
 
 from jobqueue.ensemble_spec import Members
 from jobqueue.job import FailureReason, Job, JobState
 from jobqueue.spec import EvaluateSpec, EvaluationSpec, ResourcesSpec
-
-
-@pytest.fixture
-def here(redis_url: str, tmp_path: Path) -> Iterator[Site]:
-    with site(redis_url, tmp_path) as opened:
-        yield opened
 
 
 def merged(here: Site, **changes: Any) -> Job:

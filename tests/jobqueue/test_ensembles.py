@@ -85,6 +85,7 @@ def test_the_validation_loss_is_that_of_the_weights_that_were_kept() -> None:
         ({"method": "vote", "trials": "best:2"}, {}, "by the validation loss: set data.validation_split"),
         ({"method": "vote", "trials": "some"}, {}, "must"),
         ({"method": "ties"}, {}, "method ties needs a density"),
+        ({"method": "vote", "name": "base-1"}, {}, "what begins with base- or ask-"),
         ({"method": "cat", "density": 0.5}, {}, "method cat has no density"),
         ({"method": "vote"}, {"evaluation": None}, "set data and evaluation"),
         ({"method": "vote"}, {"evaluation": {"source": "test.jsonl", "metrics": ["perplexity"]}}, "a vote is over the"),
