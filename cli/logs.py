@@ -40,7 +40,7 @@ def logs(job: str, follow: bool, lines: int | None) -> None:
     for event in past[_start(past, lines) :]:
         printer.print(event)
     if follow:
-        for event in _coming(client, job, past[-1].id if past else "0", Patience(console(stderr=True))):
+        for event in coming(client, job, past[-1].id if past else "0", Patience(console(stderr=True))):
             printer.print(event)
 
 
@@ -60,7 +60,7 @@ def _start(events: Sequence[Event], lines: int | None) -> int:
     return last[-1] if last else len(events)
 
 
-def _coming(client: Client, job_id: str, after: str, patience: Patience) -> Iterator[Event]:
+def coming(client: Client, job_id: str, after: str, patience: Patience) -> Iterator[Event]:
     """The entries after that one as they come, until the job has ended and its stream is read to the end."""
     ended = False
     while True:
@@ -98,7 +98,7 @@ class LogPrinter:
             self._out.print(Text.from_ansi(event.text), soft_wrap=True)
         elif event.kind == "state":
             self._mark(f"--- {clock(event.at)} {': '.join(filter(None, (attempt, event.text)))} ---")
-        elif self._with_progress:
+        elif event.kind == "progress" and self._with_progress:
             phase, at = self._progress
             if event.data.get("phase") != phase or event.at - at >= REMIND_S:
                 self._progress = (event.data.get("phase"), event.at)

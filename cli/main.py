@@ -33,6 +33,7 @@ COMMANDS = {
     "watch": ("cli.watch", "Follow a batch until it has ended."),
     "logs": ("cli.logs", "Show what a job has printed."),
     "results": ("cli.results", "Show which trial is better, by how much, and what it cost."),
+    "ask": ("cli.ask", "Ask a trial's base model and its adapter the same, and show both answers."),
     "cards": ("cli.cards", "Have people rate a batch's answers, blind."),
     "cancel": ("cli.control", "Stop batches or jobs."),
     "retry": ("cli.steer", "Run again what failed or was cancelled."),

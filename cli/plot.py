@@ -23,6 +23,7 @@ AXIS = 23  # columns that plotille takes for the y axis and the name of the x ax
 
 def plot(out: Console, rows: Sequence[Row]) -> None:
     """The plots of each batch, one below the other."""
+    rows = [row for row in rows if not row.trial.members]  # an ensemble has no curve, and no parameter of its own
     for report in dict.fromkeys(row.report.batch for row in rows):
         own = [row for row in rows if row.report.batch == report]
         _losses(out, own)

@@ -179,9 +179,13 @@ def notes(reports: Sequence[BatchReport], rows: Sequence[Row]) -> list[str]:
     said = []
     tested = [sum(t.versus_base is not None and t.versus_base.p_holm is not None for t in r.trials) for r in reports]
     if any(tested):
+        together = any(row.trial.versus_single for row in rows)
         family = f"the {max(tested)} trials" if len(reports) == 1 else "the trials of each batch"
+        family = "all tests of the batch" if together else family
         many = f", with Holm's correction for {family}" if max(tested) > 1 else ""
         said.append(f"p: exact McNemar test against the base model on the same questions{many}.")
+        if together:
+            said.append("vs best trial: the same test against the best single trial.")
         said.append("95%: Wilson interval of an accuracy, paired bootstrap interval of a difference.")
     costs = [row.trial.cost for row in rows if row.trial.cost is not None]
     if costs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from jobqueue.job import Batch, Job
     from jobqueue.service import Client
+
+LOOKS_LIKE_A_JOB = re.compile(r"(base|ask)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|export)|judge|report)")
 
 
 @click.command()
@@ -43,15 +45,16 @@ def find(client: Client, target: str) -> Batch | Job:
     """The batch or the job of that name. Raises NotFoundError."""
     from jobqueue.errors import NotFoundError
 
-    if re.fullmatch(r"base-[0-9a-f]+|.*\.(\d+|\d+\.(eval|export)|judge|report)", target):  # the look of a job's id
+    looks: list[Callable[[str], Batch | Job]] = [client.batch, client.job]
+    if LOOKS_LIKE_A_JOB.fullmatch(target):
+        looks.reverse()
+    try:
+        return looks[0](target)
+    except NotFoundError as error:
         try:
-            return client.job(target)
-        except NotFoundError as error:
-            try:
-                return client.batch(target)  # a batch may be called llama3.1
-            except NotFoundError:
-                raise error from None
-    return client.batch(target)
+            return looks[1](target)  # a batch may be called llama3.1, and a job has the name of its ensemble
+        except NotFoundError:
+            raise error from None
 
 
 def _waits_for(client: Client, job: Job) -> str:
@@ -135,8 +138,8 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
     if folder := job.outcome.get("folder"):
         _title(out, "Files")
         written = {made["format"]: f"{folder}/{made['path']}" for made in job.outcome.get("exports") or ()}
-        adapter = f"{folder}/adapter" if job.kind is JobKind.TRAIN else ""
-        facts(out, {"in the storage": folder, "adapter": adapter, **written})
+        has_adapter = job.kind is JobKind.TRAIN or job.spec.get("members")
+        facts(out, {"in the storage": folder, "adapter": f"{folder}/adapter" if has_adapter else "", **written})
     _title(out, "Spec")
     _print_yaml(out, job.spec)
 

@@ -108,6 +108,9 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         need = "" if job.kind.control else memory(job.need_bytes) if job.need_bytes else "by a worker"
         rows.append([job.id, job.kind, job.trial, _few(job.after), need])
     out.print(table(out, columns, rows))
+    votes = [ensemble.name for ensemble in plan.sweep.ensembles if ensemble.method == "vote"]
+    if votes:
+        out.print(f"\nThe report counts the votes of {', '.join(votes)}.")
     trials = counted(len(plan.sweep.trials), "trial")
     out.print(f"\n{plan.sweep.name}: {counted(len(plan.jobs), 'job')} for {trials}. Nothing was submitted.")
 

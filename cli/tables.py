@@ -38,6 +38,7 @@ def cells(rows: Sequence[Row]) -> Cells:
         "difference": Column("vs base\n95%", right=True, rank=6),
         "finding": Column("finding", right=True, wrap=True, rank=1, below="vs base"),
         "p": Column("p", right=True, rank=4),
+        "single": Column("vs best\ntrial", right=True, wrap=True, rank=4),
         "peak": Column("memory", right=True, rank=2),
         "minutes": Column("time", right=True, rank=2, below="memory"),
         "training": Column("for training", right=True, rank=11),
@@ -101,7 +102,7 @@ def exports(rows: Sequence[Row]) -> list[str]:
 
 
 def _trial_cells(row: Row, label: str) -> dict[str, str]:
-    report, trial, versus = row.report, row.trial, row.trial.versus_base
+    report, trial, versus, single = row.report, row.trial, row.trial.versus_base, row.trial.versus_single
     primary = trial.scores.get(report.metric) if report.metric else None
     base = next((base for base in report.bases if base.job == trial.base), None)
     before = base.scores.get(report.metric) if base and report.metric else None
@@ -119,6 +120,7 @@ def _trial_cells(row: Row, label: str) -> dict[str, str]:
         "difference": render.points_interval(versus.interval if versus else None),
         "finding": versus.finding if versus else NONE,
         "p": render.p_value(row.p_value),
+        "single": f"{render.points(single.points)} {single.finding}" if single else NONE,
         "peak": render.memory(trial.peak_bytes),
         "minutes": render.minutes(trial.train_minutes),
         "training": render.memory(trial.training_bytes),
@@ -196,11 +198,8 @@ def as_markdown(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str
 
 
 # What a line of the CSV has beside the settings that differ, the scores and the comparison with the base model.
-_PLAIN = [
-    f.name
-    for f in fields(TrialResult)
-    if f.name not in ("differs", "scores", "versus_base", "losses", "measures", "export")
-]
+_OTHERWISE = ("differs", "scores", "versus_base", "versus_single", "members", "losses", "measures", "export")
+_PLAIN = [f.name for f in fields(TrialResult) if f.name not in _OTHERWISE]
 _COMPARED = ("points", "gained", "lost", "p_value", "p_holm", "finding")
 
 

@@ -192,5 +192,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
     return [
         " ".join(f"{name}={shown(row.settings.get(key))[:MOST_LABEL]}" for key, name in zip(keys, names, strict=True))
         or "the same settings"
+        if not row.trial.members
+        else f"{row.report.batch}: {row.trial.label}"
         for row in rows
     ]

@@ -20,10 +20,10 @@ from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
 from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
-from gpu_worker.protocol import Checkpoint, Failed, Progress, Request, Result
+from gpu_worker.protocol import Answer, Checkpoint, Failed, Progress, Request, Result
 from gpu_worker.stop import CUT_OFF, ON_REQUEST, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
-from jobqueue import adapters
+from jobqueue import adapters, ensembles
 from jobqueue.adapters import STORED
 from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobState, Settlement
@@ -76,7 +76,7 @@ class Attempt:
             self.sick = end.message if end.reason == FailureReason.STORAGE else ""
             self.succeeded = end.state is JobState.SUCCEEDED
             self._wake(self._lease.settle(end))
-            if end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
+            if self._claim.leaves_files and end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
                 self._patience("remove checkpoints", self._keeper.forget, settled=True, hurry=True)
         except StaleAttemptError as error:
             log.warning("%s; its trainer was ended", error.what)
@@ -111,24 +111,29 @@ class Attempt:
             return self._conclusion.failure(FailureReason.INTERNAL, f"{type(error).__name__}: {error}")
 
     def _published(self) -> Published | None:
+        if not self._claim.leaves_files:
+            return None
         return self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
 
     def _request(self) -> Request:
         """The job as this machine can do it: what lies in the storage is copied, no trainer waits for a mount."""
         spec = dict(self._claim.spec)
-        section = "evaluation" if spec["kind"] == "evaluate" else "data"
-        data = spec[section] or {}  # an export may ask the user's own prompts
-        replay = data.get("replay")
-        read = [spec["base_model"], spec.get("from_adapter"), data.get("source"), replay and replay["source"]]
+        section = next((name for name in ("data", "evaluation") if name in spec), "")
+        rows = spec.get(section) or {}  # a question reads none, and an export may ask the user's own prompts
+        replay = rows.get("replay")
+        read = [spec["base_model"], spec.get("from_adapter"), rows.get("source"), replay and replay["source"]]
         for source in filter(None, read):
             check_source(source, self._settings.model_roots)
-        if data:
-            spec[section] = self._copied(data, "data") | ({"replay": self._copied(replay, "replay")} if replay else {})
+        if rows:
+            spec[section] = self._copied(rows, "data") | ({"replay": self._copied(replay, "replay")} if replay else {})
         adapter = resume = None
+        members: tuple[str, ...] = ()
         if spec["kind"] == "train":
             resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
             adapter = self._adapter(spec["from_adapter"]) if spec.get("from_adapter") else None
-        elif spec["adapter_job"]:
+        elif spec.get("members"):
+            members = self._members(spec["members"])
+        elif spec["adapter_job"] and "adapter" in spec.get("asked", ("adapter",)):
             trained = self._lease.insist(lambda: self._store.job(spec["adapter_job"])).outcome["folder"]
             adapter = self._adapter(f"{STORED}{trained}/adapter")
         output = self._scratch / "output"
@@ -144,6 +149,7 @@ class Attempt:
             self._lease.insist(lambda: self._store.correction(kind_of(spec))),
             any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._conclusion.before),
             str(converter) if (converter := self._settings.gguf_converter) else None,
+            members,
         )
 
     def _copied(self, data: dict[str, Any], name: str) -> dict[str, Any]:
@@ -151,9 +157,19 @@ class Attempt:
         source = self._patience("read the data", lambda: self._storage.fetch_source(data["source"], folder))
         return {**data, "source": source}
 
-    def _adapter(self, source: str) -> str:
+    def _members(self, members: dict[str, Any]) -> tuple[str, ...]:
+        """The adapters of an ensemble. Raises LoraqError where too few of its trials have succeeded."""
+        trains = self._lease.insist(lambda: self._store.jobs(members["trains"]))
+        try:
+            chosen = ensembles.chosen(trains, members["best"])
+        except ValueError as error:
+            raise LoraqError(f"{members['name']}: {error}") from None
+        adapters = [f"{STORED}{train.outcome['folder']}/adapter" for train in chosen]
+        return tuple(self._adapter(adapter, f"adapter-{number}") for number, adapter in enumerate(adapters))
+
+    def _adapter(self, source: str, name: str = "adapter") -> str:
         """As a folder of this machine, or a hub id."""
-        folder = self._scratch / "adapter"
+        folder = self._scratch / name
         if source.startswith(STORED):
             stored = source.removeprefix(STORED)
             return str(self._patience("read the adapter", lambda: self._storage.fetch(stored, folder)))
@@ -170,7 +186,7 @@ class Attempt:
             self._lease.release()
             self._pool.give_back(trainer, request.spec["base_model"], clean=isinstance(end, Result) and end.goes_on)
             stays = self._watch.freed(trainer.mark, self._settings.grace_s) if trainer.ended else 0
-        if not isinstance(end, Result):
+        if self._claim.leaves_files and not isinstance(end, Result):
             self._keep_log()
         settlement = self._conclusion.after(end, request, list(journal.last_lines))
         if stays:
@@ -244,10 +260,12 @@ class Attempt:
                 if isinstance(message, LogLine):
                     journal.line(message.text)
                 elif isinstance(message, Progress):
-                    journal.progress(message)
+                    journal.event(message)
                     if message.budget_bytes is not None:
                         self._admission.lower(self._claim.nonce, message.budget_bytes)
                     stop.can_save = message.phase == "train"
+                elif isinstance(message, Answer):
+                    journal.event(message)
                 elif isinstance(message, Checkpoint):
                     self._keeper.take(message)
                 elif isinstance(message, (Result, Failed)):

@@ -73,6 +73,8 @@ class Conclusion:
                 return self.failure(end.reason, end.message)
 
     def _succeed(self, request: Request, outcome: dict[str, Any]) -> Settlement:
+        if not self._claim.leaves_files:
+            return Settlement(JobState.SUCCEEDED, outcome=outcome)
         output = Path(request.output)
         shutil.copy(self._log, output / "log.txt")
         folder = attempt_folder(self._claim)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from gpu_worker.protocol import Progress
+from gpu_worker.protocol import Answer, Progress
 from jobqueue.errors import ServerError, StaleAttemptError
 from jobqueue.job import Claim
 from jobqueue.store import Store
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Journal:
-    """Log lines and progress of one attempt."""
+    """Log lines, progress and answers of one attempt."""
 
     def __init__(self, store: Store, claim: Claim, file: Path) -> None:
         self._store, self._claim = store, claim
@@ -54,9 +54,9 @@ class Journal:
         self._file.write(text + "\n")
         self._backlog.append(("log", text))
 
-    def progress(self, event: Progress) -> None:
+    def event(self, event: Progress | Answer) -> None:
         fields = {key: value for key, value in asdict(event).items() if value is not None and key != "type"}
-        self._backlog.append(("progress", json.dumps(fields)))
+        self._backlog.append((event.type, json.dumps(fields)))
 
     def flush(self, *, at_once: bool = False) -> None:
         """Sends what has gathered, twice a second at most. A store that is away is tried again later."""

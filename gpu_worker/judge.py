@@ -142,7 +142,7 @@ async def _ask_all(
             made[ask.name] = judgement
 
     def report() -> None:
-        journal.progress(Progress("judge", step=len(made), steps=len(asks)))
+        journal.event(Progress("judge", step=len(made), steps=len(asks)))
         journal.flush()
 
     async def watch() -> None:

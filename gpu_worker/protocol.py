@@ -7,7 +7,7 @@ LORAQ_EVENTS_FD names. Standard output and standard error are the job's log, who
       |                              | imports Unsloth
       |  <----- {"type": "ready"} ---|
       |--- request ----------------> |
-      |  <-- progress, checkpoint ---|  SIGUSR1 asks for a checkpoint at the next step's end
+      |  <-- progress, checkpoint, answer  SIGUSR1 asks for a checkpoint at the next step's end
       |  <----- result or failed ----|  one of them ends the job; the next request may follow where it says goes_on
       |--- end of file ------------> | leaves
 """
@@ -35,6 +35,7 @@ class Request:
     correction: float = 1.0  # measured peak over estimate, of jobs like this one
     ran_out: bool = False  # memory has run out in an attempt before this one
     gguf_converter: str | None = None  # llama.cpp's script that writes GGUF files, of this machine
+    members: tuple[str, ...] = ()  # the folders of the adapters that an evaluation merges
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -44,7 +45,7 @@ class Request:
 class Progress:
     """Where a job is. Fields that do not apply are None and are left out."""
 
-    phase: Literal["load", "data", "train", "evaluate", "judge", "save"]
+    phase: Literal["load", "data", "train", "evaluate", "judge", "answer", "save"]
     step: int | None = None  # optimizer steps done, or questions answered, or answers rated
     steps: int | None = None  # of so many
     epoch: float | None = None
@@ -64,6 +65,18 @@ class Checkpoint:
     step: int
     folder: str
     type: Literal["checkpoint"] = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of an answer to a prompt: what was added to it, and at its end the whole."""
+
+    prompt: int  # its place among the prompts, from 0
+    by: str  # a jobqueue.spec.Asked
+    text: str
+    done: bool = False
+    cut: bool | None = None  # of a whole answer: whether it had to end before the model ended it
+    type: Literal["answer"] = "answer"
 
 
 @dataclass(frozen=True)
@@ -93,10 +106,11 @@ class Ready:
     type: Literal["ready"] = "ready"
 
 
-Event = Progress | Checkpoint | Result | Failed | Ready
-_KINDS: dict[str, type[Progress] | type[Checkpoint] | type[Result] | type[Failed] | type[Ready]] = {
+Event = Progress | Checkpoint | Answer | Result | Failed | Ready
+_KINDS: dict[str, type[Event]] = {
     "progress": Progress,
     "checkpoint": Checkpoint,
+    "answer": Answer,
     "result": Result,
     "failed": Failed,
     "ready": Ready,

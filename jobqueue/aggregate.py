@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from jobqueue import ensembles
 from jobqueue.answers import Answers, changed, confusion
 from jobqueue.comparison import Comparison, compare, corrected
 from jobqueue.job import Batch, Job, JobKind, JobState
@@ -40,12 +42,16 @@ def build_report(
         answers: per evaluation job; without them differences are shown but not tested.
     """
     work = [job for job in jobs if job.kind is not JobKind.REPORT]
-    evaluations = {job.spec["adapter_job"]: job for job in work if job.kind is JobKind.EVALUATE and not _is_base(job)}
-    exports = {job.spec["adapter_job"]: job for job in work if job.kind is JobKind.EXPORT}
+    adapted = [job for job in work if job.spec.get("adapter_job")]
+    evaluations = {job.spec["adapter_job"]: job for job in adapted if job.kind is JobKind.EVALUATE}
+    exports = {job.spec["adapter_job"]: job for job in adapted if job.kind is JobKind.EXPORT}
+    votes = ensembles.voted(jobs, answers)
+    answers = {**answers, **{job.id: voted for job, voted in votes}}
+    together = [job for job in work if job.spec.get("members")] + [job for job, _ in votes]
     trains = sorted((job for job in work if job.kind is JobKind.TRAIN), key=lambda job: _number(batch, job))
     bases = [job for job in work if _is_base(job)]
 
-    scored = {job.id: _scores(job) for job in [*evaluations.values(), *bases]}
+    scored = {job.id: _scores(job) for job in [*evaluations.values(), *together, *bases]}
     metric = next((m for m in PRIMARY if any(m in scores for scores in scored.values())), None)
     runs = [(job, evaluations.get(job.id)) for job in trains] or [(job, None) for job in bases]
     settings, differs = _settings(runs)
@@ -53,15 +59,20 @@ def build_report(
         _trial(job, evaluation, exports.get(job.id), bases, scored, metric, answers, what)
         for (job, evaluation), what in zip(runs, differs, strict=True)
     ]
-    versus_base = corrected([trial.versus_base for trial in trials])
-    trials = [replace(trial, versus_base=versus) for trial, versus in zip(trials, versus_base, strict=True)]
+    by_id = {job.id: job for job in [*work, *together]}
+    trials += [_ensemble(job, trials, by_id, bases, scored, metric, answers) for job in together]
+    tested = corrected([*(trial.versus_base for trial in trials), *(trial.versus_single for trial in trials)])
+    trials = [
+        replace(trial, versus_base=versus_base, versus_single=versus_single)
+        for trial, versus_base, versus_single in zip(trials, tested[: len(trials)], tested[len(trials) :], strict=True)
+    ]
     if metric is None:
         trials.sort(key=lambda trial: trial.by_measure)
     else:
         trials.sort(key=lambda trial: -trial.scores[metric].accuracy if metric in trial.scores else math.inf)
 
     questions = {s[metric].questions for s in scored.values() if metric in s} if metric else set()
-    versus_runner_up = _runner_up(trials, metric, answers, {job.id: job for job in work})
+    versus_runner_up = _runner_up(trials, metric, answers, by_id)
     complete = all(job.state.final for job in work)
     report = BatchReport(
         batch=batch.name,
@@ -97,7 +108,7 @@ def _problem(job: Job) -> str:
 
 
 def _is_base(job: Job) -> bool:
-    return job.kind is JobKind.EVALUATE and job.spec.get("adapter_job") is None
+    return job.kind is JobKind.EVALUATE and not job.spec.get("adapter_job") and not job.spec.get("members")
 
 
 def _number(batch: Batch, job: Job) -> int:
@@ -133,13 +144,13 @@ def _trial(
     answers: Mapping[str, Answers],
     differs: Mapping[str, Any],
 ) -> TrialResult:
-    asked = job if _is_base(job) else evaluation
+    asked = job if job.kind is JobKind.EVALUATE else evaluation
     last = evaluation if evaluation is not None and job.state is JobState.SUCCEEDED else job
     scores = scored.get(asked.id, {}) if asked else {}
-    base = _base_for(evaluation, bases) if evaluation else None
+    base = _base_for(asked, bases) if asked and not _is_base(asked) else None
     versus_base = None
-    if evaluation and base and metric and metric in scores and metric in scored[base.id]:
-        mine, theirs = answers.get(evaluation.id, {}), answers.get(base.id, {})
+    if asked and base and metric and metric in scores and metric in scored[base.id]:
+        mine, theirs = answers.get(asked.id, {}), answers.get(base.id, {})
         versus_base = compare(scores[metric].accuracy, scored[base.id][metric].accuracy, mine, theirs, metric)
     memory, time, training = (job.outcome.get(part) or {} for part in ("memory", "time", "training"))
     return TrialResult(
@@ -176,6 +187,35 @@ def _trial(
 def _export(job: Job) -> ExportResult:
     made = tuple(job.outcome.get("exports") or ())
     return ExportResult(job.id, job.state, job.reason, job.message, job.outcome.get("folder", ""), made)
+
+
+def _ensemble(
+    job: Job,
+    trials: Sequence[TrialResult],
+    jobs: Mapping[str, Job],
+    bases: Sequence[Job],
+    scored: Mapping[str, Mapping[Metric, Score]],
+    metric: Metric | None,
+    answers: Mapping[str, Answers],
+) -> TrialResult:
+    """A row as a trial has, and the comparison with the best of the trials that were asked the same."""
+    members = job.spec["members"]
+    trains = [jobs[train] for train in members["trains"]]
+    with suppress(ValueError):  # too few have succeeded, or not yet
+        trains = ensembles.chosen(trains, members["best"])
+    row = _trial(job, None, None, bases, scored, metric, answers, {})
+    of_training = (field.name for field in fields(row) if field.name.endswith(("_bytes", "_percent")))
+    untrained: dict[str, Any] = dict.fromkeys(of_training)
+    row = replace(row, **untrained, members=tuple(train.trial or train.id for train in trains))
+    rivals = [
+        trial for trial in trials if metric in trial.scores and _asked(jobs[trial.evaluation or ""]) == _asked(job)
+    ]
+    if metric is None or metric not in row.scores or not rivals:
+        return row
+    best = max(rivals, key=lambda trial: trial.scores[metric].accuracy)
+    mine, theirs = answers.get(job.id, {}), answers.get(best.evaluation or "", {})
+    versus = compare(row.scores[metric].accuracy, best.scores[metric].accuracy, mine, theirs, metric)
+    return replace(row, versus_single=versus)
 
 
 def _base_label(differs: Mapping[str, Any]) -> str:

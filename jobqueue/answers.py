@@ -24,6 +24,7 @@ class Answer:
     right: frozenset[str]  # metrics whose pick is right
     question: str = ""  # "" in files of before 0.2
     options: Mapping[str, str] = field(default_factory=dict)  # letter -> text
+    scores: Mapping[str, float] = field(default_factory=dict)  # letter -> log-likelihood, where that was asked for
 
 
 Answers = Mapping[int, Answer]
@@ -68,6 +69,7 @@ def _answer(row: Mapping[str, Any]) -> Answer:
         right=frozenset(row["right"]),
         question=row.get("question", ""),
         options=row.get("options", {}),
+        scores=row.get("scores", {}),
     )
 
 

@@ -9,7 +9,7 @@ from jobqueue.adapters import TRIAL
 from jobqueue.errors import NotFoundError
 from jobqueue.export_spec import ExportOptions
 from jobqueue.job import Job, JobKind, JobState
-from jobqueue.plan import Plan, PlannedJob, need
+from jobqueue.plan import Plan, PlannedJob, need_of
 from jobqueue.spec import ExportSpec, RunSpec, TrainSpec
 from jobqueue.sweep import Sweep, Trial
 
@@ -26,6 +26,6 @@ def plan_export(name: str, options: ExportOptions, job_of: Callable[[str], Job])
         raise NotFoundError(f"{job.id} has nothing to export yet: it is {job.state}", "Wait until it has succeeded.")
     train = TrainSpec.model_validate(job.spec, strict=False)
     spec = ExportSpec.of(train, job.id, options)
-    planned = PlannedJob(f"{number}.export", JobKind.EXPORT, job.trial, spec, need(spec))
+    planned = PlannedJob(f"{number}.export", JobKind.EXPORT, job.trial, spec, need_of(spec))
     run = RunSpec(name=f"{batch[:70]}-export", base_model=train.base_model, data=train.data, export=options)
     return Plan(Sweep(run.name, Path(name), [Trial(job.trial, {}, run)]), (planned,), {}, ())

@@ -64,6 +64,7 @@ class JobKind(StrEnum):
     EXPORT = "export"
     JUDGE = "judge"
     REPORT = "report"
+    ASK = "ask"
 
     @property
     def control(self) -> bool:
@@ -85,6 +86,11 @@ class Claim:
     submission: str = ""  # random, of the submit that made the job
     need_bytes: int = 0  # what it was admitted for at least
     rung: int = 0  # where this attempt begins in the ladder of splits
+
+    @property
+    def leaves_files(self) -> bool:
+        """Whether the job leaves anything in the storage; the answers to a question are in its record alone."""
+        return bool(self.spec["kind"] != JobKind.ASK)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jobqueue.spec import EvaluateSpec, ExportSpec, LoraSpec, TrainSpec, WorkSpec
+from jobqueue.spec import AskSpec, EvaluateSpec, ExportSpec, LoraSpec, TrainSpec, WorkSpec
 
 GIB = 2**30
 Layout = Literal["padded", "flat", "masked"]
@@ -120,6 +120,10 @@ class Shape:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return tokens * 2.0 * (2.6 * self.hidden + 2 * q + 2 * kv + 3 * self.intermediate)
 
+    def generating_bytes(self, tokens: int) -> float:
+        """Keys and values of so many tokens, and what reading them needs at once, in 16 bits."""
+        return tokens * self.layers * 2 * self.kv_heads * self.head_dim * 2 + self.working_bytes(tokens) / 2
+
 
 def training_peak(
     config: Mapping[str, Any], spec: TrainSpec, tokens: int | None = None, layout: Layout = "flat"
@@ -162,7 +166,7 @@ def evaluation_peak(config: Mapping[str, Any], spec: EvaluateSpec, row_tokens: i
     shape = Shape.from_config(config)
     length = min(row_tokens or spec.max_seq_length, spec.max_seq_length)
     tokens = spec.evaluation.per_device_eval_batch_size * (length + spec.evaluation.max_new_tokens)
-    cache = tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * 2 + shape.working_bytes(tokens) / 2
+    cache = shape.generating_bytes(tokens)
     scores = min(4 * tokens * shape.vocab * 4, SCORED_LOGITS)
     return int((shape.weight_bytes(spec.load_in_4bit) + max(cache, scores)) * FRAGMENTS + ROUNDING + CONTEXT)
 
@@ -176,6 +180,13 @@ def export_peak(config: Mapping[str, Any], spec: ExportSpec) -> int:
     answering = shape.working_bytes(spec.max_seq_length) / 2 + COMPARED_TOKENS * shape.vocab * 4 * 3
     weights = shape.weight_bytes(in_4bit=False) + adapter
     return int((weights + max(MERGED_BYTES * largest, answering)) * FRAGMENTS + ROUNDING + CONTEXT)
+
+
+def asking_peak(config: Mapping[str, Any], spec: AskSpec) -> int:
+    """Peak bytes on the GPU of answering prompts: of an evaluation that writes one answer at a time and scores none."""
+    shape = Shape.from_config(config)
+    generating = shape.generating_bytes(spec.max_seq_length + spec.max_new_tokens)
+    return int((shape.weight_bytes(spec.load_in_4bit) + generating) * FRAGMENTS + ROUNDING + CONTEXT)
 
 
 def kind_of(spec: Mapping[str, Any]) -> str:
@@ -195,4 +206,6 @@ def estimate(config: Mapping[str, Any], spec: WorkSpec) -> int:
         return training_peak(config, spec)
     if isinstance(spec, ExportSpec):
         return export_peak(config, spec)
+    if isinstance(spec, AskSpec):
+        return asking_peak(config, spec)
     return evaluation_peak(config, spec)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jobqueue import adapters, base_model, rows, sources
+from jobqueue import adapters, base_model, ensembles, rows, sources
 from jobqueue.data_spec import DataSpec, QuestionFormat
+from jobqueue.ensemble_spec import EnsembleSpec, Members
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
 from jobqueue.judge_spec import JudgeSpec
@@ -31,6 +33,7 @@ from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
 EVALUATOR = 3  # raised when the same answers would be scored otherwise: base models are then asked anew
+OF_NO_BATCH = ("base-", "ask-")  # how the ids of jobs begin that belong to none
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
 
 
@@ -48,7 +51,7 @@ class PlannedJob:
 
     @property
     def shared(self) -> bool:
-        return self.id.startswith("base-")
+        return self.id.startswith(OF_NO_BATCH)
 
     @property
     def after(self) -> tuple[str, ...]:
@@ -182,11 +185,19 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     for number, trial in enumerate(sweep.trials, start=1):
         for job in _trial_jobs(str(number), trial, look):
             jobs.setdefault(job.id, job)  # trials share a base evaluation
+    votes = []
+    for ensemble in sweep.ensembles:
+        members = _members(ensemble, len(sweep.trials))
+        if ensemble.method == "vote":
+            votes.append(members)
+        else:
+            jobs[ensemble.name] = _merged(members, sweep.trials, look)
     judge = _judge(sweep)
     if judge is not None:
         answered = tuple(job.id for job in jobs.values() if job.kind is JobKind.EVALUATE)
         jobs["judge"] = PlannedJob("judge", JobKind.JUDGE, "", RateSpec(batch=BATCH, judge=judge), 0, follows=answered)
-    report = PlannedJob("report", JobKind.REPORT, "", ReportSpec(batch=BATCH), 0, follows=tuple(jobs))
+    report_spec = ReportSpec(batch=BATCH, votes=tuple(votes))
+    report = PlannedJob("report", JobKind.REPORT, "", report_spec, 0, follows=tuple(jobs))
     return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings))
 
 
@@ -218,12 +229,11 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
             training=run.training,
             resources=run.resources,
         )
-        jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, need(train)))
+        jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, need_of(train)))
         if run.export is not None:
             export = ExportSpec.of(train, f"{BATCH}.{number}", run.export)
-            jobs.append(
-                PlannedJob(f"{number}.export", JobKind.EXPORT, trial.label, export, need(export), needs=(number,))
-            )
+            job_id = f"{number}.export"
+            jobs.append(PlannedJob(job_id, JobKind.EXPORT, trial.label, export, need_of(export), needs=(number,)))
     if run.evaluation is None:
         return jobs
     if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
@@ -232,13 +242,28 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
     if run.data is None or run.evaluation.compare_with_base:
         label = "" if run.data is not None else trial.label
         jobs.append(
-            PlannedJob(_base_id(base, look.version(model, run.revision)), JobKind.EVALUATE, label, base, need(base))
+            PlannedJob(_base_id(base, look.version(model, run.revision)), JobKind.EVALUATE, label, base, need_of(base))
         )
     if run.data is not None:
         adapter = base.model_copy(update={"adapter_job": f"{BATCH}.{number}"})
         job_id = f"{number}.eval"
-        jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, need(adapter), needs=(number,)))
+        jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, need_of(adapter), needs=(number,)))
     return jobs
+
+
+def _members(ensemble: EnsembleSpec, count: int) -> Members:
+    trains = tuple(f"{BATCH}.{number}" for number in ensembles.numbers(ensemble, count))
+    said = ensemble.model_dump(include={"name", "method", "weights", "density"})
+    return Members(trains=trains, best=ensemble.best, **said)
+
+
+def _merged(members: Members, trials: Sequence[Trial], look: _Lookups) -> PlannedJob:
+    """The evaluation of one adapter that is made of several."""
+    numbers = tuple(train.removeprefix(f"{BATCH}.") for train in members.trains)
+    run = trials[int(numbers[0]) - 1].run
+    spec = _evaluation(run, look.model(run.base_model), look).model_copy(update={"members": members})
+    job = PlannedJob(members.name, JobKind.EVALUATE, ensembles.label(members), spec, need_of(spec))
+    return replace(job, follows=numbers) if members.best else replace(job, needs=numbers)
 
 
 def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
@@ -266,7 +291,7 @@ def _base_id(spec: EvaluateSpec, model: str) -> str:
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def need(spec: WorkSpec) -> int:
+def need_of(spec: WorkSpec) -> int:
     """Estimated peak bytes, 0 where this machine cannot read the model's config."""
     if spec.resources.memory is not None:
         return int(spec.resources.memory)

@@ -90,6 +90,8 @@ class TrialResult:
     losses: tuple[tuple[int, float], ...] = ()  # step, mean loss since the point before
     measures: Mapping[Measure, float] = field(default_factory=dict)  # perplexity; BLEU, 0 to 100
     export: ExportResult | None = None
+    members: tuple[str, ...] = ()  # of an ensemble: the labels of its trials
+    versus_single: Comparison | None = None  # of an ensemble, against the best trial
 
     @property
     def by_measure(self) -> tuple[float, float]:

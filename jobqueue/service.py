@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jobqueue import adapters, cards, exports, sheets, submission
+from jobqueue import adapters, asking, cards, exports, sheets, submission
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.cards import Deck
@@ -113,7 +113,7 @@ class Client:
         plan = submission.corrected(plan, self.store)
         workers = self.workers()
         if not force:
-            submission.check_capacity(plan, workers)
+            submission.check_capacity(max(job.need_bytes for job in plan.jobs), workers)
         key = "" if again else self._key(plan)
         plan = adapters.in_storage(plan, self.store.job)
         self._upload(plan, progress or (lambda file, arrived, size: None))
@@ -158,6 +158,21 @@ class Client:
         base_model = plan.sweep.trials[0].run.base_model
         ids = [job.id for job in jobs]
         return self.store.submit(name, self.settings.owner, len(plan.sweep.trials), base_model, jobs, ids, key)
+
+    def ask(self, trial: str, prompts: Sequence[str], **options: Any) -> Job:
+        """A job that answers prompts as a trial's base model and adapter do; its `outcome` will have the answers.
+
+        It is of no batch, leaves nothing in the storage, and is forgotten a day after its end.
+
+        Args:
+            trial: BATCH/NUMBER.
+            options: fields of `AskSpec`: asked, system_prompt, max_new_tokens, temperature, seed.
+
+        Raises NotFoundError, DataError, CapacityError, LoraqError as `asking.question`.
+        """
+        job = asking.question(self.store, trial, prompts, self.settings.owner, options)
+        send_tokens(self._app, self.store.ask(job))
+        return self.job(job.id)
 
     # -- looking
 

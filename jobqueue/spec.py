@@ -1,4 +1,4 @@
-"""The only schema, with data_spec.py and export_spec.py: what a user writes in a sweep file, what a job is asked to do.
+"""The only schema, with the *_spec.py beside it: what a user writes in a sweep file, and what a job is asked to do.
 
 Names are those of Hugging Face, PEFT, TRL and Unsloth, so that a notebook's settings can be copied; everything
 left out has the default of Unsloth's notebook for Llama-3.2-1B on MedQA.
@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from jobqueue.data_spec import DataSpec, Part, QuestionFormat, RowsSpec
+from jobqueue.ensemble_spec import EnsembleSpec, Members
 from jobqueue.export_spec import ExportOptions
 from jobqueue.judge_spec import JudgeSpec
 
@@ -32,6 +33,7 @@ BY_QUESTION: tuple[Metric, ...] = ("likelihood", "generated")
 WRITING: tuple[Metric, ...] = ("generated", "bleu")
 """Metrics for which a model writes answers."""
 Method = Literal["qlora", "lora", "full"]
+Asked = Literal["base", "adapter"]
 Optimizer = Literal[
     "adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused",
     "adafactor", "sgd", "lion_8bit", "lion_32bit", "paged_lion_8bit", "ademamix_8bit", "rmsprop", "adagrad",
@@ -266,6 +268,8 @@ class SweepFile(RunSpec):
     """The whole file."""
 
     sweep: SweepSpec = SweepSpec()
+    ensembles: tuple[EnsembleSpec, ...] = ()
+    """List of sections, see below: trials that are scored together as one."""
 
 
 class TrainSpec(Part):
@@ -293,6 +297,8 @@ class EvaluateSpec(Part):
     chat_template: str | None = None
     adapter_job: str | None
     """The train job whose adapter (or, for method full, whose model) is asked; None: the base model."""
+    members: Members | None = None
+    """Instead: the adapters that are merged, and asked as one."""
     load_in_4bit: bool
     max_seq_length: int
     evaluation: EvaluationSpec
@@ -333,11 +339,35 @@ class ExportSpec(Part):
         )
 
 
+class AskSpec(Part):
+    """A job that answers prompts, as the base model and as a trial's adapter answer them."""
+
+    kind: Literal["ask"] = "ask"
+    base_model: str
+    revision: str | None = None
+    method: Method
+    chat_template: str | None = None
+    adapter_job: str
+    load_in_4bit: bool
+    max_seq_length: int
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    asked: Annotated[tuple[Asked, ...], Field(min_length=1)] = ("base", "adapter")
+    system_prompt: str | None = None
+    max_new_tokens: PositiveInt = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: the most likely token each time."""
+    seed: NonNegativeInt = 3407
+    """Of what is drawn where the temperature is above 0."""
+    resources: ResourcesSpec = ResourcesSpec()
+
+
 class ReportSpec(Part):
     """A job that aggregates a batch."""
 
     kind: Literal["report"] = "report"
     batch: str
+    votes: tuple[Members, ...] = ()
+    """Ensembles whose answers are a vote."""
 
 
 class RateSpec(Part):
@@ -348,7 +378,7 @@ class RateSpec(Part):
     judge: JudgeSpec
 
 
-WorkSpec = TrainSpec | EvaluateSpec | ExportSpec
+WorkSpec = TrainSpec | EvaluateSpec | ExportSpec | AskSpec
 """What a trainer does."""
 ControlSpec = ReportSpec | RateSpec
 """What a control worker does: no GPU, no memory to speak of."""

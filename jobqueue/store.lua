@@ -28,7 +28,7 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:clock               hash    seen_at T, run_id of the server, quiet_until T
 
 Fields of a record
-  id kind batch trial owner spec(JSON) device(auto gpu cpu control) priority seq queue need(bytes, 0 unknown) waits(jobs and estimates to come)
+  id kind batch("": a base model's evaluation, a question) trial owner spec(JSON) device(auto gpu cpu control) priority seq queue need(bytes, 0 unknown) waits(jobs and estimates to come)
   needs follows(JSON: jobs that must have succeeded, or ended, before)
   state(waiting held queued running succeeded failed cancelled) cancel("1" asked for) hold("1" not to be claimed)
   attempt(the fence) nonce(proof of the claim) settled(number, nonce and state of the last settled attempt) failures
@@ -45,6 +45,7 @@ local PATIENCE = 60 * 1000 -- a job that has waited for longer lets no other ove
 local RESERVED = 15 * 1000 -- how long a device is kept free for a job that waits, since it last asked
 local MOST_CORRECTION = 2 -- of an estimate: what is further off is something else than its constants
 local GPU_ALIVE = 30 * 1000 -- a GPU worker that has been silent for longer does not keep CPU workers away
+local ANSWERS_KEPT = 24 * 3600 * 1000 -- after their end
 local FORGET = 24 * 3600 * 1000 -- of silent workers
 local FINAL = { succeeded = true, failed = true, cancelled = true }
 
@@ -167,6 +168,9 @@ local function finish(id, now, state, reason, message, woken)
     arrived(other, now, woken)
   end
   redis.call('DEL', key(id) .. ':then', key(id) .. ':finally')
+  if field(id, 'kind') == 'ask' then -- it is of no batch, with which it would go
+    for _, part in ipairs({ '', ':history', ':events' }) do redis.call('PEXPIRE', key(id) .. part, ANSWERS_KEPT) end
+  end
 end
 
 -- Waiting for what it needs and follows, as far as that has not ended; queued where there is nothing to wait for.
@@ -219,6 +223,15 @@ local function submit(_, args)
   redis.call('HSET', batch, 'key', submit_key, 'owner', owner, 'submitted_at', now, 'trials', trials, 'base_model', base_model, 'jobs', ids)
   redis.call('ZADD', P .. 'batches', now, name)
   for _, job in ipairs(cjson.decode(jobs)) do add(job, now, woken) end
+  return answer(1, woken)
+end
+
+-- ask(not after, job JSON): a job of no batch -> {1, classes...}, {-1} where it came too late
+local function ask(_, args)
+  local not_after, job = unpack(args)
+  local woken = nobody()
+  if too_late(not_after) then return { -1 } end
+  add(cjson.decode(job), time(), woken)
   return answer(1, woken)
 end
 
@@ -465,15 +478,15 @@ end
 local function retry(_, ids)
   local now, changed, woken = time(), {}, nobody()
   for _, id in ipairs(ids) do
-    local state = field(id, 'state')
-    local kind = field(id, 'kind')
+    local state, kind = field(id, 'state'), field(id, 'kind')
     local early = kind == 'report' or kind == 'judge' -- it would not see what is run again, even if it runs by now
     if early then
       unplace(id)
       runs_no_more(id)
     end
-    if FINAL[state] then redis.call('HSET', key(id), 'hold', '') end
-    if FINAL[state] or early then
+    local ended = FINAL[state] and kind ~= 'ask' -- which will be forgotten soon
+    if ended then redis.call('HSET', key(id), 'hold', '') end
+    if ended or early then
       redis.call('HSET', key(id), 'failures', 0, 'rung', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',
         'message', '', 'progress', '', 'outcome', '', 'state', 'waiting')
       event(id, 'state', 'to be run again, on request')
@@ -581,6 +594,7 @@ end
 local GROWS = {} -- refused, like any write, where Redis is at its memory limit
 local SETTLES = { 'allow-oom' } -- must work even there: nothing that runs may be lost for want of memory
 register('submit', submit, GROWS)
+register('ask', ask, GROWS)
 register('claim', claim, GROWS)
 register('append', append, GROWS)
 register('size', size, SETTLES)

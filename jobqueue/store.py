@@ -122,6 +122,13 @@ class Store(Records):
             connection=connection,
         )
 
+    def ask(self, job: NewJob) -> list[str]:
+        """A job of no batch, forgotten a day after its end; the classes to wake. Sent twice it is one job."""
+        answer = self._call("ask", self._not_after(), json.dumps(asdict(job)))
+        if answer[0] == -1:
+            raise ServerError(f"Redis at {self.where} answered too late; nothing was asked", "Ask again in a moment.")
+        return cast("list[str]", answer[1:])
+
     def keeping(self) -> Keeping:
         """How well the server keeps what it accepts."""
         with self._errors():

@@ -5,29 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from jobqueue.ensemble_spec import Members
 from jobqueue.errors import CapacityError
 from jobqueue.job import WorkerInfo
 from jobqueue.memory import GIB, kind_of
-from jobqueue.plan import BATCH, Plan, PlannedJob
-from jobqueue.spec import ControlSpec, EvaluateSpec, ExportSpec, WorkSpec
+from jobqueue.plan import BATCH, OF_NO_BATCH, Plan, PlannedJob
+from jobqueue.spec import ControlSpec, EvaluateSpec, ExportSpec, JobSpec, ReportSpec
 from jobqueue.store import NewJob, Store
 
 
 def corrected(plan: Plan, store: Store) -> Plan:
     """With the memory that such jobs were measured to take."""
+    return replace(plan, jobs=tuple(corrected_job(job, store) for job in plan.jobs))
 
-    def of_job(job: PlannedJob) -> PlannedJob:
-        if isinstance(job.spec, ControlSpec) or job.spec.resources.memory is not None:
-            return job
-        factor = store.correction(kind_of(job.spec.model_dump()))
-        return replace(job, need_bytes=int(job.need_bytes * factor))
 
-    return replace(plan, jobs=tuple(map(of_job, plan.jobs)))
+def corrected_job(job: PlannedJob, store: Store) -> PlannedJob:
+    if isinstance(job.spec, ControlSpec) or job.spec.resources.memory is not None:
+        return job
+    factor = store.correction(kind_of(job.spec.model_dump()))
+    return replace(job, need_bytes=int(job.need_bytes * factor))
 
 
 def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     def full(job_id: str) -> str:
-        return job_id if job_id.startswith("base-") else f"{batch}.{job_id}"
+        return job_id if job_id.startswith(OF_NO_BATCH) else f"{batch}.{job_id}"
 
     resources = None if isinstance(job.spec, ControlSpec) else job.spec.resources
     return NewJob(
@@ -47,19 +48,26 @@ def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     )
 
 
-def _named(spec: WorkSpec | ControlSpec, batch: str) -> WorkSpec | ControlSpec:
+def _named(spec: JobSpec, batch: str) -> JobSpec:
     """With the batch's name where the plan left it open."""
+
+    def members(found: Members) -> Members:
+        return found.model_copy(update={"trains": tuple(train.replace(BATCH, batch) for train in found.trains)})
+
+    if isinstance(spec, ReportSpec):
+        spec = spec.model_copy(update={"votes": tuple(map(members, spec.votes))})
     if isinstance(spec, ControlSpec):
         return spec.model_copy(update={"batch": batch})
+    if isinstance(spec, EvaluateSpec) and spec.members is not None:
+        return spec.model_copy(update={"members": members(spec.members)})
     if isinstance(spec, (EvaluateSpec, ExportSpec)) and spec.adapter_job is not None:
         return spec.model_copy(update={"adapter_job": spec.adapter_job.replace(BATCH, batch)})
     return spec
 
 
-def check_capacity(plan: Plan, workers: Sequence[WorkerInfo]) -> None:
-    """Refuses what would wait for ever: workers are alive, and none of them could hold a job of the plan."""
+def check_capacity(need: int, workers: Sequence[WorkerInfo]) -> None:
+    """Refuses what would wait for ever: workers are alive, and none of them could hold a job of `need` bytes."""
     usable = [worker.usable_bytes for worker in workers if worker.alive and worker.usable_bytes]
-    need = max((job.need_bytes for job in plan.jobs), default=0)
     if usable and need > max(usable):
         raise CapacityError(
             f"a job needs about {need / GIB:.1f} GiB, and the largest worker has {max(usable) / GIB:.1f} GiB",

@@ -15,6 +15,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from jobqueue import ensembles
+from jobqueue.ensemble_spec import EnsembleSpec
 from jobqueue.errors import Problem, SpecError
 from jobqueue.spec import RunSpec, SweepFile, SweepSpec
 
@@ -37,6 +39,7 @@ class Sweep:
     name: str
     file: Path  # relative names in the file are relative to its folder
     trials: Sequence[Trial]
+    ensembles: Sequence[EnsembleSpec] = ()
 
 
 @dataclass
@@ -109,8 +112,18 @@ def _checked(document: _Document, sets: Sequence[str]) -> Sweep:
     file = _validate(document, SweepFile, document.root, {})
     trials = _trials(document) if file else []
     document.check()
-    assert file is not None  # else there was a problem
-    return Sweep(file.name, document.path, trials)
+    assert isinstance(file, SweepFile)  # else there was a problem
+    _check_ensembles(document, file.ensembles, trials)
+    return Sweep(file.name, document.path, trials, file.ensembles)
+
+
+def _check_ensembles(document: _Document, given: Sequence[EnsembleSpec], trials: Sequence[Trial]) -> None:
+    for index, ensemble in enumerate(given):
+        if any(other.name == ensemble.name for other in given[:index]):
+            document.report("is the name of another one", ("ensembles", index, "name"))
+        for message, key in ensembles.problems(ensemble, trials):
+            document.report(message, ("ensembles", index, key))
+    document.check()
 
 
 def _yaml() -> YAML:
@@ -246,6 +259,7 @@ def _trials(document: _Document) -> list[Trial]:
     """Every combination of the grid, for each entry of the list, each checked as a whole."""
     plain = json.loads(json.dumps(document.root, default=str))
     sweep = SweepSpec.model_validate(plain.pop("sweep", None) or {})
+    plain.pop("ensembles", None)
     entries = sweep.list or [{}]
     for key, values in sweep.grid.items():
         if len({json.dumps(value) for value in values}) < len(values):
@@ -266,7 +280,7 @@ def _trials(document: _Document) -> list[Trial]:
         for key, value in differs.items():
             at = ("sweep", "grid", key) if key in sweep.grid else ("sweep", "list", index, key)
             places[key] = at
-            if key in ("name", "sweep") or not _put(run, key, value):
+            if key in ("name", "sweep", "ensembles") or not _put(run, key, value):
                 document.report("cannot be varied", at)
         checked = _validate(document, RunSpec, run, places)
         if checked is not None:

@@ -21,7 +21,7 @@ from jobqueue.job import Claim, FailureReason, Job
 from jobqueue.memory import estimate, kind_of, memory_class
 from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
-from jobqueue.spec import ControlSpec, JobSpec, WorkSpec
+from jobqueue.spec import ControlSpec, JobSpec
 from jobqueue.store import Store
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LOOK_AT_SERVER_S = 60.0
 
 log = logging.getLogger(__name__)
-PARSE: TypeAdapter[WorkSpec | ControlSpec] = TypeAdapter(JobSpec)
+PARSE: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
 
 
 class Sweeper:

@@ -22,7 +22,7 @@ import click
 from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
-from jobqueue import data_spec, export_spec, judge_spec, spec
+from jobqueue import data_spec, ensemble_spec, export_spec, judge_spec, spec
 from jobqueue.retry import TABLE, Rule
 from jobqueue.settings import Settings
 
@@ -42,6 +42,7 @@ SECTIONS = (
     ("export", export_spec.ExportOptions),
     ("resources", spec.ResourcesSpec),
     ("sweep", spec.SweepSpec),
+    ("ensembles", ensemble_spec.EnsembleSpec),
 )
 
 # What a key means where the model says nothing, since the name is Hugging Face's, PEFT's or TRL's own.

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 events = os.fdopen(int(os.environ["LORAQ_EVENTS_FD"]), "w", buffering=1)
 asked, started = False, time.time()
@@ -148,6 +149,11 @@ def work(request: dict) -> None:
         elif verb == "child":
             command = [sys.executable, "-c", "import signal, time; signal.signal(15, 1); time.sleep(600)"]
             subprocess.Popen(command, start_new_session=True)
+    if request["spec"]["kind"] == "ask":
+        outcome = {"answers": [{by: {"text": f"{by} says"} for by in request["spec"]["asked"]}], "pid": os.getpid()}
+        for by in request["spec"]["asked"]:
+            say(type="answer", prompt=0, by=by, text=f"{by} says", done=True, cut=False)
+        return say(type="result", outcome=outcome)
     os.makedirs(f"{request['output']}/adapter")
     with open(f"{request['output']}/adapter/adapter_model.txt", "w") as file:
         file.write(job)
@@ -156,6 +162,8 @@ def work(request: dict) -> None:
         weights = next(name for name in sorted(os.listdir(request["adapter"])) if name.startswith("adapter_model"))
         with open(f"{request['adapter']}/{weights}") as file:
             outcome["adapter"] = file.read()
+    if request["members"]:
+        outcome["members"] = [Path(folder, "adapter_model.txt").read_text() for folder in request["members"]]
     outcome |= measured
     if training := request["spec"].get("training"):
         micro, rung = training["per_device_train_batch_size"], request["rung"]

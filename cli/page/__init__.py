@@ -51,6 +51,7 @@ def _batch(report: BatchReport, rows: Sequence[Row]) -> Mapping[str, Any]:
     """What the page shows of one batch."""
     trials = [row.trial for row in rows]
     names = labels(rows)
+    swept = next((trial.differs for trial in trials if not trial.members), {})
     curves = [
         charts.Curve(name, place, trial.losses)
         for place, (name, trial) in enumerate(zip(names, trials, strict=True))
@@ -60,9 +61,7 @@ def _batch(report: BatchReport, rows: Sequence[Row]) -> Mapping[str, Any]:
         "report": report,
         "losses": charts.line_chart("Training loss by step", "step", curves),
         "legend": [(charts.colour(place), name) for place, name in enumerate(names)],
-        "parameters": [
-            chart for key in (trials[0].differs if trials else ()) if (chart := _against(report, key, trials, names))
-        ],
+        "parameters": [chart for key in swept if (chart := _against(report, key, trials, names))],
         "memory": _bars([(n, t.peak_bytes, t.training_bytes, render.memory(t.peak_bytes)) for n, t in _named(rows)]),
         "time": _bars([(n, t.train_minutes, None, render.minutes(t.train_minutes)) for n, t in _named(rows)]),
         "ratings": [_ratings(found) for _, found in ratings.ratings_of([report])],
@@ -114,7 +113,7 @@ def _against(report: BatchReport, key: str, trials: Sequence[TrialResult], names
             title=f"{name}: {render.percent(score.accuracy)} {render.interval(score.interval)}",
         )
         for place, (name, trial) in enumerate(zip(names, trials, strict=True))
-        if (score := trial.scores.get(metric))
+        if (score := trial.scores.get(metric)) and key in trial.differs
     ]
     bases = [base.scores[metric].accuracy for base in report.bases if metric in base.scores]
     base = 100 * bases[0] if len(bases) == 1 else None

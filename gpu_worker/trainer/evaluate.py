@@ -25,6 +25,7 @@ from gpu_worker.trainer.data import chat_of, end_ids
 from gpu_worker.trainer.failures import bad_data
 from gpu_worker.trainer.greedy import greedy
 from gpu_worker.trainer.likelihood import TIES, score
+from gpu_worker.trainer.merge import Merged
 from gpu_worker.trainer.parked import loaded_for_asking
 from gpu_worker.trainer.questions import Question, to_questions
 from gpu_worker.trainer.texts import Text, add_losses, bleu, perplexity, to_texts
@@ -65,7 +66,8 @@ def evaluate(spec: EvaluateSpec, request: Request, report: Report) -> dict[str, 
             f"{asked.source} has the format {file.summary.format}"
         )
     clock.lap("data_s")
-    with loaded_for_asking(spec, request.adapter) as base:
+    merged = Merged(spec.members, request.members, Path(request.output) / "adapter") if spec.members else None
+    with loaded_for_asking(spec, merged or request.adapter) as base:
         outcome = _ask(spec, request, report, clock, file, choices, base)
     clock.lap("save_s")
     return outcome | {"time": clock.report(), "versions": usage.versions()}
@@ -140,6 +142,8 @@ def _ask(
     if texts:
         _write(request, written_answers.FILE, texts)
     clock.lap("save_s")
+    if spec.members:
+        outcome["members"] = list(request.members)
     return outcome | {
         "commit": getattr(model.config, "_commit_hash", None),  # of a hub model
         "memory": memory | {"estimated_bytes": estimated},

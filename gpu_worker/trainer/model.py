@@ -7,8 +7,8 @@ import unsloth
 # isort: split
 import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Loaded:
     tokenizer: Any
     name: str
     """The folder (absolute) or hub id that it came from."""
+    without_adapter: Callable[[], AbstractContextManager[None]] = nullcontext
+    """For the time of its block the model is the base model, where its adapter `comes_off` (parked.py)."""
 
 
 def load(

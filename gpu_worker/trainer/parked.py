@@ -20,9 +20,10 @@ from peft import PeftConfig, PeftModel
 from gpu_worker.trainer import model as models
 from gpu_worker.trainer import stock
 from gpu_worker.trainer.failures import JobFailure
+from gpu_worker.trainer.merge import Merged
 from jobqueue import base_model
 from jobqueue.job import FailureReason
-from jobqueue.spec import EvaluateSpec
+from jobqueue.spec import AskSpec, EvaluateSpec
 
 log = logging.getLogger("loraq.trainer")
 MOST_OF_FREE = 1 / 8  # of the host's free memory, what a parked model may take
@@ -47,13 +48,13 @@ def forget() -> None:
 
 
 @contextmanager
-def loaded_for_asking(spec: EvaluateSpec, adapter: str | None) -> Iterator[models.Loaded]:
+def loaded_for_asking(spec: EvaluateSpec | AskSpec, adapter: str | Merged | None) -> Iterator[models.Loaded]:
     """The base model, with the adapter on it, for the time of the block, run by transformers' own classes.
 
     Raises JobFailure: bad_spec where there is no such model, storage where there is no adapter.
     """
-    whole = spec.method == "full" and adapter is not None  # what was trained is a whole model
-    name = models.resolve(adapter if whole and adapter else spec.base_model)
+    whole = spec.method == "full" and isinstance(adapter, str)  # what was trained is a whole model
+    name = models.resolve(adapter if whole and isinstance(adapter, str) else spec.base_model)
     revision = None if whole else spec.revision
     with (
         stock.classes(models.config_of(name, revision)),
@@ -63,7 +64,9 @@ def loaded_for_asking(spec: EvaluateSpec, adapter: str | None) -> Iterator[model
 
 
 @contextmanager
-def _loaded(spec: EvaluateSpec, name: str, revision: str | None, adapter: str | None) -> Iterator[models.Loaded]:
+def _loaded(
+    spec: EvaluateSpec | AskSpec, name: str, revision: str | None, adapter: str | Merged | None
+) -> Iterator[models.Loaded]:
     """When the block is done, the base model is parked if it can be."""
     global _parked
     key = (name, revision, spec.load_in_4bit, base_model.fingerprint(name) if base_model.is_path(name) else "")
@@ -83,15 +86,17 @@ def _loaded(spec: EvaluateSpec, name: str, revision: str | None, adapter: str | 
         tuned = with_adapter(base.model, adapter)
         # PEFT puts the adapter into the base model's own layers. That model is asked, not the wrapper, whose
         # forward Unsloth replaces.
-        yield models.Loaded(tuned.get_base_model().eval(), base.tokenizer, base.name)
+        yield models.Loaded(tuned.get_base_model().eval(), base.tokenizer, base.name, tuned.disable_adapter)
         if not _restored(tuned, before):
             return
     if name == models.resolve(spec.base_model) and _fits(base.model) and _move(base.model, "cpu"):
         _parked = Parked(key, base.model)
 
 
-def with_adapter(model: Any, adapter: str) -> Any:
+def with_adapter(model: Any, adapter: str | Merged) -> Any:
     """PEFT's wrapper of `model`, whose own layers get the adapter. Raises JobFailure (storage) where there is none."""
+    if isinstance(adapter, Merged):
+        return adapter.on(model)
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise JobFailure(FailureReason.STORAGE, f"there is no adapter in {adapter}")
     return PeftModel.from_pretrained(model, str(Path(adapter).absolute()))
@@ -102,15 +107,19 @@ def _tensors(model: Any) -> Tensors:
 
 
 def _restored(tuned: Any, before: Tensors) -> bool:
-    """Take the adapter off. False where the base model is not known to be what it was: it has trained biases, say."""
-    config: PeftConfig = next(iter(tuned.peft_config.values()))
-    biased = getattr(config, "bias", "none") != "none" or getattr(config, "modules_to_save", None)
-    if biased or not isinstance(getattr(config, "init_lora_weights", True), bool):  # loftq changes the base model's own
+    """Take the adapter off. False where the base model is not known to be what it was."""
+    if not comes_off(next(iter(tuned.peft_config.values()))):
         return False
     base = tuned.unload()
     if hasattr(base, "peft_config"):
         del base.peft_config
     return _tensors(base) == before
+
+
+def comes_off(config: PeftConfig) -> bool:
+    """Whether the base model is what it was once such an adapter is off it: it has no trained biases, say."""
+    biased = getattr(config, "bias", "none") != "none" or getattr(config, "modules_to_save", None)
+    return not biased and isinstance(getattr(config, "init_lora_weights", True), bool)  # loftq changes the base model
 
 
 def _fits(model: Any) -> bool:

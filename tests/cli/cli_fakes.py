@@ -12,7 +12,7 @@ from click.testing import Result
 
 from jobqueue.aggregate import build_report
 from jobqueue.answers import Answer
-from jobqueue.errors import LoraqError, NotFoundError
+from jobqueue.errors import DataError, LoraqError, NotFoundError
 from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
 from jobqueue.exports import plan_export
@@ -189,6 +189,9 @@ class FakeClient:
     price: float | dict[str, float] | None = None
     risks: list[str] = field(default_factory=list)
     present: list[WorkerInfo] = field(default_factory=list)
+    question: Job | None = None  # what `ask` makes
+    asked: tuple[Any, ...] = ()  # what it was called with
+    cancelled: list[str] = field(default_factory=list)
 
     def read(self, file: Path, sets: Sequence[str] = ()) -> Sweep:
         return read_sweep(file, sets)
@@ -212,6 +215,13 @@ class FakeClient:
             self.known[plan.sweep.name] = two_trials(plan.sweep.name)
         return self.batch(plan.sweep.name)
 
+    def ask(self, trial: str, prompts: Sequence[str], **options: Any) -> Job:
+        if not prompts:
+            raise DataError("there is no prompt", "")
+        self.asked = (trial, prompts, options)
+        assert self.question is not None
+        return self.question
+
     def batches(self) -> list[Batch]:
         return [make_batch(name, jobs) for name, jobs in self.known.items()]
 
@@ -227,6 +237,8 @@ class FakeClient:
         return self.known[batch]
 
     def job(self, job_id: str) -> Job:
+        if self.question is not None and self.question.id == job_id:
+            return replace(self.question, state=JobState.RUNNING) if self.streams else self.question
         for jobs in self.known.values():
             for job in jobs:
                 if job.id == job_id:
@@ -234,6 +246,7 @@ class FakeClient:
         raise NotFoundError(f"there is no job {job_id!r}", "See `loraq ls BATCH`.")
 
     def cancel(self, target: str) -> list[Job]:
+        self.cancelled.append(target)
         jobs = self.known[target] if target in self.known else [self.job(target)]
         return [replace(job, cancel_requested=True) for job in jobs if not job.state.final]
 
@@ -260,7 +273,7 @@ def make_events(*entries: tuple[str, Any], first: int = 1, attempt: int = 1) -> 
     """Entries of a stream: (kind, text or data)."""
     made = []
     for number, (kind, body) in enumerate(entries, start=first):
-        text, data = ("", body) if kind == "progress" else (body, {})
+        text, data = ("", body) if kind in ("progress", "answer") else (body, {})
         made.append(Event(str(number), kind, attempt, 1_000_000.0 + number, text, data))  # type: ignore[arg-type]
     return made
 

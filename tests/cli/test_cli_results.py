@@ -7,10 +7,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli_fakes import Command, FakeClient, exported, make_job, scored, trained, two_trials, two_trials_answers
+from cli_fakes import (
+    Command,
+    FakeClient,
+    answers_of,
+    exported,
+    make_job,
+    scored,
+    trained,
+    two_trials,
+    two_trials_answers,
+)
 from click import unstyle
 
 from jobqueue.job import FailureReason, JobState
@@ -369,3 +380,29 @@ def test_perplexity_and_bleu_have_columns_and_fields(command: Command, client: F
         ("trial", "7.25", "31.0"), ("trial", "12.5", "20.04"), ("base", "40.0", "3.0"),
     ]  # fmt: skip
     assert len(command("results", "chat", "--filter", "perplexity<10", "--csv").stdout.splitlines()) == 3
+
+
+def test_an_ensemble_is_a_row_with_its_comparison_with_the_best_trial(
+    command: Command, client: FakeClient, tmp_path: Path
+) -> None:
+    jobs = two_trials()
+    single = jobs[1]
+    members = {"name": "top", "trains": ["medqa.1", "medqa.2"], "method": "cat", "best": None, "weights": None}
+    spec = {**single.spec, "adapter_job": None, "members": members}
+    outcome = scored(80, 80) | {"memory": {"peak_reserved_bytes": 77 * 2**30}}
+    top = replace(single, id="medqa.top", trial="top (cat of 2)", spec=spec, outcome=outcome)
+    client.known["medqa"] = [*jobs[:-1], top, jobs[-1]]
+    client.answers = {**two_trials_answers(), "medqa.top": answers_of(*range(80))}
+    out = command("results", "medqa", columns=200).stdout
+    [row] = [line for line in out.splitlines() if line.startswith("top (cat of 2)")]
+    assert "30.0% → 80.0%" in row
+    assert "+28.0 better" in row
+    assert "vs best trial: the same test against the best single trial." in out
+    assert "Holm's correction for all tests of the batch" in out
+    assert "77.0 GiB" not in row, "memory is what training took"
+    page = tmp_path / "page.html"
+    assert command("results", "medqa", "--html", str(page)).exit_code == 0
+    assert "top (cat of 2)" in page.read_text()
+    assert "Accuracy (likelihood) by training.learning_rate" in page.read_text()
+    assert "accuracy" in command("results", "medqa", "--plot").stdout.lower()
+    assert command("show", "medqa.top", columns=100).exit_code == 0

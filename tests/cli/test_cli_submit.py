@@ -38,6 +38,13 @@ def test_dry_run_shows_the_jobs_and_submits_nothing(command: Command, client: Fa
     assert client.submitted == []
 
 
+def test_dry_run_names_the_votes_that_are_no_jobs(command: Command, sweep_file: str) -> None:
+    ensembles = "ensembles=[{name: mean, method: cat}, {name: poll, method: vote}]"
+    out = command("submit", sweep_file, "--dry-run", "--set", ensembles).stdout
+    assert ["mean", "evaluate", "mean", "(cat", "of", "2)"] in [line.split()[:6] for line in out.splitlines()]
+    assert "The report counts the votes of poll." in out
+
+
 def test_dry_run_as_json(command: Command, client: FakeClient, sweep_file: str) -> None:
     document = json.loads(command("submit", sweep_file, "--dry-run", "--json", "--set", "training.max_steps=7").stdout)
 

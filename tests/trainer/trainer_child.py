@@ -7,10 +7,11 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_worker.protocol import EVENTS_FD, Checkpoint, Event, Failed, Progress, Request, Result, decode
+from gpu_worker.protocol import EVENTS_FD, Answer, Checkpoint, Event, Failed, Progress, Request, Result, decode
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "cli" / "demo"
@@ -62,6 +63,7 @@ class Child:
         output: Path | None = None,
         resume: Path | None = None,
         gguf_converter: Path | None = None,
+        members: Sequence[Path] = (),
     ) -> Path:
         """Hand it a job; returns the job's output folder."""
         self.jobs += 1
@@ -69,7 +71,10 @@ class Child:
             output = self.folder / f"job{self.jobs}"
             output.mkdir()
         adapter_, resume_, converter = (str(path) if path else None for path in (adapter, resume, gguf_converter))
-        request = Request(f"job{self.jobs}", spec, str(output), adapter_, resume_, gguf_converter=converter)
+        request = Request(
+            f"job{self.jobs}", spec, str(output), adapter_, resume_, gguf_converter=converter,
+            members=tuple(map(str, members)),
+        )  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(request.line())
         self.process.stdin.flush()
@@ -82,11 +87,13 @@ class Child:
         output: Path | None = None,
         resume: Path | None = None,
         gguf_converter: Path | None = None,
+        members: Sequence[Path] = (),
     ) -> Done:
         """Hand it a job and wait for its end."""
-        folder = self.send(spec, adapter, output, resume, gguf_converter)
+        folder = self.send(spec, adapter, output, resume, gguf_converter, members)
         progress: list[Progress] = []
         checkpoints: list[Path] = []
+        answers: list[Answer] = []
         while True:
             event = self.next_event()
             assert event is not None, f"the trainer ended; its log:\n{self.log.read_text()[-3000:]}"
@@ -94,8 +101,10 @@ class Child:
                 progress.append(event)
             elif isinstance(event, Checkpoint):
                 checkpoints.append(Path(event.folder))
+            elif isinstance(event, Answer):
+                answers.append(event)
             elif isinstance(event, (Result, Failed)):
-                return Done(event, progress, folder, checkpoints)
+                return Done(event, progress, folder, checkpoints, answers)
 
     def close(self) -> None:
         self.process.kill()
@@ -105,11 +114,19 @@ class Child:
 class Done:
     """How a job ended."""
 
-    def __init__(self, end: Result | Failed, progress: list[Progress], folder: Path, checkpoints: list[Path]) -> None:
+    def __init__(
+        self,
+        end: Result | Failed,
+        progress: list[Progress],
+        folder: Path,
+        checkpoints: list[Path],
+        answers: list[Answer],
+    ) -> None:
         self.end = end
         self.progress = progress
         self.folder = folder
         self.checkpoints = checkpoints
+        self.answers = answers
 
     @property
     def outcome(self) -> dict[str, Any]:
@@ -141,4 +158,12 @@ def evaluate_spec(**changes: Any) -> dict[str, Any]:
     return {
         "kind": "evaluate", "base_model": str(DEMO / "model"), "method": "lora", "adapter_job": None,
         "load_in_4bit": False, "max_seq_length": 256, "evaluation": evaluation, "resources": {}, **changes,
+    }  # fmt: skip
+
+
+def ask_spec(*prompts: str, **changes: Any) -> dict[str, Any]:
+    """A question to the demo model and an adapter of it."""
+    return {
+        "kind": "ask", "base_model": str(DEMO / "model"), "method": "lora", "adapter_job": "batch.1",
+        "load_in_4bit": False, "max_seq_length": 256, "prompts": prompts, "max_new_tokens": 24, **changes,
     }  # fmt: skip
