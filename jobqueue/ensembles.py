@@ -164,7 +164,7 @@ def voted(jobs: Sequence[Job], answers: Mapping[str, Answers]) -> list[tuple[Job
 def _evaluation(
     members: Mapping[str, Any], jobs: Mapping[str, Job], answers: Mapping[str, Answers]
 ) -> tuple[Job, Answers]:
-    by_train = {job.spec.get("adapter_job"): job for job in jobs.values()}
+    by_train = {job.spec.get("adapter_job"): job for job in jobs.values() if job.kind is JobKind.EVALUATE}
     trains = [jobs[train] for train in members["trains"]]
     evaluations = [by_train[train.id] for train in trains]
     ended = all(job.state.final for job in (*trains, *evaluations))
