@@ -126,6 +126,9 @@ class Attempt:
             check_source(source, self._settings.model_roots)
         if rows:
             spec[section] = self._copied(rows, "data") | ({"replay": self._copied(replay, "replay")} if replay else {})
+        if ewc := spec.get("ewc"):
+            check_source(ewc["data"]["source"], self._settings.model_roots)
+            spec["ewc"] = ewc | {"data": self._copied(ewc["data"], "ewc")}
         adapter = resume = None
         members: tuple[str, ...] = ()
         if spec["kind"] == "train":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobqueue.base_model import HUB_ID
+from jobqueue.data_spec import DataSpec, EwcSpec
 from jobqueue.errors import NotFoundError, Problem, SpecError, StorageError
 from jobqueue.job import Job, JobKind, JobState
 from jobqueue.spec import LoraSpec, TrainSpec
@@ -56,8 +58,12 @@ def in_storage(plan: Plan, job_of: Callable[[str], Job]) -> Plan:
         source = job.spec.from_adapter if isinstance(job.spec, TrainSpec) else None
         if isinstance(job.spec, TrainSpec) and source and TRIAL.fullmatch(source):
             try:
-                folder = _trained(job_of(source), job.spec)
-                job = replace(job, spec=job.spec.model_copy(update={"from_adapter": f"{STORED}{folder}/adapter"}))
+                earlier = job_of(source)
+                found = {
+                    "from_adapter": f"{STORED}{_trained(earlier, job.spec)}/adapter",
+                    "ewc": _ewc(job.spec, earlier),
+                }
+                job = replace(job, spec=job.spec.model_copy(update=found))
             except NotFoundError as error:
                 problems.append(f"{error.what}; `loraq ls` lists the batches, and a trial is BATCH/NUMBER")
             except ValueError as error:
@@ -88,6 +94,14 @@ def _trained(job: Job, spec: TrainSpec) -> str:
     if wrong:
         raise ValueError(f"{job.id} does not fit; as it was trained, set under lora: {', '.join(wrong)}")
     return str(job.outcome["folder"])
+
+
+def _ewc(spec: TrainSpec, earlier: Job) -> EwcSpec | None:
+    """With the rows that the earlier trial was trained on, where the spec names none."""
+    if spec.ewc is None or spec.ewc.data is not None:
+        return spec.ewc
+    data = DataSpec.model_validate_json(json.dumps({**earlier.spec["data"], "replay": None}))
+    return spec.ewc.model_copy(update={"data": data})
 
 
 def download(url: str, into: Path) -> Path:

@@ -100,3 +100,23 @@ class DataSpec(RowsSpec):
         if self.template and (self.format != "auto" or self.columns):
             raise ValueError("template says how a row is read; format and columns go without it")
         return self
+
+
+class EwcSpec(Part):
+    """Elastic weight consolidation (arXiv:1612.00796): with from_adapter, weights that its rows need are held."""
+
+    ewc_lambda: Annotated[float, Field(ge=0)]
+    """Weight of the penalty: the loss gets ewc_lambda / 2 times the sum of F x (weight - weight before) squared. F is
+    the mean square of the gradient of a row's log-likelihood."""
+    samples: PositiveInt = 256
+    """How many of the rows F is estimated from."""
+    seed: NonNegativeInt = 3407
+    """Another seed draws others."""
+    data: DataSpec | None = None
+    """The rows that from_adapter was trained on, a section like data; None: those of the trial that it names."""
+
+    @model_validator(mode="after")
+    def _rows_alone(self) -> Self:
+        if self.data and self.data.replay:
+            raise ValueError("data.replay mixes rows into a training, and here nothing is trained")
+        return self

@@ -144,7 +144,8 @@ def training_peak(
         weights += shape.embedding_weights * (8 - state + 2)
     else:
         # LoRA weights are kept in 32 bits: weight, gradient, moments
-        weights = shape.weight_bytes(spec.method == "qlora") + shape.lora_weights(spec.lora) * (8 + state)
+        held = 8 if spec.ewc else 0  # its weights before and their Fisher information, in 32 bits too
+        weights = shape.weight_bytes(spec.method == "qlora") + shape.lora_weights(spec.lora) * (8 + state + held)
     checkpointing = spec.lora.use_gradient_checkpointing
     if checkpointing is False:
         activations = max(shape.layers * shape.kept_bytes(tokens), shape.working_bytes(tokens))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jobqueue import adapters, base_model, ensembles, rows, sources
-from jobqueue.data_spec import DataSpec, QuestionFormat
+from jobqueue.data_spec import DataSpec, EwcSpec, QuestionFormat
 from jobqueue.ensemble_spec import EnsembleSpec, Members
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
@@ -157,6 +157,15 @@ class _Lookups:
             self.warn(f"{located} is a folder; every worker must have it")
         return located
 
+    def ewc(self, run: RunSpec) -> EwcSpec | None:
+        """With the rows of before, where they are named. Raises SpecError, DataError."""
+        if run.ewc is None or run.ewc.data is None:
+            if run.ewc and not adapters.TRIAL.fullmatch(self.adapter(run.from_adapter) or ""):
+                message = f"which rows was {run.from_adapter} trained on? Only a trial (BATCH/NUMBER) says it by itself"
+                raise SpecError([Problem(message, str(self.sweep.file), path="ewc.data")])
+            return run.ewc
+        return run.ewc.model_copy(update={"data": self.data(run.ewc.data)})
+
 
 def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     """The jobs of a sweep, each after those that it waits for.
@@ -199,6 +208,7 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
             chat_template=sources.chat_template(run.chat_template, look.sweep.file),
             data=look.data(run.data),
             from_adapter=look.adapter(run.from_adapter),
+            ewc=look.ewc(run),
             lora=run.lora,
             training=run.training,
             resources=run.resources,

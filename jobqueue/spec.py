@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from jobqueue.data_spec import DataSpec, Part, QuestionFormat, RowsSpec
+from jobqueue.data_spec import DataSpec, EwcSpec, Part, QuestionFormat, RowsSpec
 from jobqueue.ensemble_spec import EnsembleSpec, Members
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
@@ -203,6 +203,8 @@ class RunSpec(Part):
     """Without it nothing is trained: the base model itself is evaluated."""
     from_adapter: Annotated[str, Field(min_length=1)] | None = None
     """Go on from an adapter instead of a fresh one: a trial (BATCH/NUMBER), or a folder, URL or hub id."""
+    ewc: EwcSpec | None = None
+    """Section, see below. Without it from_adapter may forget what it was trained on."""
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec | None = None
@@ -223,6 +225,8 @@ class RunSpec(Part):
             raise ValueError(
                 "lora.loftq_config quantises the base model itself: set method: lora, and leave load_in_4bit out"
             )
+        if self.ewc and not self.from_adapter:
+            raise ValueError("ewc holds on to the weights of an earlier adapter: set from_adapter")
         if self.training.eval_steps and not (self.data and self.data.validation_split):
             raise ValueError("training.eval_steps needs rows to validate on: set data.validation_split")
         if not self.training.eval_steps and self.data is not None:
@@ -268,6 +272,7 @@ class TrainSpec(Part):
     chat_template: str | None = None
     data: DataSpec
     from_adapter: str | None = None
+    ewc: EwcSpec | None = None
     lora: LoraSpec
     training: TrainingSpec
     resources: ResourcesSpec

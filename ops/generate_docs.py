@@ -34,6 +34,7 @@ SECTIONS = (
     ("data", data_spec.DataSpec),
     ("data.template", data_spec.RowTemplate),
     ("data.replay", data_spec.ReplaySpec),
+    ("ewc", data_spec.EwcSpec),
     ("lora", spec.LoraSpec),
     ("lora.loftq_config", spec.LoftqSpec),
     ("training", spec.TrainingSpec),

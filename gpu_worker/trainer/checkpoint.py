@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Checkpoints(TrainerCallback):
         self,
         training: TrainingSpec,
         counts: Callable[[], dict[str, float]],
-        save_more: Callable[[Path], None],
+        save_more: Sequence[Callable[[Path], None]],
         report: Callable[[Any], None],
     ) -> None:
         global _asked
@@ -71,7 +71,8 @@ class Checkpoints(TrainerCallback):
         _asked = False
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / COUNTS).write_text(json.dumps(self._counts()))
-        self._save_more(folder)
+        for save in self._save_more:
+            save(folder)
         self._saved_at, self._saved_step = time.monotonic(), state.global_step
         self._report(Checkpoint(step=state.global_step, folder=str(folder)))
 

@@ -24,6 +24,7 @@ from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.collator import Collator
 from gpu_worker.trainer.config import config_of
 from gpu_worker.trainer.data import chat_of
+from gpu_worker.trainer.ewc import Ewc
 from gpu_worker.trainer.failures import JobFailure, bad_spec, nan_loss, on_rung, one_line
 from gpu_worker.trainer.finite import Finite
 from gpu_worker.trainer.padding_free import layout_of
@@ -63,6 +64,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     tokens, data = tokenise(chat, trained, training.max_seq_length)
     mixed_in, replayed = _replay(spec.data, chat, len(trained), training.max_seq_length)
     tokens += mixed_in
+    ewc = Ewc(spec.ewc, chat, training.max_seq_length)
     validation = survey(chat, kept_back, training.max_seq_length)[0]
     for reason, skipped in file.summary.skipped.items():
         log.warning("%d of %d rows cannot be used: %s", skipped.count, file.summary.rows, reason)
@@ -85,7 +87,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
         on_rung(choice.rung, last=choice.last),
         trackers.of(training.report_to, request.job_id, Path(request.output)) as report_to,
     ):
-        outcome = _fit(choice.split.of(spec), base, through, request, report, clock, report_to)
+        outcome = _fit(choice.split.of(spec), base, through, ewc, request, report, clock, report_to)
     outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
     outcome["training"] |= asdict(choice.split) | {"padding_free": layout != "padded"}
     outcome["training"]["from_adapter"] = spec.from_adapter
@@ -129,6 +131,7 @@ def _fit(
     spec: TrainSpec,
     base: models.Loaded,
     through: batches.Batches,
+    ewc: Ewc,
     request: Request,
     report: Report,
     clock: Clock,
@@ -150,7 +153,7 @@ def _fit(
     collator = Collator(pad, flat=through.layout != "padded")
     watch = Watch(report, collator)
     best = Best(training, model, Path(config.output_dir or ""), validates=validates)
-    checkpoints = Checkpoints(training, watch.counts, best.save, report)
+    checkpoints = Checkpoints(training, watch.counts, (best.save, ewc.save), report)
     checkpoints.remember_dtypes(model)
     finite = Finite(model.device)
     try:
@@ -161,7 +164,7 @@ def _fit(
             train_dataset=through.training,
             eval_dataset=through.validation if validates else None,
             data_collator=collator,
-            callbacks=[watch, finite, best, checkpoints],
+            callbacks=[watch, finite, best, ewc, checkpoints],
         )
     except (ValueError, NotImplementedError) as error:
         raise bad_spec(one_line(f"the trainer refuses these settings: {error}")) from error
@@ -169,6 +172,7 @@ def _fit(
         batches.LongestFirst(batches.lengths(through.training), training.effective_batch, training.seed).of(trainer)
     finite.watch(trainer)
     models.for_training(model)
+    ewc.watch(trainer, request.resume, report)
     reserved_at_start = usage.reserved()
     clock.lap("setup_s")
 
@@ -187,6 +191,8 @@ def _fit(
     if kept_step != trainer.state.global_step:
         log.info("the weights of step %d are kept, with the validation loss %.4f", best.step, best.loss)
     memory = usage.memory(reserved_at_start)
+    held = ewc.outcome()
+    clock.lap("setup_s")
 
     report(Progress("save", step=trainer.state.global_step, steps=trainer.state.max_steps))
     _save(model, tokenizer, Path(request.output) / "adapter", spec.base_model)
@@ -217,6 +223,7 @@ def _fit(
             "stopped_early": best.stopped or None,
         },
         "losses": losses,
+        "ewc": held,
         "validation": {
             "rows": len(through.validation),
             "losses": [[entry["step"], entry["eval_loss"]] for entry in _validations(trainer)],

@@ -57,6 +57,33 @@ def test_a_trial_is_taken_from_where_its_training_left_it(
     assert client.job(f"{batch}.1").spec["from_adapter"] == "storage:batches/b/b.1/1-abc/adapter"
 
 
+def test_ewc_holds_on_to_the_rows_of_the_trial_or_to_those_that_are_named(
+    client: Client, tmp_path: Path, trained: str
+) -> None:
+    def rows_of(**ewc: object) -> dict[str, object]:
+        batch = send(client, tmp_path, from_adapter="b/1", ewc={"ewc_lambda": 10, **ewc})
+        found: dict[str, object] = client.job(f"{batch}.1").spec["ewc"]["data"]
+        return found
+
+    assert rows_of() == client.job("b.1").spec["data"]
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "Bye", "completion": "So long"}) + "\n")
+    source = rows_of(data={"source": "other.jsonl"})["source"]
+    assert Path(client.storage.fetch_source(str(source), tmp_path / "got")).read_text().startswith('{"prompt": "Bye"')
+
+
+def test_ewc_needs_an_adapter_and_its_rows(tmp_path: Path) -> None:
+    ewc = {"ewc_lambda": 10}
+    with pytest.raises(SpecError, match="ewc holds on to the weights of an earlier adapter: set from_adapter"):
+        read_sweep(sweep_file(tmp_path, ewc=ewc))
+    replay = {"source": "a/b", "replay": {"source": "c/d"}}
+    with pytest.raises(SpecError, match=r"data\.replay mixes rows into a training"):
+        read_sweep(sweep_file(tmp_path, from_adapter="b/1", ewc=ewc | {"data": replay}))
+    unknown = read_sweep(sweep_file(tmp_path, from_adapter="owner/adapter", ewc=ewc))
+    with pytest.raises(SpecError, match="which rows was owner/adapter trained on") as error:
+        make_plan(unknown, workers_are_here=False)
+    assert error.value.problems[0].path == "ewc.data"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobqueue.data_spec import DataSpec
+from jobqueue.data_spec import DataSpec, EwcSpec
 from jobqueue.memory import CLASSES, CONTEXT, GIB, Shape, classes_for, estimate, memory_class
 from jobqueue.spec import EvaluateSpec, EvaluationSpec, LoraSpec, ResourcesSpec, TrainingSpec, TrainSpec
 
@@ -98,6 +98,8 @@ def test_more_of_anything_needs_more() -> None:
     assert estimate(LLAMA_1B, train(lora=LoraSpec(r=64))) > least
     assert estimate(LLAMA_1B, train(lora=LoraSpec(use_gradient_checkpointing=False))) > least
     assert estimate(LLAMA_1B, train("lora")) > least
+    held = train().model_copy(update={"ewc": EwcSpec(ewc_lambda=1.0)})
+    assert estimate(LLAMA_1B, held) - least > 8 * 11_272_192, "two more numbers of 32 bits for each weight"
     assert estimate(LLAMA_1B, train("full")) > estimate(LLAMA_1B, train("lora"))
     assert estimate(LLAMA_1B, evaluate(load_in_4bit=False)) > estimate(LLAMA_1B, evaluate()) > CONTEXT
 
