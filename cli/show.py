@@ -44,7 +44,9 @@ def find(client: Client, target: str) -> Batch | Job:
     from jobqueue.errors import NotFoundError
 
     looks: list[Callable[[str], Batch | Job]] = [client.batch, client.job]
-    if re.fullmatch(r"(base|ask)-[0-9a-f]+|.*\.(\d+|\d+\.eval|report)", target):  # the look of a job's id
+    if re.fullmatch(
+        r"(base|ask)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|before|original)|report)", target
+    ):  # the look of a job's id
         looks.reverse()
     try:
         return looks[0](target)

@@ -29,7 +29,7 @@ BATCH = "{batch}"  # stands for the batch's name until the server has given it
 class PlannedJob:
     """One job to be. Ids are those within the batch, but for base evaluations, which serve many batches."""
 
-    id: str  # "1", "1.eval", "report"; "base-<hash>"
+    id: str  # "1", "1.eval", "1.before", "1.original", "report"; "base-<hash>"
     kind: JobKind
     trial: str
     spec: TrainSpec | EvaluateSpec | AskSpec | ReportSpec
@@ -82,6 +82,7 @@ class _Lookups:
     models: dict[str, str] = field(default_factory=dict)
     versions: dict[tuple[str, str | None], str] = field(default_factory=dict)
     checked: set[tuple[Any, ...]] = field(default_factory=set)
+    asked_before: dict[str, str] = field(default_factory=dict)  # evaluation of an earlier adapter -> its job
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -195,7 +196,8 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
 
 
 def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
-    """Train, evaluation of the base model, evaluation of the adapter: those of them that the configuration has."""
+    """Train, what the base model and the adapter are asked, what they still can of the original task: those of them
+    that the configuration has."""
     run = trial.run
     model = look.model(run.base_model)
     look.check_revision(run.revision, model)
@@ -214,21 +216,39 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
             resources=run.resources,
         )
         jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, need_of(train)))
-    if run.evaluation is None:
-        return jobs
-    if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
-        look.warn("data and evaluation have different system prompts: the answers are asked for in another setting")
-    base = _evaluation(run, model, look)
-    if run.data is None or run.evaluation.compare_with_base:
-        label = "" if run.data is not None else trial.label
-        jobs.append(
-            PlannedJob(_base_id(base, look.version(model, run.revision)), JobKind.EVALUATE, label, base, need_of(base))
-        )
-    if run.data is not None:
-        adapter = base.model_copy(update={"adapter_job": f"{BATCH}.{number}"})
-        job_id = f"{number}.eval"
-        jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, need_of(adapter), needs=(number,)))
+    if run.evaluation is not None:
+        if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
+            look.warn("data and evaluation have different system prompts: the answers are asked for in another setting")
+        base = _evaluation(run, run.evaluation, model, look)
+        if run.data is None or run.evaluation.compare_with_base:
+            jobs.append(_base(base, "" if run.data is not None else trial.label, look))
+        if run.data is not None:
+            jobs.append(_of_trained(number, "eval", trial, base))
+    if run.original_task is not None:
+        before = _evaluation(run, run.original_task, model, look)
+        if run.original_task.compare_with_base:
+            jobs.append(_before(number, before, look.adapter(run.from_adapter), look))
+        jobs.append(_of_trained(number, "original", trial, before.model_copy(update={"original_task": True})))
     return jobs
+
+
+def _base(spec: EvaluateSpec, label: str, look: _Lookups) -> PlannedJob:
+    job_id = _base_id(spec, look.version(spec.base_model, spec.revision))
+    return PlannedJob(job_id, JobKind.EVALUATE, label, spec, need_of(spec))
+
+
+def _before(number: str, spec: EvaluateSpec, from_adapter: str | None, look: _Lookups) -> PlannedJob:
+    """Asks what the training begins with: the base model, or once in the batch the earlier adapter."""
+    if from_adapter is None:
+        return _base(spec, "", look)
+    spec = spec.model_copy(update={"from_adapter": from_adapter})
+    job_id = look.asked_before.setdefault(spec.model_dump_json(), f"{number}.before")
+    return PlannedJob(job_id, JobKind.EVALUATE, "", spec, need_of(spec))
+
+
+def _of_trained(number: str, what: str, trial: Trial, spec: EvaluateSpec) -> PlannedJob:
+    spec = spec.model_copy(update={"adapter_job": f"{BATCH}.{number}"})
+    return PlannedJob(f"{number}.{what}", JobKind.EVALUATE, trial.label, spec, need_of(spec), needs=(number,))
 
 
 def _members(ensemble: EnsembleSpec, count: int) -> Members:
@@ -241,22 +261,24 @@ def _merged(members: Members, trials: Sequence[Trial], look: _Lookups) -> Planne
     """The evaluation of one adapter that is made of several."""
     numbers = tuple(train.removeprefix(f"{BATCH}.") for train in members.trains)
     run = trials[int(numbers[0]) - 1].run
-    spec = _evaluation(run, look.model(run.base_model), look).model_copy(update={"members": members})
+    assert run.evaluation is not None
+    spec = _evaluation(run, run.evaluation, look.model(run.base_model), look)
+    spec = spec.model_copy(update={"members": members})
     job = PlannedJob(members.name, JobKind.EVALUATE, ensembles.label(members), spec, need_of(spec))
     return replace(job, follows=numbers) if members.best else replace(job, needs=numbers)
 
 
-def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
-    assert run.evaluation is not None
+def _evaluation(run: RunSpec, asked: EvaluationSpec, model: str, look: _Lookups) -> EvaluateSpec:
+    """Of the base model."""
     return EvaluateSpec(
         base_model=model,
         revision=run.revision,
         method=run.method,
         chat_template=sources.chat_template(run.chat_template, look.sweep.file),
         adapter_job=None,
-        load_in_4bit=run.load_in_4bit,
+        load_in_4bit=run.loads_in_4bit(asked),
         max_seq_length=run.training.max_seq_length,
-        evaluation=look.data(run.evaluation),
+        evaluation=look.data(asked),
         resources=run.resources,
     )
 

@@ -24,14 +24,16 @@ EVALUATION = {"source": "questions.jsonl", "split": "test", "metrics": ["likelih
 
 def make_job(job_id: str, state: JobState = JobState.SUCCEEDED, **fields: Any) -> Job:
     """A job of the batch that its id names; what is not given is as for a job that did well."""
-    batch = "" if job_id.startswith("base-") else job_id.removesuffix(".eval").rpartition(".")[0]
+    trial = job_id.removesuffix(".eval").removesuffix(".original")
+    batch = "" if job_id.startswith("base-") else trial.rpartition(".")[0]
     kind = JobKind.TRAIN
     spec: dict[str, Any] = {"kind": "train", "base_model": "org/tiny", "lora": {"r": 8}, "training": {"max_steps": 20}}
-    if job_id.endswith((".eval", "report")) or not batch:
+    if job_id.endswith((".eval", ".original", "report")) or not batch:
         kind = JobKind.REPORT if job_id.endswith("report") else JobKind.EVALUATE
-        adapter = job_id.removesuffix(".eval") if batch else None
+        adapter = trial if batch else None
         spec = {"kind": "evaluate", "base_model": "org/tiny", "adapter_job": adapter, "load_in_4bit": True}
         spec |= {"evaluation": EVALUATION, "max_seq_length": 2048, "method": "qlora"}
+        spec |= {"original_task": job_id.endswith(".original")}
     started = state not in (JobState.WAITING, JobState.QUEUED)
     known: dict[str, Any] = {
         "id": job_id,

@@ -364,3 +364,44 @@ def test_a_system_prompt_that_the_evaluation_does_not_have_is_pointed_out(folder
 def test_a_split_that_cannot_be_is_refused_before_anything_is_submitted(folder: Path) -> None:
     with pytest.raises(DataError, match="leaves none to"):
         plan(folder, data={"source": "train.jsonl", "validation_split": 0.5})
+
+
+ORIGINAL = {"source": "test.jsonl", "split": "test", "metrics": ["likelihood"]}
+
+
+def asked(made: Plan) -> list[tuple[str, bool, str | None, tuple[str, ...]]]:
+    return [
+        (job.id, job.spec.original_task, job.spec.from_adapter, job.needs)
+        for job in made.jobs
+        if isinstance(job.spec, EvaluateSpec) and not job.shared
+    ]
+
+
+def test_the_original_task_is_asked_of_the_base_model_once_and_of_each_adapter(folder: Path) -> None:
+    made = plan(folder, original_task=ORIGINAL, sweep={"grid": {"lora.r": [8, 16]}})
+    assert asked(made) == [
+        ("1.eval", False, None, ("1",)),
+        ("1.original", True, None, ("1",)),
+        ("2.eval", False, None, ("2",)),
+        ("2.original", True, None, ("2",)),
+    ]
+    assert len([job for job in made.jobs if job.shared]) == 2, "each task of the base model"
+    same = plan(folder, original_task={"source": "test.jsonl"})
+    assert len([job for job in same.jobs if job.shared]) == 1, "the same questions are asked once"
+    alone = plan(folder, evaluation=None, original_task=ORIGINAL | {"compare_with_base": False})
+    assert asked(alone) == [("1.original", True, None, ("1",))]
+    with pytest.raises(SpecError, match="without data nothing is trained"):
+        plan(folder, data=None, original_task=ORIGINAL)
+
+
+def test_a_training_that_goes_on_is_measured_against_the_earlier_adapter(folder: Path) -> None:
+    grid = {"grid": {"lora.r": [8, 16]}}
+    made = plan(
+        folder, evaluation=None, original_task=ORIGINAL, from_adapter="/on/a/worker", sweep=grid, workers_are_here=False
+    )
+    assert asked(made) == [
+        ("1.before", False, "/on/a/worker", ()),
+        ("1.original", True, None, ("1",)),
+        ("2.original", True, None, ("2",)),
+    ]
+    assert [job.id for job in made.jobs if job.shared] == []
