@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jobqueue import adapters, base_model, ensembles, rows, sources
-from jobqueue.data_spec import DataSpec, EwcSpec, QuestionFormat
+from jobqueue import adapters, advice, base_model, ensembles, rows, sources
+from jobqueue.data_spec import DataSpec, EwcSpec, QuestionFormat, RowsSpec
 from jobqueue.ensemble_spec import EnsembleSpec, Members
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
@@ -63,6 +63,7 @@ class Plan:
     jobs: tuple[PlannedJob, ...]
     files: dict[str, Path]  # source in the storage -> the local file to upload
     warnings: tuple[str, ...]
+    advice: tuple[str, ...] = ()  # what is unusual about the trainings
 
     @property
     def key(self) -> str:
@@ -81,7 +82,8 @@ class _Lookups:
     warnings: list[str] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
     versions: dict[tuple[str, str | None], str] = field(default_factory=dict)
-    checked: set[tuple[Any, ...]] = field(default_factory=set)
+    checked: dict[tuple[Any, ...], rows.Checked] = field(default_factory=dict)
+    advice: dict[str, list[str]] = field(default_factory=dict)  # what is said, of which trials
     asked_before: dict[str, str] = field(default_factory=dict)  # evaluation of an earlier adapter -> its job
 
     def warn(self, text: str) -> None:
@@ -95,26 +97,47 @@ class _Lookups:
         path = sources.data_file(spec, self.sweep.file.parent)
         if path is None:
             return spec
-        reading = (path, type(spec), spec.model_dump_json(exclude={"source", "replay"}))
-        if reading not in self.checked:
-            summary = rows.check_file(spec.model_copy(update={"source": str(path)}))
-            self.checked.add(reading)
-            if isinstance(spec, EvaluationSpec) and summary.format not in get_args(QuestionFormat):
-                by_question = ", ".join(metric for metric in spec.metrics if metric in BY_QUESTION)
-                if by_question:
-                    raise DataError(
-                        f"{path} has the format {summary.format}, and {by_question} need questions with options",
-                        "Give rows with a question, its options and the answer, or write `metrics: [perplexity]`.",
-                    )
-            for reason, skipped in summary.skipped.items():
-                lines = ", ".join(map(str, skipped.lines))
-                unusable = f"{skipped.count} of {summary.rows} rows cannot be used"
-                self.warnings.append(f"{path.name}: {unusable}: {reason} (line {lines})")
+        self.check(spec, path)
         source = next((known for known, file in self.files.items() if file == path), "")
         if not source:
             source = blob_source(path)
             self.files[source] = path
         return spec.model_copy(update={"source": source})
+
+    def check(self, spec: RowsSpec, path: Path) -> rows.Checked:
+        """What a local file holds, read once for each way of reading it. Raises DataError."""
+        reading = (path, type(spec), spec.model_dump_json(exclude={"source", "replay"}))
+        if reading in self.checked:
+            return self.checked[reading]
+        summary = self.checked[reading] = rows.check_file(spec.model_copy(update={"source": str(path)}))
+        if isinstance(spec, EvaluationSpec) and summary.format not in get_args(QuestionFormat):
+            by_question = ", ".join(metric for metric in spec.metrics if metric in BY_QUESTION)
+            if by_question:
+                raise DataError(
+                    f"{path} has the format {summary.format}, and {by_question} need questions with options",
+                    "Give rows with a question, its options and the answer, or write `metrics: [perplexity]`.",
+                )
+        for reason, skipped in summary.skipped.items():
+            lines = ", ".join(map(str, skipped.lines))
+            unusable = f"{skipped.count} of {summary.rows} rows cannot be used"
+            self.warnings.append(f"{path.name}: {unusable}: {reason} (line {lines})")
+        return summary
+
+    def advise(self, trial: Trial, data: DataSpec) -> None:
+        """Notes what is unusual about a training, as far as it is seen from here."""
+        own, others = self._here(data), data.replay and self._here(data.replay)
+        count = own.trained if own else None
+        if count and data.replay:
+            mixed_in = data.replay.wanted(count)
+            count += min(mixed_in, others.trained) if others else mixed_in
+        said = [*advice.on_training(trial.run, count)]
+        said += advice.on_duplicates(own.duplicates, own.trained) if own else ()
+        for text in said:
+            self.advice.setdefault(text, []).append(trial.label)
+
+    def _here(self, spec: RowsSpec) -> rows.Checked | None:
+        path = sources.data_file(spec, self.sweep.file.parent)
+        return self.check(spec, path) if path else None
 
     def model(self, name: str) -> str:
         """The base model as the workers are to look for it. Raises SpecError."""
@@ -192,7 +215,8 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
             jobs[ensemble.name] = _merged(members, sweep.trials, look)
     report_spec = ReportSpec(batch=BATCH, votes=tuple(votes))
     report = PlannedJob("report", JobKind.REPORT, "", report_spec, 0, follows=tuple(jobs))
-    return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings))
+    said = advice.of_batch(look.advice, len(sweep.trials))
+    return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings), tuple(said))
 
 
 def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
@@ -216,6 +240,7 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
             resources=run.resources,
         )
         jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, need_of(train)))
+        look.advise(trial, run.data)
     if run.evaluation is not None:
         if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
             look.warn("data and evaluation have different system prompts: the answers are asked for in another setting")

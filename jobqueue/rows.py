@@ -55,6 +55,16 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Checked(Summary):
+    """The same, of a file to train on, and what a training would see of it."""
+
+    trained: int
+    """Usable rows that are not kept back."""
+    duplicates: int
+    """Of them, those that say the same as an earlier one."""
+
+
+@dataclass(frozen=True)
 class Rows:
     """The usable rows of a file, each with its place in it (from 0), why the others are not, and what it holds."""
 
@@ -126,12 +136,15 @@ def split(data: DataSpec, examples: list[Example]) -> tuple[list[Example], list[
     return sides
 
 
-def check_file(data: RowsSpec) -> Summary:
+def check_file(data: RowsSpec) -> Checked:
     """What a file holds, for a check before anything is submitted. Raises DataError."""
     loaded = load(data)
+    trained = [example for _, example in loaded.examples]
+    duplicates = 0
     if isinstance(data, DataSpec):
-        split(data, [example for _, example in loaded.examples])
-    return loaded.summary
+        trained = split(data, trained)[0]
+        duplicates = len(trained) - len({example.key for example in trained})
+    return Checked(**vars(loaded.summary), trained=len(trained), duplicates=duplicates)
 
 
 def read(data: RowsSpec) -> Iterator[tuple[int, Row]]:

@@ -405,3 +405,43 @@ def test_a_training_that_goes_on_is_measured_against_the_earlier_adapter(folder:
         ("2.original", True, None, ("2",)),
     ]
     assert [job.id for job in made.jobs if job.shared] == []
+
+
+def advised(folder: Path, **changes: object) -> tuple[str, ...]:
+    many = folder / "many.jsonl"
+    many.write_text("".join(json.dumps({**ROW, "question": f"{number}?"}) + "\n" for number in range(400)))
+    return plan(folder, **{"data": {"source": "many.jsonl"}, "training": {"max_steps": 50}} | changes).advice
+
+
+def test_what_is_unusual_is_said_once_for_a_batch(folder: Path) -> None:
+    assert advised(folder) == ()
+    rates = [1e-4, 2e-4, 0.01]
+    steps = [50, 900]
+    long, fast = advised(folder, sweep={"grid": {"training.learning_rate": rates, "training.max_steps": steps}})
+    assert long.startswith(
+        "18.0 epochs: after 3 a model mostly learns its rows by heart; early_stopping_patience stops"
+    )
+    assert long.endswith(" (3 of 6 trials)")
+    assert fast == "learning_rate 0.01 is above the usual range for method qlora (5e-06 to 0.0005) (2 of 6 trials)"
+    assert advised(folder, training={"learning_rate": 0.01}, sweep={"grid": {"lora.r": [8, 16]}})[0].endswith("0.0005)")
+    assert advised(folder, training={"max_steps": 10}) == ("10 steps of 8 see 80 of 400 rows",)
+    wild = [round(0.01 * n, 2) for n in range(1, 21)]
+    assert advised(folder, sweep={"grid": {"training.learning_rate": wild}})[-1] == "and 12 more of that kind"
+
+
+def test_what_a_training_sees_is_counted_as_it_will_be(folder: Path) -> None:
+    data = {"source": "many.jsonl", "replay": {"source": "train.jsonl", "fraction": 0.5}}
+    assert advised(folder, data=data, training={"max_steps": 10}) == ("10 steps of 8 see 80 of 401 rows",)
+    doubled = plan(folder, data={"source": "test.jsonl"}).advice
+    assert "1 of 2 rows read the same as an earlier one" in doubled
+    assert "2 rows are few: some hundreds are usual" in doubled
+    hub = {"source": "owner/rows", "replay": {"source": "owner/others"}}
+    assert plan(folder, data=hub, training={"max_steps": 10}).advice == (), "nobody here knows how many rows there are"
+    assert plan(folder, data=hub, training={"num_train_epochs": 9.0}).advice[0].startswith("9.0 epochs")
+
+
+def test_a_training_that_goes_on_from_an_adapter_may_forget(folder: Path) -> None:
+    goes_on = {"from_adapter": "owner/adapter", "workers_are_here": False}
+    words = "from_adapter may forget what it was trained on: ewc or data.replay hold on to that; original_task shows it"
+    assert advised(folder, **goes_on) == (words,)
+    assert advised(folder, **goes_on, ewc={"ewc_lambda": 1.0, "data": {"source": "train.jsonl"}}) == ()
