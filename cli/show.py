@@ -45,7 +45,7 @@ def find(client: Client, target: str) -> Batch | Job:
 
     looks: list[Callable[[str], Batch | Job]] = [client.batch, client.job]
     if re.fullmatch(
-        r"(base|ask)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|before|original)|report)", target
+        r"(base|ask|preview)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|before|original)|report)", target
     ):  # the look of a job's id
         looks.reverse()
     try:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -20,13 +21,15 @@ from gpu_worker.lease import Lease
 from gpu_worker.mps import mps_of
 from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
+from gpu_worker.preview import make_preview, possible
 from gpu_worker.report import make_report
 from gpu_worker.storage_watch import StorageWatch
 from gpu_worker.trainer_process import trainer_environment, worker_cache
 from jobqueue.broker import make_app, send_tokens
-from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
+from jobqueue.errors import ChatTemplateError, DataError, LoraqError, ServerError, SpecError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
 from jobqueue.memory import CONTEXT, GIB, classes_for
+from jobqueue.previewing import QUEUE
 from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
@@ -88,7 +91,9 @@ class Worker:
     @property
     def classes(self) -> list[str]:
         """The memory classes whose wake-ups it listens to."""
-        return classes_for(self._watch.health.usable_bytes) if self.device.kind == "gpu" else [self.device.kind]
+        if self.device.kind == "gpu":
+            return classes_for(self._watch.health.usable_bytes)
+        return [self.device.kind, *([QUEUE] if self.device.kind == "control" and possible() else [])]
 
     def well(self) -> bool:
         return not (self._storage_watch.problem or self._watch.health.sick) and time.monotonic() >= self._well_at
@@ -202,7 +207,14 @@ class Worker:
 
     def _run(self, claim: Claim, claimed_at: float) -> None:
         if claim.spec["kind"] == JobKind.REPORT:
-            self._report(claim, claimed_at)
+            self._without_trainer(
+                claim, claimed_at, lambda patience: make_report(claim, self.store, self.storage, patience)
+            )
+            return
+        if claim.spec["kind"] == JobKind.PREVIEW:
+            self._without_trainer(
+                claim, claimed_at, lambda patience: make_preview(claim, self.storage, self.settings, patience)
+            )
             return
         wake = partial(send_tokens, self.app)
         attempt = Attempt(
@@ -234,20 +246,21 @@ class Worker:
             self._storage_watch.try_again()
             log.warning("nothing is claimed for %g s: %s", self._pause_s, sick)
 
-    def _report(self, claim: Claim, claimed_at: float) -> None:
+    def _without_trainer(self, claim: Claim, claimed_at: float, make: Callable[[Patience], dict[str, object]]) -> None:
+        """A job of the control worker, which does it itself; `make` returns the outcome."""
         lease = Lease(self.store, claim, self.settings, claimed_at, self.leaving)
         try:
             try:
                 patience = Patience(lease, self.settings, self.leaving)
-                made = lease.insist(partial(make_report, claim, self.store, self.storage, patience))
+                made = lease.insist(lambda: make(patience))
                 end = Settlement(JobState.SUCCEEDED, outcome=made)
             except StaleAttemptError:
                 raise
             except Exception as error:
-                log.exception("%s: no report", claim.job_id)
+                log.exception("%s: no outcome", claim.job_id)
                 reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
                 if isinstance(error, LoraqError):
-                    reason, message = FailureReason.STORAGE, error.what
+                    reason, message = _reason(error), error.what
                 end = after_failure(reason, message, claim.failures, self.settings.max_failures)
             lease.settle(end)
         except StaleAttemptError as error:
@@ -292,3 +305,10 @@ class Worker:
             self.store.leave(self.id)
         except ServerError as error:
             log.warning("left without a word: %s", error.what)
+
+
+def _reason(error: LoraqError) -> FailureReason:
+    """Of a job without a trainer: what is tried again may be there later."""
+    if isinstance(error, ChatTemplateError) or type(error) in (LoraqError, SpecError):
+        return FailureReason.BAD_SPEC
+    return FailureReason.BAD_DATA if isinstance(error, DataError) else FailureReason.STORAGE

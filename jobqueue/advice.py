@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from jobqueue.spec import RunSpec
-from jobqueue.tokens import DataReport
+
+if TYPE_CHECKING:
+    from jobqueue.tokens import DataReport
 
 # Where a learning rate is in its usual range, by what is trained: Unsloth's and TRL's guides.
 ADAPTER_RATES = (5e-6, 5e-4)

@@ -60,6 +60,7 @@ class JobKind(StrEnum):
     EVALUATE = "evaluate"
     REPORT = "report"
     ASK = "ask"
+    PREVIEW = "preview"
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class Job:
         """The memory class it waits in; "" while its size is not known."""
         if self.kind is JobKind.REPORT:
             return "control"
+        if self.kind is JobKind.PREVIEW:
+            return "preview"
         if self.spec.get("resources", {}).get("device") == "cpu":
             return "cpu"
         return memory_class(self.need_bytes) if self.need_bytes else ""

@@ -219,6 +219,20 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings), tuple(said))
 
 
+def located(sweep: Sweep, *, tokens: bool, workers_are_here: bool) -> tuple[RunSpec, dict[str, Path]]:
+    """The first configuration as a worker reads it, and the local files that it names, by their source in the storage.
+
+    `tokens`: its base model and chat template too. Raises SpecError, DataError.
+    """
+    look, run = _Lookups(sweep, workers_are_here), sweep.trials[0].run
+    found: dict[str, Any] = {"data": look.data(run.data) if run.data else None}
+    found["evaluation"] = look.data(run.evaluation) if run.evaluation else None
+    if tokens:
+        found["base_model"] = look.model(run.base_model)
+        found["chat_template"] = sources.chat_template(run.chat_template, sweep.file)
+    return run.model_copy(update=found), look.files
+
+
 def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
     """Train, what the base model and the adapter are asked, what they still can of the original task: those of them
     that the configuration has."""

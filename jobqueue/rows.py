@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from jobqueue.data_spec import DataSpec, RowsSpec, RowTemplate
-from jobqueue.errors import DataError, StorageError
+from jobqueue.errors import DataError, MachineError, StorageError
 from jobqueue.example import Example, Row, SkipRow
 from jobqueue.files import read_file
 from jobqueue.formats import FORMATS, RowFormat, detect, templated
@@ -219,7 +219,7 @@ def _hub(data: RowsSpec) -> Iterator[tuple[int, Row]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError(
+        raise MachineError(
             f"{data.source} is no file here, and reading it from the hub needs the package datasets",
             "Check the path, or run this where `pip install loraq[worker]` was done.",
         ) from None

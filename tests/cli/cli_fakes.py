@@ -12,10 +12,11 @@ from click.testing import Result
 
 from jobqueue.aggregate import build_report
 from jobqueue.answers import Answer
-from jobqueue.errors import DataError, LoraqError, NotFoundError
+from jobqueue.errors import CapacityError, DataError, LoraqError, NotFoundError
 from jobqueue.events import Event
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.plan import Plan, make_plan
+from jobqueue.preview import Preview
 from jobqueue.results import BatchReport
 from jobqueue.sweep import Sweep, read_sweep
 
@@ -169,6 +170,7 @@ class FakeClient:
     price: float | dict[str, float] | None = None
     risks: list[str] = field(default_factory=list)
     present: list[WorkerInfo] = field(default_factory=list)
+    previewed: Preview | None = None  # by a worker
     question: Job | None = None  # what `ask` makes
     asked: tuple[Any, ...] = ()  # what it was called with
     cancelled: list[str] = field(default_factory=list)
@@ -191,6 +193,12 @@ class FakeClient:
         if not self.known:
             self.known[plan.sweep.name] = two_trials(plan.sweep.name)
         return self.batch(plan.sweep.name)
+
+    def preview(self, sweep: Sweep, row: int | None = None, **options: Any) -> Preview:
+        if self.previewed is None:
+            raise CapacityError("no control worker is alive to make the preview", "Start one.")
+        self.asked = (sweep.name, row, options)
+        return self.previewed
 
     def ask(self, trial: str, prompts: Sequence[str], **options: Any) -> Job:
         if not prompts:
