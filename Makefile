@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "Name another one: make PYTHON=python3.12 $(or $(MAKECMDGOALS),setup)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[worker,local,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[worker,local,cards,dev]'
 	@touch $@
 
 demo: setup ## fine-tune a tiny model in two ways on this machine, and compare

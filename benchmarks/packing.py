@@ -86,7 +86,7 @@ def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
         if run is not padded:
             differences = [abs(a - b) for a, b in zip(run["losses"], padded["losses"], strict=True)]
             name = "packed" if run["way"] == "packing" else run["way"]
-            found[f"max_loss_difference_{name}"] = round(max(differences), 6)
+            found[f"max_loss_difference_{name}"] = float(f"{max(differences):.2g}")
             if run["tokens_per_s"] and padded["tokens_per_s"]:
                 found[f"speedup_{run['way']}"] = round(run["tokens_per_s"] / padded["tokens_per_s"], 3)
     return found

@@ -14,7 +14,10 @@ from cli.main import connect
 from jobqueue.errors import DataError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cli.trials import Row
+    from jobqueue.ratings import Ratings
     from jobqueue.results import BatchReport
     from jobqueue.service import Client
 
@@ -49,8 +52,8 @@ def results(
     is a file that --json wrote: it needs no server.
 
     KEY is a setting by its dotted key or the last part of it (lora.r, learning_rate), or one of accuracy, likelihood,
-    generated, vs_base, p, finding, original, kept (points), memory (GiB), minutes, tokens, cost, loss, attempts,
-    batch, trial, job, state, reason, gpu, worker. Besides = a filter takes != < > <= and >=.
+    generated, judge, people, vs_base, p, finding, original, kept (points), memory (GiB), minutes, tokens, cost, loss,
+    attempts, batch, trial, job, state, reason, gpu, worker. Besides = a filter takes != < > <= and >=.
 
     \b
     loraq results medqa --filter lora.r=8 --sort memory
@@ -102,7 +105,7 @@ def print_report(report: BatchReport, form: Format) -> None:
 
 def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: Format, *, memory: bool = False) -> None:
     """The rows, and what is said of their batches, on stdout."""
-    from cli import tables
+    from cli import ratings, tables
     from cli.render import console, print_json
 
     if form == "json":
@@ -116,7 +119,11 @@ def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: For
     elif form == "markdown":
         parts = [tables.as_markdown(*tables.cells(rows))]
         parts += [tables.as_markdown(*tables.memory_cells(rows))] if memory else []
-        click.echo("\n\n".join([*parts, *tables.failures(rows), *(report.verdict for report in reports)]))
+        for report, found in ratings.ratings_of(reports):
+            said = f"{report.batch}: {ratings.title(found)}" if len(reports) > 1 else ratings.title(found)
+            parts += [f"{said}:", tables.as_markdown(*ratings.cells(found)), *ratings.notes(found)]
+        parts += [*tables.failures(rows), *(problem for report in reports for problem in report.problems)]
+        click.echo("\n\n".join([*parts, *tables.exports(rows), *(report.verdict for report in reports)]))
     elif form == "plot":
         from cli.plot import plot
 
@@ -126,7 +133,7 @@ def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: For
 
 
 def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bool) -> None:
-    from cli import tables
+    from cli import ratings, tables
     from cli.render import console, table
 
     out = console()
@@ -140,8 +147,13 @@ def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bo
         for columns, cells in [tables.cells(rows), *([tables.memory_cells(rows)] if memory else [])]:
             out.print(table(out, columns, cells))
             out.print()
-    for line in tables.failures(rows):
+    for report, found in ratings.ratings_of(reports):
+        print_ratings(out, found, f"{report.batch}: " if len(reports) > 1 else "")
+        out.print()
+    for line in [*tables.failures(rows), *(problem for report in reports for problem in report.problems)]:
         out.print(line, style="red")
+    for line in tables.exports(rows):
+        out.print(line, soft_wrap=True)
     for report in reports:
         out.print(f"{report.batch}: {report.verdict}" if len(reports) > 1 else report.verdict, style="bold")
     for note in notes(reports, rows):
@@ -149,6 +161,17 @@ def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bo
     for report in reports:
         if not report.complete:
             out.print(f"The batch is still at work: `loraq watch {report.batch}`.", style="dim")
+
+
+def print_ratings(out: Console, found: Ratings, batch: str) -> None:
+    """Of a judge or of people; `batch` begins the title."""
+    from cli import ratings
+    from cli.render import table
+
+    out.print(f"{batch}{ratings.title(found)}", style="bold", soft_wrap=True)
+    out.print(table(out, *ratings.cells(found)))
+    for note in ratings.notes(found):
+        out.print(note, style="dim")
 
 
 def notes(reports: Sequence[BatchReport], rows: Sequence[Row]) -> list[str]:

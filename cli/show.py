@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jobqueue.job import Batch, Job
     from jobqueue.service import Client
 
+LOOKS_LIKE_A_JOB = re.compile(r"(base|ask|preview)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|before|original|export)|judge|report)")
+
 
 @click.command()
 @click.argument("target", metavar="BATCH|JOB")
@@ -44,9 +46,7 @@ def find(client: Client, target: str) -> Batch | Job:
     from jobqueue.errors import NotFoundError
 
     looks: list[Callable[[str], Batch | Job]] = [client.batch, client.job]
-    if re.fullmatch(
-        r"(base|ask|preview)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|before|original)|report)", target
-    ):  # the look of a job's id
+    if LOOKS_LIKE_A_JOB.fullmatch(target):
         looks.reverse()
     try:
         return looks[0](target)
@@ -60,15 +60,15 @@ def find(client: Client, target: str) -> Batch | Job:
 def _waits_for(client: Client, job: Job) -> str:
     """The jobs that it still waits for, or what else keeps it from running."""
     from cli.render import memory
-    from jobqueue.job import JobKind, JobState
+    from jobqueue.job import JobState
 
     if job.state is JobState.QUEUED:
         living = [worker.usable_bytes for worker in client.workers() if worker.alive and worker.device != "control"]
-        if job.kind is not JobKind.REPORT and (not living or job.need_bytes > max(living)):
+        if not job.kind.control and (not living or job.need_bytes > max(living)):
             return f"a larger worker: the largest that lives has {memory(max(living))}" if living else "a worker"
     if job.state is not JobState.WAITING:
         return ""
-    if job.waits and job.batch and job.kind is JobKind.REPORT:
+    if job.waits and job.batch and job.kind.control:
         others = [other.id for other in client.jobs(job.batch) if other.id != job.id and not other.state.final]
         return " ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
     if job.waits:
@@ -137,8 +137,9 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
         _print_outcome(out, job.outcome)
     if folder := job.outcome.get("folder"):
         _title(out, "Files")
+        written = {made["format"]: f"{folder}/{made['path']}" for made in job.outcome.get("exports") or ()}
         has_adapter = job.kind is JobKind.TRAIN or job.spec.get("members")
-        facts(out, {"in the storage": folder, "adapter": f"{folder}/adapter" if has_adapter else ""})
+        facts(out, {"in the storage": folder, "adapter": f"{folder}/adapter" if has_adapter else "", **written})
     _title(out, "Spec")
     _print_yaml(out, job.spec)
 
@@ -170,6 +171,7 @@ def _print_attempts(out: Console, history: Sequence[Mapping[str, Any]]) -> None:
 
 def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
     """Memory as Unsloth's notebooks report it, time, and what came out."""
+    from cli.export import compared
     from cli.render import counted, facts, memory, number, percent
 
     used, time, training = (outcome.get(part) or {} for part in ("memory", "time", "training"))
@@ -206,6 +208,9 @@ def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
             out,
             {f"step {step}": f"{loss} ({marks[step]})" if step in marks else loss for step, loss in losses.items()},
         )
+    if exports := outcome.get("exports"):
+        _title(out, "Compared with the adapter")
+        facts(out, {made["format"]: compared(made) for made in exports})
     scores = {key: part for key, part in outcome.items() if isinstance(part, dict) and "accuracy" in part}
     if scores:
         _title(out, f"Scores on {number(outcome.get('questions'))} questions")

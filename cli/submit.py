@@ -91,7 +91,6 @@ def _upload_bar(notes: Console) -> Iterator[UploadProgress]:
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
     from cli.render import Column, console, counted, memory, print_json, table
-    from jobqueue.job import JobKind
 
     if as_json:
         warnings = (*plan.warnings, *plan.advice)
@@ -107,7 +106,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     ]
     rows = []
     for job in plan.jobs:
-        need = "" if job.kind is JobKind.REPORT else memory(job.need_bytes) if job.need_bytes else "by a worker"
+        need = "" if job.kind.control else memory(job.need_bytes) if job.need_bytes else "by a worker"
         rows.append([job.id, job.kind, job.trial, _few(job.after), need])
     out.print(table(out, columns, rows))
     votes = [ensemble.name for ensemble in plan.sweep.ensembles if ensemble.method == "vote"]

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from cli import render
+from cli.export import compared
 from cli.render import NONE, Column
 from cli.trials import Row, labels, shown, varied
 from jobqueue.comparison import Finding
@@ -92,6 +93,21 @@ def failures(rows: Sequence[Row]) -> list[str]:
         for name, result in ended
         if result.state in (JobState.FAILED, JobState.CANCELLED)
     ]
+
+
+def exports(rows: Sequence[Row]) -> list[str]:
+    """A line for each form in which a trial was written, or why it was not."""
+    said = []
+    for row, label in zip(rows, labels(rows), strict=True):
+        export = row.trial.export
+        if export and export.state in (JobState.FAILED, JobState.CANCELLED):
+            ended = f"failed ({export.reason})" if export.state is JobState.FAILED else "was cancelled"
+            said.append(f"{label}: its export {ended}: {export.message or 'no reason given'}")
+        if export:
+            said += [
+                f"{label}: {made['format']} {compared(made)}: {export.folder}/{made['path']}" for made in export.exports
+            ]
+    return said
 
 
 def _trial_cells(row: Row, label: str) -> dict[str, str]:
@@ -208,7 +224,17 @@ def as_markdown(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str
 
 
 # What a line of the CSV has beside the settings that differ, the scores and the comparison with the base model.
-_OTHERWISE = ("differs", "scores", "versus_base", "versus_single", "members", "losses", "measures", "original")
+_OTHERWISE = (
+    "differs",
+    "scores",
+    "versus_base",
+    "versus_single",
+    "members",
+    "losses",
+    "measures",
+    "export",
+    "original",
+)
 _PLAIN = [f.name for f in fields(TrialResult) if f.name not in _OTHERWISE]
 _ORIGINAL = ("original_before", "original", "original_points", "original_p_holm", "original_finding")
 _COMPARED = ("points", "gained", "lost", "p_value", "p_holm", "finding")
@@ -216,7 +242,10 @@ _COMPARED = ("points", "gained", "lost", "p_value", "p_holm", "finding")
 
 def as_csv(rows: Sequence[Row]) -> str:
     """Plain numbers in base units, one line per trial and per base model; the settings that differ in columns."""
+    from cli import ratings  # it makes tables too
+
     settings = varied(rows)
+    rated = [("judge", any(row.report.judge for row in rows)), ("people", any(row.report.people for row in rows))]
     scores = [f"{metric}{part}" for metric in METRICS for part in ("", "_low", "_high")]
     header = [
         "kind",
@@ -230,15 +259,17 @@ def as_csv(rows: Sequence[Row]) -> str:
         "points_low",
         "points_high",
         *_ORIGINAL,
+        *(column for by, there in rated for column in ratings.plain_columns(by) if there),
     ]
     file = io.StringIO()
     writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         have = {key: shown(row.settings.get(key)) for key in settings}
-        writer.writerow({"kind": "trial", "batch": row.report.batch, **have, **_plain(row.trial)})
-    for batches, base, _ in bases_of(rows):
-        writer.writerow({"kind": "base", "batch": batches, **_plain(base)})
+        given = ratings.plain(row.report, row.trial.evaluation)
+        writer.writerow({"kind": "trial", "batch": row.report.batch, **have, **_plain(row.trial), **given})
+    for batches, base, report in bases_of(rows):
+        writer.writerow({"kind": "base", "batch": batches, **_plain(base), **ratings.plain(report, base.job)})
     return file.getvalue()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from jobqueue.ratings import OVERALL, Ratings
 from jobqueue.results import METRICS, BatchReport, Metric, OriginalTask, TrialResult
 
 MOST_LABEL = 60  # characters of a value in a label
@@ -58,6 +59,12 @@ def _percent(metric: Metric) -> _Field:
     return _Field(accuracy, high_first=True)
 
 
+def _rated(ratings: Ratings | None, row: Row) -> float | None:
+    """The overall score of what it wrote, 1 to 5."""
+    model = ratings.of(row.trial.evaluation) if ratings else None
+    return model.means[OVERALL].value if model else None
+
+
 def _times(factor: float, value: float | None) -> float | None:
     return None if value is None else factor * value
 
@@ -77,6 +84,8 @@ FIELDS: Mapping[str, _Field] = {
     **{str(metric): _percent(metric) for metric in METRICS},
     "perplexity": _Field(lambda row: row.trial.measures.get("perplexity")),
     "bleu": _Field(lambda row: row.trial.measures.get("bleu"), True),
+    "judge": _Field(lambda row: _rated(row.report.judge, row), True),
+    "people": _Field(lambda row: _rated(row.report.people, row), True),
     "vs_base": _Field(lambda row: row.trial.versus_base and row.trial.versus_base.points, True),
     "p": _Field(lambda row: row.p_value),
     "finding": _Field(lambda row: row.trial.versus_base and row.trial.versus_base.finding),

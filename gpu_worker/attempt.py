@@ -119,7 +119,7 @@ class Attempt:
         """The job as this machine can do it: what lies in the storage is copied, no trainer waits for a mount."""
         spec = dict(self._claim.spec)
         section = next((name for name in ("data", "evaluation") if name in spec), "")
-        rows = spec.get(section, {})  # a question reads none
+        rows = spec.get(section) or {}  # a question reads none, and an export may ask the user's own prompts
         replay = rows.get("replay")
         read = [spec["base_model"], spec.get("from_adapter"), rows.get("source"), replay and replay["source"]]
         for source in filter(None, read):
@@ -152,6 +152,7 @@ class Attempt:
             self._budget,
             self._lease.insist(lambda: self._store.correction(kind_of(spec))),
             any(end["reason"] == FailureReason.OUT_OF_MEMORY for end in self._conclusion.before),
+            str(converter) if (converter := self._settings.gguf_converter) else None,
             members,
         )
 

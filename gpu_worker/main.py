@@ -29,6 +29,7 @@ from jobqueue.settings import Settings
 log = logging.getLogger(__name__)
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0  # before a process that ended is started again
 MOST_SLOTS = 16  # of one GPU: with more, small jobs gain nothing
+CONTROL_SLOTS = 4  # a judge takes minutes, and reports are not to wait for it
 SPARES = 1  # trainers that stand ready on a GPU
 TRAINER_RAM = 5 * 2**30  # main memory of one trainer, its model on the way to the GPU included
 SHARES = ("auto", "mps", "timeslice", "off")
@@ -77,7 +78,9 @@ def slots_for(device: Device, wanted: int | None, gpus: int, share: str) -> int:
 
     Each needs a core that launches its kernels, and the main memory of a Python process with PyTorch in it.
     """
-    if device.kind == "control" or share == "off":
+    if device.kind == "control":
+        return CONTROL_SLOTS
+    if share == "off":
         return 1
     if wanted is not None:
         return wanted

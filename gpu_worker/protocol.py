@@ -26,14 +26,15 @@ class Request:
     """One job for a trainer."""
 
     job_id: str
-    spec: dict[str, Any]  # a TrainSpec, EvaluateSpec or AskSpec, its sources made readable for this machine
+    spec: dict[str, Any]  # a jobqueue.spec.WorkSpec, its sources made readable for this machine
     output: str  # an empty folder for everything that the job leaves behind
-    adapter: str | None = None  # the folder (or hub id) of the adapter that an evaluation asks or training goes on from
+    adapter: str | None = None  # the folder (or hub id) of the adapter that is asked, exported, or gone on from
     resume: str | None = None  # the folder of the checkpoint that training goes on from
     rung: int = 0  # of the ladder of splits, where this attempt begins; grows when memory ran out
     budget_bytes: int | None = None  # of the GPU, at most, the CUDA context included; None: nothing is known of it
     correction: float = 1.0  # measured peak over estimate, of jobs like this one
     ran_out: bool = False  # memory has run out in an attempt before this one
+    gguf_converter: str | None = None  # llama.cpp's script that writes GGUF files, of this machine
     members: tuple[str, ...] = ()  # the folders of the adapters that an evaluation merges
 
     def line(self) -> bytes:
@@ -44,8 +45,8 @@ class Request:
 class Progress:
     """Where a job is. Fields that do not apply are None and are left out."""
 
-    phase: Literal["load", "data", "train", "evaluate", "answer", "save"]
-    step: int | None = None  # optimizer steps done, or questions answered
+    phase: Literal["load", "data", "train", "evaluate", "judge", "answer", "save"]
+    step: int | None = None  # optimizer steps done, or questions answered, or answers rated
     steps: int | None = None  # of so many
     epoch: float | None = None
     loss: float | None = None  # mean over the steps since the last logged one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from gpu_worker.patience import Patience
@@ -10,6 +11,7 @@ from jobqueue.aggregate import build_report
 from jobqueue.answers import FILE, Answers, read_answers
 from jobqueue.errors import NotFoundError
 from jobqueue.job import Claim, Job, JobKind, JobState
+from jobqueue.ratings import JUDGEMENTS, judge_ratings
 from jobqueue.storage import Storage
 from jobqueue.store import Store
 
@@ -22,10 +24,15 @@ def make_report(claim: Claim, store: Store, storage: Storage, patience: Patience
     batch = store.batch(claim.spec["batch"])
     jobs = store.jobs(batch.jobs)
     answers = patience("read the answers", lambda: {job.id: _answers(job, storage) for job in jobs if _scored(job)})
-    report = build_report(batch, jobs, answers).to_dict()
-    name, text = f"batches/{batch.name}/report.json", json.dumps(report, indent=1)
+    report = build_report(batch, jobs, answers)
+    judging = next((job for job in jobs if job.kind is JobKind.JUDGE and job.state is JobState.SUCCEEDED), None)
+    if judging is not None:
+        file = f"{judging.outcome['folder']}/{JUDGEMENTS}"
+        lines = patience("read the judgements", lambda: storage.read_text(file))
+        report = replace(report, judge=judge_ratings(report, judging.outcome, lines))
+    name, text = f"batches/{batch.name}/report.json", json.dumps(report.to_dict(), indent=1)
     patience("write the report", lambda: storage.write_text(name, text))
-    return report
+    return report.to_dict()
 
 
 def _scored(job: Job) -> bool:

@@ -8,29 +8,25 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 from gpu_worker import guardian
 from gpu_worker.admission import Admission
 from gpu_worker.attempt import Attempt
+from gpu_worker.control_attempt import ControlAttempt
 from gpu_worker.gpu import Device
 from gpu_worker.health import watch
-from gpu_worker.lease import Lease
 from gpu_worker.mps import mps_of
-from gpu_worker.patience import Patience
 from gpu_worker.pool import TrainerPool
-from gpu_worker.preview import make_preview, possible
-from gpu_worker.report import make_report
+from gpu_worker.preview import possible
 from gpu_worker.storage_watch import StorageWatch
 from gpu_worker.trainer_process import trainer_environment, worker_cache
 from jobqueue.broker import make_app, send_tokens
-from jobqueue.errors import ChatTemplateError, DataError, LoraqError, ServerError, SpecError, StaleAttemptError
+from jobqueue.errors import ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
 from jobqueue.memory import CONTEXT, GIB, classes_for
 from jobqueue.previewing import QUEUE
-from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
 from jobqueue.store import Store
@@ -206,17 +202,20 @@ class Worker:
         return min(wanted, self._admission.room(self._watch.health.usable_bytes) // CONTEXT + without)
 
     def _run(self, claim: Claim, claimed_at: float) -> None:
-        if claim.spec["kind"] == JobKind.REPORT:
-            self._without_trainer(
-                claim, claimed_at, lambda patience: make_report(claim, self.store, self.storage, patience)
-            )
-            return
-        if claim.spec["kind"] == JobKind.PREVIEW:
-            self._without_trainer(
-                claim, claimed_at, lambda patience: make_preview(claim, self.storage, self.settings, patience)
-            )
-            return
         wake = partial(send_tokens, self.app)
+        if JobKind(claim.spec["kind"]).control:
+            ControlAttempt(
+                claim,
+                claimed_at,
+                self.store,
+                self.storage,
+                self.settings,
+                self.pool.folder,
+                self.leaving,
+                self.draining,
+                wake,
+            ).run()
+            return
         attempt = Attempt(
             claim,
             claimed_at,
@@ -245,28 +244,6 @@ class Worker:
         if sick:
             self._storage_watch.try_again()
             log.warning("nothing is claimed for %g s: %s", self._pause_s, sick)
-
-    def _without_trainer(self, claim: Claim, claimed_at: float, make: Callable[[Patience], dict[str, object]]) -> None:
-        """A job of the control worker, which does it itself; `make` returns the outcome."""
-        lease = Lease(self.store, claim, self.settings, claimed_at, self.leaving)
-        try:
-            try:
-                patience = Patience(lease, self.settings, self.leaving)
-                made = lease.insist(lambda: make(patience))
-                end = Settlement(JobState.SUCCEEDED, outcome=made)
-            except StaleAttemptError:
-                raise
-            except Exception as error:
-                log.exception("%s: no outcome", claim.job_id)
-                reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
-                if isinstance(error, LoraqError):
-                    reason, message = _reason(error), error.what
-                end = after_failure(reason, message, claim.failures, self.settings.max_failures)
-            lease.settle(end)
-        except StaleAttemptError as error:
-            log.warning("%s", error.what)
-        finally:
-            lease.close()
 
     def info(self) -> dict[str, object]:
         """What the store is told of it, the fields of WorkerInfo."""
@@ -305,10 +282,3 @@ class Worker:
             self.store.leave(self.id)
         except ServerError as error:
             log.warning("left without a word: %s", error.what)
-
-
-def _reason(error: LoraqError) -> FailureReason:
-    """Of a job without a trainer: what is tried again may be there later."""
-    if isinstance(error, ChatTemplateError) or type(error) in (LoraqError, SpecError):
-        return FailureReason.BAD_SPEC
-    return FailureReason.BAD_DATA if isinstance(error, DataError) else FailureReason.STORAGE

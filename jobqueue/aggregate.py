@@ -20,6 +20,7 @@ from jobqueue.results import (
     PRIMARY,
     BaseResult,
     BatchReport,
+    ExportResult,
     Measure,
     Metric,
     OriginalTask,
@@ -44,9 +45,10 @@ def build_report(
     """
     work = [job for job in jobs if job.kind is not JobKind.REPORT]
     asked = [job for job in work if job.kind is JobKind.EVALUATE]
-    of_trials = [job for job in asked if job.spec.get("adapter_job")]
-    evaluations = {job.spec["adapter_job"]: job for job in of_trials if not job.spec.get("original_task")}
-    originals = {job.spec["adapter_job"]: job for job in of_trials if job.spec.get("original_task")}
+    adapted = [job for job in asked if job.spec.get("adapter_job")]
+    evaluations = {job.spec["adapter_job"]: job for job in adapted if not job.spec.get("original_task")}
+    originals = {job.spec["adapter_job"]: job for job in adapted if job.spec.get("original_task")}
+    exports = {job.spec["adapter_job"]: job for job in work if job.kind is JobKind.EXPORT}
     votes = ensembles.voted(jobs, answers)
     answers = {**answers, **{job.id: voted for job, voted in votes}}
     together = [job for job in work if job.spec.get("members")] + [job for job, _ in votes]
@@ -61,7 +63,7 @@ def build_report(
     runs = [(job, evaluations.get(job.id)) for job in trains] or [(job, None) for job in bases]
     settings, differs = differences([(job, evaluation, originals.get(job.id)) for job, evaluation in runs])
     trials = [
-        _trial(job, evaluation, bases, scored, metric, answers, what)
+        _trial(job, evaluation, exports.get(job.id), bases, scored, metric, answers, what)
         for (job, evaluation), what in zip(runs, differs, strict=True)
     ]
     by_id = {job.id: job for job in [*work, *together]}
@@ -91,6 +93,9 @@ def build_report(
         versus_runner_up=versus_runner_up,
         verdict=verdict(trials, metric, versus_runner_up, complete, {job.id: _measures(job) for job in bases}),
         settings=settings,
+        problems=tuple(
+            map(_problem, (job for job in work if job.kind is JobKind.JUDGE and job.state is JobState.FAILED))
+        ),
     )
     return _with_questions(report, answers)
 
@@ -153,6 +158,10 @@ def _with_questions(report: BatchReport, answers: Mapping[str, Answers]) -> Batc
     return replace(report, confusions=tuple(confusions), changed=changed(base, tuned, report.metric))
 
 
+def _problem(job: Job) -> str:
+    return f"{job.id} failed ({job.reason}): {job.message}"
+
+
 def _is_base(job: Job) -> bool:
     others = ("adapter_job", "members", "from_adapter")
     return job.kind is JobKind.EVALUATE and not any(job.spec.get(other) for other in others)
@@ -184,6 +193,7 @@ def _measures(job: Job | None) -> dict[Measure, float]:
 def _trial(
     job: Job,
     evaluation: Job | None,
+    export: Job | None,
     bases: Sequence[Job],
     scored: Mapping[str, Mapping[Metric, Score]],
     metric: Metric | None,
@@ -223,10 +233,16 @@ def _trial(
         peak_percent=memory.get("peak_percent"),
         training_percent=memory.get("peak_for_training_percent"),
         train_seconds=_finite(time.get("train_s")),
-        gpu_minutes=_minutes(job, evaluation),
+        gpu_minutes=_minutes(job, evaluation, export),
         measures=_measures(asked),
         losses=thinned([(step, loss) for step, loss, *_ in job.outcome.get("losses") or ()], MOST_POINTS),
+        export=_export(export) if export else None,
     )
+
+
+def _export(job: Job) -> ExportResult:
+    made = tuple(job.outcome.get("exports") or ())
+    return ExportResult(job.id, job.state, job.reason, job.message, job.outcome.get("folder", ""), made)
 
 
 def _ensemble(
@@ -243,7 +259,7 @@ def _ensemble(
     trains = [jobs[train] for train in members["trains"]]
     with suppress(ValueError):  # too few have succeeded, or not yet
         trains = ensembles.chosen(trains, members["best"])
-    row = _trial(job, None, bases, scored, metric, answers, {})
+    row = _trial(job, None, None, bases, scored, metric, answers, {})
     of_training = (field.name for field in fields(row) if field.name.endswith(("_bytes", "_percent")))
     untrained: dict[str, Any] = dict.fromkeys(of_training)
     row = replace(row, **untrained, members=tuple(train.trial or train.id for train in trains))

@@ -46,7 +46,7 @@ def compare(one: float, other: float, mine: Answers, theirs: Answers, metric: st
         lost=lost,
         p_value=p_value,
         interval=statistics.bootstrap(gained, lost, len(both)),
-        finding=_finding(gained - lost, p_value),
+        finding=finding(gained - lost, p_value),
     )
 
 
@@ -58,10 +58,11 @@ def corrected(comparisons: Sequence[Comparison | None]) -> list[Comparison | Non
 
 
 def _corrected(comparison: Comparison, p_holm: float) -> Comparison:
-    return replace(comparison, p_holm=p_holm, finding=_finding(comparison.points, p_holm))
+    return replace(comparison, p_holm=p_holm, finding=finding(comparison.points, p_holm))
 
 
-def _finding(difference: float, p_value: float) -> Finding:
+def finding(difference: float, p_value: float) -> Finding:
+    """What may be said of a difference whose test has this p-value."""
     if p_value >= SIGNIFICANT:
         return "no difference shown"
     return "better" if difference > 0 else "worse"

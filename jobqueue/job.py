@@ -49,7 +49,10 @@ class FailureReason(StrEnum):
     CUT_OFF = "cut_off"  # the server was away for a lease; the worker lives and says so; costs no failure
     TIMED_OUT = "timed_out"
     STORAGE = "storage"
+    ENDPOINT = "endpoint"  # the judge's does not answer, or only with errors
+    REFUSED = "refused"  # the judge's endpoint refuses the key, the model or the request
     DEVICE = "device"  # the GPU failed under it, or others took its memory; costs no failure
+    WRONG_EXPORT = "wrong_export"  # what was written does not answer as the adapter does
     PREEMPTED = "preempted"  # the worker was told to stop; costs no failure
     DEPENDENCY = "dependency"  # a job that this one needs did not succeed
     INTERNAL = "internal"  # an exception nobody foresaw; the log has it
@@ -58,9 +61,16 @@ class FailureReason(StrEnum):
 class JobKind(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
+    EXPORT = "export"
+    JUDGE = "judge"
     REPORT = "report"
     ASK = "ask"
     PREVIEW = "preview"
+
+    @property
+    def control(self) -> bool:
+        """Whether a control worker does it, without a GPU."""
+        return self in (JobKind.JUDGE, JobKind.REPORT, JobKind.PREVIEW)
 
 
 @dataclass(frozen=True)
@@ -135,10 +145,10 @@ class Job:
     @property
     def queue(self) -> str:
         """The memory class it waits in; "" while its size is not known."""
-        if self.kind is JobKind.REPORT:
-            return "control"
         if self.kind is JobKind.PREVIEW:
             return "preview"
+        if self.kind.control:
+            return "control"
         if self.spec.get("resources", {}).get("device") == "cpu":
             return "cpu"
         return memory_class(self.need_bytes) if self.need_bytes else ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jobqueue.spec import AskSpec, EvaluateSpec, LoraSpec, TrainSpec
+from jobqueue.spec import AskSpec, EvaluateSpec, ExportSpec, LoraSpec, TrainSpec, WorkSpec
 
 GIB = 2**30
 Layout = Literal["padded", "flat", "masked"]
@@ -19,6 +19,8 @@ CONTEXT = int(0.81 * GIB)  # CUDA context and libraries, as the driver counts th
 LOSS_CHUNK = int(0.3 * GIB)  # logits in 32 bits are never whole: the loss takes them in chunks
 SCORED_LOGITS = int(3.5 * GIB)  # of an evaluation: what gpu_worker/trainer/evaluate.py lets them take, and copies
 MASK_BYTES = 4  # not measured: of a mask while it is made, for each pair of tokens
+COMPARED_TOKENS = 64  # of an answer, see gpu_worker/trainer/compare.py
+MERGED_BYTES = 10  # per weight of a layer that is merged: the sum, what is added in 32 bits, and a product of the two
 FRAGMENTS, ROUNDING = 1.03, int(0.1 * GIB)  # what the allocator holds over what is in tensors
 
 
@@ -170,6 +172,17 @@ def evaluation_peak(config: Mapping[str, Any], spec: EvaluateSpec, row_tokens: i
     return int((shape.weight_bytes(spec.load_in_4bit) + max(cache, scores)) * FRAGMENTS + ROUNDING + CONTEXT)
 
 
+def export_peak(config: Mapping[str, Any], spec: ExportSpec) -> int:
+    """Peak bytes on the GPU of an export: the model in 16 bits, which is never there twice, and the adapter in 32;
+    beside them the largest layer as it is merged (one after the other, in place), or what an answer takes."""
+    shape = Shape.from_config(config)
+    largest = max(a * b for a, b in shape.modules.values())
+    adapter = 0 if spec.method == "full" else 4 * shape.lora_weights(spec.lora)
+    answering = shape.working_bytes(spec.max_seq_length) / 2 + COMPARED_TOKENS * shape.vocab * 4 * 3
+    weights = shape.weight_bytes(in_4bit=False) + adapter
+    return int((weights + max(MERGED_BYTES * largest, answering)) * FRAGMENTS + ROUNDING + CONTEXT)
+
+
 def asking_peak(config: Mapping[str, Any], spec: AskSpec) -> int:
     """Peak bytes on the GPU of answering prompts: of an evaluation that writes one answer at a time and scores none."""
     shape = Shape.from_config(config)
@@ -179,11 +192,11 @@ def asking_peak(config: Mapping[str, Any], spec: AskSpec) -> int:
 
 def kind_of(spec: Mapping[str, Any]) -> str:
     """Jobs of one kind are wrong by the same factor: what is done, with which model, in how many bits."""
-    bits = spec["method"] if spec["kind"] == "train" else "4bit" if spec["load_in_4bit"] else "16bit"
+    bits = spec["method"] if spec["kind"] == "train" else "4bit" if spec.get("load_in_4bit") else "16bit"
     return f"{spec['kind']}:{bits}:{spec['base_model']}"
 
 
-def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec | AskSpec) -> int:
+def estimate(config: Mapping[str, Any], spec: WorkSpec) -> int:
     """Peak bytes of a job with rows of `max_seq_length`; what the user said in `resources.memory` goes first.
 
     Raises KeyError where the config, the base model's config.json, lacks what the estimate needs.
@@ -192,6 +205,8 @@ def estimate(config: Mapping[str, Any], spec: TrainSpec | EvaluateSpec | AskSpec
         return int(spec.resources.memory)
     if isinstance(spec, TrainSpec):
         return training_peak(config, spec)
+    if isinstance(spec, ExportSpec):
+        return export_peak(config, spec)
     if isinstance(spec, AskSpec):
         return asking_peak(config, spec)
     return evaluation_peak(config, spec)

@@ -14,13 +14,25 @@ from jobqueue.data_spec import DataSpec, EwcSpec, QuestionFormat, RowsSpec
 from jobqueue.ensemble_spec import EnsembleSpec, Members
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
+from jobqueue.judge_spec import JudgeSpec
 from jobqueue.memory import estimate, memory_class
 from jobqueue.sources import AnyData
-from jobqueue.spec import BY_QUESTION, AskSpec, EvaluateSpec, EvaluationSpec, ReportSpec, RunSpec, TrainSpec
+from jobqueue.spec import (
+    BY_QUESTION,
+    ControlSpec,
+    EvaluateSpec,
+    EvaluationSpec,
+    ExportSpec,
+    RateSpec,
+    ReportSpec,
+    RunSpec,
+    TrainSpec,
+    WorkSpec,
+)
 from jobqueue.storage import blob_source
 from jobqueue.sweep import Sweep, Trial
 
-EVALUATOR = 2  # raised when the same answers would be scored otherwise: base models are then asked anew
+EVALUATOR = 3  # raised when the same answers would be scored otherwise: base models are then asked anew
 OF_NO_BATCH = ("base-", "ask-")  # how the ids of jobs begin that belong to none
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
 
@@ -29,10 +41,10 @@ BATCH = "{batch}"  # stands for the batch's name until the server has given it
 class PlannedJob:
     """One job to be. Ids are those within the batch, but for base evaluations, which serve many batches."""
 
-    id: str  # "1", "1.eval", "1.before", "1.original", "report"; "base-<hash>"
+    id: str  # "1", "1.export", "1.eval", "1.before", "1.original", "judge", "report"; "base-<hash>"
     kind: JobKind
     trial: str
-    spec: TrainSpec | EvaluateSpec | AskSpec | ReportSpec
+    spec: WorkSpec | ControlSpec
     need_bytes: int  # estimated peak; 0: a control worker will say
     needs: tuple[str, ...] = ()  # must have succeeded before
     follows: tuple[str, ...] = ()  # must have ended before
@@ -48,7 +60,7 @@ class PlannedJob:
     @property
     def queue(self) -> str:
         """The class that it waits in; "" where the memory is yet to be estimated."""
-        if isinstance(self.spec, ReportSpec):
+        if isinstance(self.spec, ControlSpec):
             return "control"
         if self.spec.resources.device == "cpu":
             return "cpu"
@@ -213,6 +225,10 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
             votes.append(members)
         else:
             jobs[ensemble.name] = _merged(members, sweep.trials, look)
+    judge = _judge(sweep)
+    if judge is not None:
+        answered = tuple(job.id for job in jobs.values() if job.kind is JobKind.EVALUATE)
+        jobs["judge"] = PlannedJob("judge", JobKind.JUDGE, "", RateSpec(batch=BATCH, judge=judge), 0, follows=answered)
     report_spec = ReportSpec(batch=BATCH, votes=tuple(votes))
     report = PlannedJob("report", JobKind.REPORT, "", report_spec, 0, follows=tuple(jobs))
     said = advice.of_batch(look.advice, len(sweep.trials))
@@ -233,8 +249,18 @@ def located(sweep: Sweep, *, tokens: bool, workers_are_here: bool) -> tuple[RunS
     return run.model_copy(update=found), look.files
 
 
+def _judge(sweep: Sweep) -> JudgeSpec | None:
+    """The one judge of all configurations. Raises SpecError where there are several: their scores do not compare."""
+    judges = [trial.run.evaluation.judge for trial in sweep.trials if trial.run.evaluation]
+    judge = next((judge for judge in judges if judge), None)
+    if any(other not in (judge, None) for other in judges):
+        message = "one judge rates all configurations of a sweep; submit another file for another judge"
+        raise SpecError([Problem(message, str(sweep.file), path="evaluation.judge")])
+    return judge
+
+
 def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
-    """Train, what the base model and the adapter are asked, what they still can of the original task: those of them
+    """Train, export, what the base model and the adapter are asked, what they still can of the original task: those
     that the configuration has."""
     run = trial.run
     model = look.model(run.base_model)
@@ -255,6 +281,10 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
         )
         jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, need_of(train)))
         look.advise(trial, run.data)
+        if run.export is not None:
+            export = ExportSpec.of(train, f"{BATCH}.{number}", run.export)
+            job_id = f"{number}.export"
+            jobs.append(PlannedJob(job_id, JobKind.EXPORT, trial.label, export, need_of(export), needs=(number,)))
     if run.evaluation is not None:
         if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
             look.warn("data and evaluation have different system prompts: the answers are asked for in another setting")
@@ -317,7 +347,7 @@ def _evaluation(run: RunSpec, asked: EvaluationSpec, model: str, look: _Lookups)
         adapter_job=None,
         load_in_4bit=run.loads_in_4bit(asked),
         max_seq_length=run.training.max_seq_length,
-        evaluation=look.data(asked),
+        evaluation=look.data(asked.model_copy(update={"judge": None})),  # a job of its own
         resources=run.resources,
     )
 
@@ -332,7 +362,7 @@ def _base_id(spec: EvaluateSpec, model: str) -> str:
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def need_of(spec: TrainSpec | EvaluateSpec | AskSpec) -> int:
+def need_of(spec: WorkSpec) -> int:
     """Estimated peak bytes, 0 where this machine cannot read the model's config."""
     if spec.resources.memory is not None:
         return int(spec.resources.memory)

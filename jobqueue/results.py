@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jobqueue.answers import ChangedQuestion, Confusion
 from jobqueue.comparison import Comparison
 from jobqueue.job import FailureReason, JobState
+from jobqueue.ratings import Ratings
 
 Metric = Literal["likelihood", "likelihood_normalised", "generated"]
 METRICS: tuple[Metric, ...] = ("likelihood", "likelihood_normalised", "generated")
@@ -63,6 +64,18 @@ class OriginalTask:
 
 
 @dataclass(frozen=True)
+class ExportResult:
+    """What was written of a trial, and how close its answers are to the adapter's."""
+
+    job: str
+    state: JobState
+    reason: FailureReason | None
+    message: str
+    folder: str  # in the storage, "" where there is none
+    exports: tuple[Mapping[str, Any], ...]  # as the job's outcome has them: format, path, difference, ...
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """One configuration: what came out, and what it cost."""
 
@@ -93,6 +106,7 @@ class TrialResult:
     cost: float | None = None  # of them, where a price per GPU hour is set
     losses: tuple[tuple[int, float], ...] = ()  # step, mean loss since the point before
     measures: Mapping[Measure, float] = field(default_factory=dict)  # perplexity; BLEU, 0 to 100
+    export: ExportResult | None = None
     members: tuple[str, ...] = ()  # of an ensemble: the labels of its trials
     versus_single: Comparison | None = None  # of an ensemble, against the best trial
     original: OriginalTask | None = None  # where the batch has an original task
@@ -119,6 +133,9 @@ class BatchReport:
     settings: Mapping[str, Any] = field(default_factory=dict)  # dotted key -> value, where all trials are alike
     confusions: tuple[Confusion, ...] = ()  # of the best trial and its base model
     changed: tuple[ChangedQuestion, ...] = ()  # between the two
+    judge: Ratings | None = None  # of written answers, by a language model
+    people: Ratings | None = None  # the same, by those who filled in score cards
+    problems: tuple[str, ...] = ()  # what else of the batch has failed, a line each
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

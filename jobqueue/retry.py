@@ -85,12 +85,29 @@ TABLE = {
         "Free space, or mount it again; the worker takes jobs again by itself.",
         delay_s=30,
     ),
+    R.ENDPOINT: Rule(
+        3,
+        "The judge's endpoint did not answer, or only with errors, however often a request was sent again.",
+        "See `base_url` and the endpoint's limits. What was rated is kept: `loraq retry` asks for the rest alone.",
+        delay_s=30,
+    ),
+    R.REFUSED: Rule(
+        1,
+        "The judge's endpoint refused the key, the model or the request, or a worker may not talk to it.",
+        "Put right what the message says. What was rated is kept: `loraq retry` asks for the rest alone.",
+    ),
     R.DEVICE: Rule(  # on another GPU: the worker takes none meanwhile
         1,
         "The GPU failed under the job, other processes took its memory, or a fault took down its MPS server.",
         "See `loraq workers`: reset the card, or end what else uses it.",
         counts=False,
         in_a_row=3,
+    ),
+    R.WRONG_EXPORT: Rule(
+        1,
+        "The exported model does not answer as the adapter does; nothing of it was kept.",
+        "The adapter itself is fine. The message has how far off it was: take a newer GGUF converter, "
+        "another `quantization_method`, or `merged_16bit` alone; report it where that is wrong too.",
     ),
     R.PREEMPTED: Rule(
         1, "The worker was drained or stopped; a checkpoint was written first.", "Nothing: it goes on.", counts=False

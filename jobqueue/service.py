@@ -5,19 +5,24 @@ from __future__ import annotations
 import difflib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobqueue import adapters, asking, submission
+from jobqueue import adapters, asking, cards, exports, sheets, submission
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
+from jobqueue.cards import Deck
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, NotFoundError, ServerError, UnansweredError
+from jobqueue.errors import BusyError, NotFoundError, ServerError, StorageError, UnansweredError
 from jobqueue.events import Event
+from jobqueue.export_spec import ExportOptions
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.memory import all_classes
 from jobqueue.plan import Plan, make_plan
+from jobqueue.ratings import Ratings
 from jobqueue.results import BatchReport
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
@@ -66,6 +71,10 @@ class Client:
     def plan(self, sweep: Sweep) -> Plan:
         """The jobs of a sweep; needs no server. Raises SpecError, DataError."""
         return make_plan(sweep, workers_are_here=self.settings.redis_url is None)
+
+    def plan_export(self, trial: str, options: ExportOptions) -> Plan:
+        """One job that exports a trial (BATCH/NUMBER). Raises NotFoundError where it has trained nothing."""
+        return exports.plan_export(trial, options, self.store.job)
 
     def find(self, plan: Plan) -> Batch | None:
         """The batch of this owner that was made from the same plan."""
@@ -137,12 +146,11 @@ class Client:
 
     def _upload(self, files: Mapping[str, Path], progress: UploadProgress) -> None:
         """To the storage, or, where this machine does not know it, through the server to a control worker."""
-        through_server = self.settings.redis_url and not self.settings.storage
         for source, path in files.items():
-            if through_server:
-                Sender(self.store, path, source, partial(progress, path)).send()
-            else:
+            if self._storage_is_known:
                 self.storage.put_blob(path, source)
+            else:
+                Sender(self.store, path, source, partial(progress, path)).send()
 
     def _key(self, plan: Plan) -> str:
         return f"{self.settings.owner}:{plan.key}"
@@ -231,7 +239,36 @@ class Client:
         found, jobs = self.batch(batch), self.jobs(batch)
         made = next((job.outcome for job in jobs if job.kind is JobKind.REPORT and job.outcome), None)
         report = BatchReport.from_dict(made) if made else build_report(found, jobs)
+        if self._storage_is_known:
+            with suppress(StorageError):  # the report itself needs no storage
+                report = replace(report, people=cards.imported(batch, self.storage))
         return report.priced(self.settings.gpu_hour_price)
+
+    # -- score cards
+
+    def export_cards(self, batch: str, questions: int, seed: int) -> Deck:
+        """Answers of the batch's models to the same few questions, for people to rate blind.
+
+        Raises DataError where there are none, BusyError where the batch has not ended.
+        """
+        return cards.export(self.report(batch), self.jobs(batch), self._known_storage(), questions, seed)
+
+    def import_cards(self, batch: str, files: Sequence[Path]) -> Ratings:
+        """What at least three reviewers made of a batch's answers; kept with the batch.
+
+        Raises DataError with all that is wrong with the sheets, MachineError without the packages of `loraq[cards]`.
+        """
+        return cards.read_filled(batch, sheets.contents(files), self._known_storage())
+
+    @property
+    def _storage_is_known(self) -> bool:
+        """Whether this machine can reach the workers' storage."""
+        return self.settings.storage is not None or self.settings.redis_url is None
+
+    def _known_storage(self) -> Storage:
+        if not self._storage_is_known:
+            raise StorageError("this machine does not know the workers' storage", "Set LORAQ_STORAGE, as they have it.")
+        return self.storage
 
     # -- steering
 
@@ -293,7 +330,7 @@ class Client:
             if job.id in wanted:
                 wanted |= {other.id for other in siblings if other.id in job.needs and other.state in RETRIED}
         if wanted:
-            wanted |= {job.id for job in siblings if job.kind is JobKind.REPORT}
+            wanted |= {job.id for job in siblings if job.kind.control}
         begun, classes = self.store.retry([job.id for job in siblings if job.id in wanted])
         send_tokens(self._app, classes)
         return self.store.jobs(begun)

@@ -71,6 +71,10 @@ class Settings(BaseSettings):
     """A job that has failed this often is not tried again."""
     model_roots: tuple[Path, ...] = (Path("/"),)
     """Folders below which a worker may read local models and data that a spec names."""
+    judge_urls: tuple[str, ...] = ("https://api.openai.com/v1",)
+    """Endpoints, as `evaluation.judge.base_url`, to which a control worker may send answers and a key of its own."""
+    gguf_converter: Path | None = None
+    """llama.cpp's convert_hf_to_gguf.py on a worker's machine, which then can export GGUF files."""
     gpu_hour_price: NonNegativeFloat | dict[str, NonNegativeFloat] | None = None
     """What a GPU costs per hour: `2.5`, or by a part of its name, `{"H100": 2.5, "T4": 0.35}`. `loraq results` then
     shows what each trial cost."""

@@ -1,4 +1,4 @@
-"""The only schema, with data_spec.py and ensemble_spec.py: what a sweep file says, and what a job is asked to do.
+"""The only schema, with the *_spec.py beside it: what a user writes in a sweep file, and what a job is asked to do.
 
 Names are those of Hugging Face, PEFT, TRL and Unsloth, so that a notebook's settings can be copied; everything
 left out has the default of Unsloth's notebook for Llama-3.2-1B on MedQA.
@@ -21,6 +21,8 @@ from pydantic import (
 
 from jobqueue.data_spec import DataSpec, EwcSpec, Part, QuestionFormat, RowsSpec
 from jobqueue.ensemble_spec import EnsembleSpec, Members
+from jobqueue.export_spec import ExportOptions
+from jobqueue.judge_spec import JudgeSpec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 Revision = Annotated[str, Field(min_length=1)]
@@ -28,6 +30,8 @@ Device = Literal["auto", "gpu", "cpu"]
 Metric = Literal["likelihood", "generated", "perplexity", "bleu"]
 BY_QUESTION: tuple[Metric, ...] = ("likelihood", "generated")
 """Metrics of multiple-choice questions; the others take any row with an answer."""
+WRITING: tuple[Metric, ...] = ("generated", "bleu")
+"""Metrics for which a model writes answers."""
 Method = Literal["qlora", "lora", "full"]
 Asked = Literal["base", "adapter"]
 Optimizer = Literal[
@@ -152,9 +156,16 @@ class EvaluationSpec(RowsSpec):
     """None: as it was trained (4 bits for qlora)."""
     per_device_eval_batch_size: PositiveInt = 16
     max_new_tokens: PositiveInt = 64
+    judge: JudgeSpec | None = None
+    """Section, see below. Without it no written answer is rated."""
 
     @model_validator(mode="after")
     def _askable(self) -> Self:
+        if self.judge and not set(self.metrics) & set(WRITING):
+            raise ValueError(
+                "judge rates written answers, and no metric writes any: "
+                "add generated (questions with options) or bleu (any rows) to metrics"
+            )
         by_question = [metric for metric in self.metrics if metric in BY_QUESTION]
         if by_question and self.format not in ("auto", *get_args(QuestionFormat)):
             raise ValueError(
@@ -211,12 +222,15 @@ class RunSpec(Part):
     original_task: EvaluationSpec | None = None
     """Section like evaluation: what the base model (from_adapter: the earlier adapter) could do before. It and each
     adapter are asked this too, so that what was forgotten is seen."""
+    export: ExportOptions | None = None
     resources: ResourcesSpec = ResourcesSpec()
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
         if self.data is None and self.evaluation is None:
             raise ValueError("neither data nor evaluation is set; there is nothing to do")
+        if self.export and self.data is None:
+            raise ValueError("export writes what was trained, and without data nothing is trained")
         for clashes, why in (
             (self.data is None, "without data nothing is trained"),
             (self.method == "full", "method full trains no adapter"),
@@ -307,6 +321,40 @@ class EvaluateSpec(Part):
     resources: ResourcesSpec
 
 
+class ExportSpec(Part):
+    """A job that writes a trained model as others read it, and compares its answers with the adapter's."""
+
+    kind: Literal["export"] = "export"
+    base_model: str
+    revision: str | None = None
+    method: Method
+    chat_template: str | None = None
+    adapter_job: str
+    """The train job whose adapter (or, for method full, whose model) is written."""
+    data: DataSpec | None
+    """The rows whose prompts are asked; None: `export.prompts` are."""
+    lora: LoraSpec
+    max_seq_length: int
+    export: ExportOptions
+    resources: ResourcesSpec
+
+    @classmethod
+    def of(cls, train: TrainSpec, adapter_job: str, export: ExportOptions) -> ExportSpec:
+        """The export of what `train` trains."""
+        return cls(
+            base_model=train.base_model,
+            revision=train.revision,
+            method=train.method,
+            chat_template=train.chat_template,
+            adapter_job=adapter_job,
+            data=None if export.prompts else train.data.model_copy(update={"validation_split": None, "replay": None}),
+            lora=train.lora,
+            max_seq_length=train.training.max_seq_length,
+            export=export,
+            resources=train.resources,
+        )
+
+
 class AskSpec(Part):
     """A job that answers prompts, as the base model and as a trial's adapter answer them."""
 
@@ -338,4 +386,16 @@ class ReportSpec(Part):
     """Ensembles whose answers are a vote."""
 
 
-JobSpec = Annotated[TrainSpec | EvaluateSpec | AskSpec | ReportSpec, Field(discriminator="kind")]
+class RateSpec(Part):
+    """A job in which a judge rates what the models of a batch have written."""
+
+    kind: Literal["judge"] = "judge"
+    batch: str
+    judge: JudgeSpec
+
+
+WorkSpec = TrainSpec | EvaluateSpec | ExportSpec | AskSpec
+"""What a trainer does."""
+ControlSpec = ReportSpec | RateSpec
+"""What a control worker does: no GPU, no memory to speak of."""
+JobSpec = Annotated[WorkSpec | ControlSpec, Field(discriminator="kind")]

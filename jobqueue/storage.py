@@ -5,6 +5,7 @@ trials/<random>                                    of workers that see whether t
 blobs/<sha256>/<name>                              data that was submitted, by content
 batches/<batch>/<job>/<attempt>-<nonce>/...        what one attempt made; only that attempt writes there
 incoming/<sha256>/<number>                         pieces of a file that is on its way from a machine without storage
+judgements/<judge>/<question>.json                 what a judge said of one answer, for all who ask it the same
 evaluations/<job>/<attempt>-<nonce>/...            the same for evaluations of base models
 .../manifest.json                                  written last: with it, and only with it, the folder counts
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,6 +257,12 @@ class Storage:
                 return str(self._fs.cat_file(f"{self._root}/{relative}").decode())
             except FileNotFoundError:
                 raise NotFoundError(f"{relative} is not in the storage {self.url}") from None
+
+    def read_texts(self, folder: str, names: Iterable[str]) -> dict[str, str]:
+        """The content of those of these files that a folder has, by name."""
+        with self._errors("read"):
+            there = sorted({*names} & {*self._names(folder)})
+        return {name: self.read_text(f"{folder}/{name}") for name in there}
 
     def write_text(self, relative: str, text: str) -> None:
         """Appears whole or not at all."""

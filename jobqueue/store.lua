@@ -480,7 +480,7 @@ local function retry(_, ids)
   local now, changed, woken = time(), {}, nobody()
   for _, id in ipairs(ids) do
     local state, kind = field(id, 'state'), field(id, 'kind')
-    local early = kind == 'report' -- it would not see what is to be run again, even if it runs by now
+    local early = kind == 'report' or kind == 'judge' -- it would not see what is run again, even if it runs by now
     if early then
       unplace(id)
       runs_no_more(id)

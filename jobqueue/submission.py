@@ -10,18 +10,17 @@ from jobqueue.errors import CapacityError
 from jobqueue.job import WorkerInfo
 from jobqueue.memory import GIB, kind_of
 from jobqueue.plan import BATCH, OF_NO_BATCH, Plan, PlannedJob
-from jobqueue.spec import EvaluateSpec, JobSpec, ReportSpec
+from jobqueue.spec import ControlSpec, EvaluateSpec, ExportSpec, JobSpec, ReportSpec
 from jobqueue.store import NewJob, Store
 
 
 def corrected(plan: Plan, store: Store) -> Plan:
     """With the memory that such jobs were measured to take."""
-
     return replace(plan, jobs=tuple(corrected_job(job, store) for job in plan.jobs))
 
 
 def corrected_job(job: PlannedJob, store: Store) -> PlannedJob:
-    if isinstance(job.spec, ReportSpec) or job.spec.resources.memory is not None:
+    if isinstance(job.spec, ControlSpec) or job.spec.resources.memory is not None:
         return job
     factor = store.correction(kind_of(job.spec.model_dump()))
     return replace(job, need_bytes=int(job.need_bytes * factor))
@@ -31,7 +30,7 @@ def new_job(job: PlannedJob, batch: str, owner: str, submission: str) -> NewJob:
     def full(job_id: str) -> str:
         return job_id if job_id.startswith(OF_NO_BATCH) else f"{batch}.{job_id}"
 
-    resources = None if isinstance(job.spec, ReportSpec) else job.spec.resources
+    resources = None if isinstance(job.spec, ControlSpec) else job.spec.resources
     return NewJob(
         id=full(job.id),
         kind=job.kind.value,
@@ -56,10 +55,12 @@ def _named(spec: JobSpec, batch: str) -> JobSpec:
         return found.model_copy(update={"trains": tuple(train.replace(BATCH, batch) for train in found.trains)})
 
     if isinstance(spec, ReportSpec):
-        return spec.model_copy(update={"batch": batch, "votes": tuple(map(members, spec.votes))})
+        spec = spec.model_copy(update={"votes": tuple(map(members, spec.votes))})
+    if isinstance(spec, ControlSpec):
+        return spec.model_copy(update={"batch": batch})
     if isinstance(spec, EvaluateSpec) and spec.members is not None:
         return spec.model_copy(update={"members": members(spec.members)})
-    if isinstance(spec, EvaluateSpec) and spec.adapter_job is not None:
+    if isinstance(spec, (EvaluateSpec, ExportSpec)) and spec.adapter_job is not None:
         return spec.model_copy(update={"adapter_job": spec.adapter_job.replace(BATCH, batch)})
     return spec
 

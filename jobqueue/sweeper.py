@@ -21,7 +21,7 @@ from jobqueue.job import Claim, FailureReason, Job
 from jobqueue.memory import estimate, kind_of, memory_class
 from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
-from jobqueue.spec import AskSpec, EvaluateSpec, JobSpec, ReportSpec, TrainSpec
+from jobqueue.spec import ControlSpec, JobSpec
 from jobqueue.store import Store
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LOOK_AT_SERVER_S = 60.0
 
 log = logging.getLogger(__name__)
-PARSE: TypeAdapter[TrainSpec | EvaluateSpec | AskSpec | ReportSpec] = TypeAdapter(JobSpec)
+PARSE: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
 
 
 class Sweeper:
@@ -109,7 +109,7 @@ class Sweeper:
             wrong = f"{error.errors()[0]['msg']} ({'.'.join(map(str, error.errors()[0]['loc']))})"
             send_tokens(self._app, self._store.refuse(job.id, FailureReason.BAD_SPEC, wrong))
             return
-        assert not isinstance(spec, ReportSpec)
+        assert not isinstance(spec, ControlSpec)
         config = read_config(spec.base_model, spec.revision)
         try:
             need = estimate(config, spec) if config else base_model.guess_from_size(spec.base_model)

@@ -22,7 +22,7 @@ import click
 from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
-from jobqueue import data_spec, ensemble_spec, spec
+from jobqueue import data_spec, ensemble_spec, export_spec, judge_spec, spec
 from jobqueue.retry import TABLE, Rule
 from jobqueue.settings import Settings
 
@@ -39,6 +39,8 @@ SECTIONS = (
     ("lora.loftq_config", spec.LoftqSpec),
     ("training", spec.TrainingSpec),
     ("evaluation", spec.EvaluationSpec),
+    ("evaluation.judge", judge_spec.JudgeSpec),
+    ("export", export_spec.ExportOptions),
     ("resources", spec.ResourcesSpec),
     ("sweep", spec.SweepSpec),
     ("ensembles", ensemble_spec.EnsembleSpec),
@@ -52,6 +54,7 @@ MEANINGS: Mapping[str, str] = {
     "lora": "Section, see below.",
     "training": "Section, see below.",
     "evaluation": "Section, see below. Without it nothing is scored.",
+    "export": "Section, see below. Without it the adapter alone is kept.",
     "resources": "Section, see below.",
     "sweep": "Section, see below. Without it the file is one configuration.",
     "data.format": "How a row looks; auto: by the names of its columns.",
@@ -81,6 +84,8 @@ MEANINGS: Mapping[str, str] = {
     "training.max_seq_length": "Tokens of a row; what is longer is cut.",
     "training.dataset_num_proc": "Accepted for the sake of notebooks: rows are prepared by threads, however many.",
     "training.report_to": "Experiment trackers, by transformers' names.",
+    "export.formats": "merged_16bit: a model that needs no adapter; gguf: a file for llama.cpp, on workers with "
+    "`LORAQ_GGUF_CONVERTER`.",
     "evaluation.split": "Of a hub data set; a file has no splits.",
     "evaluation.metrics": "likelihood: the option with the highest log-probability; generated: the written answer; "
     "perplexity of the right answers; bleu: the written answer against the right one. The last two take rows of any "
@@ -287,7 +292,10 @@ def commands_page() -> str:
     for name in COMMANDS:
         command = loraq.get_command(context, name)
         assert command is not None
-        parts += _command(command, click.Context(command, info_name=name, parent=context))
+        below = click.Context(command, info_name=name, parent=context)
+        parts += _command(command, below)
+        for inner in command.commands.values() if isinstance(command, click.Group) else ():
+            parts += _command(inner, click.Context(inner, info_name=inner.name, parent=below))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -298,7 +306,7 @@ def _exit_codes() -> str:
 
 
 def _command(command: click.Command, context: click.Context) -> Iterator[str]:
-    yield f"## loraq {command.name}"
+    yield f"## {context.command_path}"
     yield f"```\n{context.command_path} {' '.join(command.collect_usage_pieces(context))}\n```"
     paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
     yield "\n\n".join(_wrapped(paragraph) for paragraph in paragraphs)

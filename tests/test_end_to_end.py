@@ -43,6 +43,7 @@ class Shell:
             "LORAQ_POLL_S": "0.2",
             "LORAQ_SWEEP_S": "0.3",
             "LORAQ_RENEW_S": "1",
+            "LORAQ_GGUF_CONVERTER": str(ROOT / "tests" / "trainer" / "gguf_converter.py"),
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": str(ROOT),
@@ -239,6 +240,20 @@ def test_a_job_shows_its_progress_its_log_and_its_attempts(ended: Shell) -> None
     assert len(logs.stdout.splitlines()) >= 1
 
 
+def test_a_trial_is_exported_afterwards_and_its_files_are_where_it_says(ended: Shell) -> None:
+    asked = ("export", "sweep/1", "--format", "merged_16bit", "--format", "gguf")
+    done = ended.run(*asked, "--wait", seconds=TRAINING_S)
+    assert done.returncode == 0, done.stderr
+    again = ended.run(*asked)
+
+    lines = done.stdout.splitlines()[-2:]
+    assert again.stdout.splitlines() == lines
+    assert [line.split(" answers as the adapter does ")[0] for line in lines] == ["merged_16bit", "gguf q8_0"]
+    for line, file in zip(lines, ("config.json", ""), strict=True):
+        assert (ended.storage / line.rpartition(": ")[2] / file).is_file()
+    assert [batch["name"] for batch in ended.json("ls")] == ["sweep-export", "sweep"]
+
+
 def test_a_running_batch_is_cancelled_and_ends_within_seconds(ended: Shell) -> None:
     training = {"max_steps": 100_000, "per_device_train_batch_size": 1, "max_seq_length": 64, "logging_steps": 1}
     ended.write_sweep("long", training=training, evaluation=None)
@@ -250,7 +265,7 @@ def test_a_running_batch_is_cancelled_and_ends_within_seconds(ended: Shell) -> N
     wait_for(lambda: ended.client.batch("long").ended, 30, "the batch ends")
 
     assert [job["state"] for job in ended.json("ls", "long")] == ["cancelled", "cancelled"]
-    assert [batch["name"] for batch in ended.json("ls")] == ["long", "sweep"]
+    assert [batch["name"] for batch in ended.json("ls")] == ["long", "sweep-export", "sweep"]
     assert not list(ended.storage.glob("batches/long/long.1/*/manifest.json"))
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cli import render, tables
+from cli import ratings, render, tables
 from cli.page import charts
 from cli.results import notes
 from cli.trials import Row, labels, shown
+from jobqueue.ratings import Ratings
 from jobqueue.results import BatchReport, TrialResult
 
 HERE = Path(__file__).parent
@@ -33,7 +34,7 @@ def page(reports: Sequence[BatchReport], rows: Sequence[Row]) -> str:
         columns=[(" ".join(column.header.split()), column.right) for column in columns],
         rows=[(_swatch(i, rows), row) for i, row in enumerate(cells)],
         memory=([" ".join(column.header.split()) for column in memory_columns], memory_cells),
-        failures=tables.failures(rows),
+        failures=[*tables.failures(rows), *(problem for report in reports for problem in report.problems)],
         notes=notes(reports, rows),
         batches=[_batch(report, [row for row in rows if row.report is report]) for report in reports],
     )
@@ -63,12 +64,23 @@ def _batch(report: BatchReport, rows: Sequence[Row]) -> Mapping[str, Any]:
         "parameters": [chart for key in swept if (chart := _against(report, key, trials, names))],
         "memory": _bars([(n, t.peak_bytes, t.training_bytes, render.memory(t.peak_bytes)) for n, t in _named(rows)]),
         "time": _bars([(n, t.train_minutes, None, render.minutes(t.train_minutes)) for n, t in _named(rows)]),
+        "ratings": [_ratings(found) for _, found in ratings.ratings_of([report])],
         "confusions": report.confusions,
         "changed": [
             (title, total, [question for question in report.changed if question.gained is gained])
             for title, total, gained in _turned(report)
         ],
         "settings": [(key, shown(value)) for key, value in report.settings.items() if value is not None],
+    }
+
+
+def _ratings(found: Ratings) -> Mapping[str, Any]:
+    columns, rows = ratings.cells(found)
+    return {
+        "title": ratings.title(found),
+        "columns": [(" ".join(column.header.split()), column.right) for column in columns],
+        "rows": rows,
+        "notes": ratings.notes(found),
     }
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import Sampler
 from trl import pack_dataset
 
-from gpu_worker.trainer.collator import KEPT_BACK, ROW_LENGTHS
+from gpu_worker.trainer.collator import KEPT_BACK
 from jobqueue.memory import Layout
 from jobqueue.tokens import Tokens
 
@@ -59,9 +60,8 @@ def packed(rows: Sequence[Tokens], max_seq_length: int) -> Dataset:
 
 def lengths(data: Dataset) -> list[int]:
     """Tokens of each entry."""
-    if ROW_LENGTHS in data.column_names:
-        return [sum(rows) for rows in data[ROW_LENGTHS]]
-    return [len(ids) for ids in data["input_ids"]]
+    found: list[int] = pc.list_value_length(data.with_format("arrow")[:]["input_ids"]).to_pylist()
+    return found
 
 
 class LongestFirst(Sampler[int]):
@@ -85,6 +85,6 @@ class LongestFirst(Sampler[int]):
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def of(self, trainer: Any) -> None:
+    def apply_to(self, trainer: Any) -> None:
         """From now on the trainer takes its rows in this order."""
         trainer._get_train_sampler = lambda *_: self

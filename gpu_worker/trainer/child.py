@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from gpu_worker.protocol import EVENTS_FD, Event, Failed, Ready, Request, Result, encode
 from gpu_worker.trainer.failures import bad_spec, failed, on_rung, one_line
 from jobqueue.job import FailureReason
-from jobqueue.spec import AskSpec, EvaluateSpec, JobSpec, ReportSpec, TrainSpec
+from jobqueue.spec import AskSpec, ControlSpec, ExportSpec, JobSpec, TrainSpec, WorkSpec
 
 log = logging.getLogger("loraq.trainer")
 # Of the GPU's memory, what may stay in tensors after a job: compiled functions keep a weight or two alive.
@@ -132,6 +132,10 @@ def _outcome(request: Request, emit: Emit) -> dict[str, Any]:
         from gpu_worker.trainer.ask import ask
 
         return ask(spec, request, emit)
+    if isinstance(spec, ExportSpec):
+        from gpu_worker.trainer.export import export
+
+        return export(spec, request, emit)
     from gpu_worker.trainer.evaluate import evaluate
 
     batch = max(1, spec.evaluation.per_device_eval_batch_size >> request.rung)
@@ -140,18 +144,18 @@ def _outcome(request: Request, emit: Emit) -> dict[str, Any]:
         return evaluate(spec.model_copy(update={"evaluation": asked}), request, emit)
 
 
-def _spec(request: Request) -> TrainSpec | EvaluateSpec | AskSpec:
+def _spec(request: Request) -> WorkSpec:
     try:
         # From JSON: in Python's own values a list would be no tuple.
-        spec = TypeAdapter[Any](JobSpec).validate_json(json.dumps(request.spec))
+        spec = TypeAdapter[JobSpec](JobSpec).validate_json(json.dumps(request.spec))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place, given = ".".join(map(str, first["loc"])), first["input"]
         which = "" if isinstance(given, (dict, list)) else f", not {given!r}"
         raise bad_spec(one_line(f"the job's spec is not valid: {place}: {first['msg']}{which}")) from error
-    if isinstance(spec, ReportSpec):
+    if isinstance(spec, ControlSpec):
         raise bad_spec(f"a trainer has nothing to do with a job of kind {spec.kind}")
-    return spec  # type: ignore[no-any-return]
+    return spec
 
 
 def _forget(error: BaseException | None) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from gpu_worker.trainer import model as models  # first: it imports Unsloth
 
 # isort: split
-import torch
 from scipy.stats import binomtest
 
 from gpu_worker.protocol import Progress, Request
@@ -24,12 +23,14 @@ from gpu_worker.trainer import usage
 from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.data import chat_of, end_ids
 from gpu_worker.trainer.failures import bad_data
+from gpu_worker.trainer.greedy import greedy
 from gpu_worker.trainer.likelihood import TIES, score
 from gpu_worker.trainer.merge import Merged
 from gpu_worker.trainer.parked import loaded_for_asking
-from gpu_worker.trainer.questions import Question, padded, to_questions
+from gpu_worker.trainer.questions import Question, to_questions
 from gpu_worker.trainer.texts import Text, add_losses, bleu, perplexity, to_texts
 from jobqueue import answers, rows
+from jobqueue import written as written_answers
 from jobqueue.chat import Chat
 from jobqueue.example import MultipleChoice
 from jobqueue.extraction import extract, has_asked_form
@@ -139,7 +140,7 @@ def _ask(
     memory = usage.memory(reserved_at_start)
     _write(request, answers.FILE, questions)
     if texts:
-        _write(request, "answers.jsonl", texts)
+        _write(request, written_answers.FILE, texts)
     clock.lap("save_s")
     if spec.members:
         outcome["members"] = list(request.members)
@@ -197,26 +198,13 @@ def generate(
 ) -> None:
     """Fill in every question's greedy answer, without its end token."""
     ends = end_ids(chat, model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     ordered = sorted(questions, key=lambda question: len(question.prompt))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
-        width = max(len(question.prompt) for question in batch)
-        ids, mask = padded([question.prompt for question in batch], width, left=True, pad=pad)
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,  # some models' own settings have another
-                eos_token_id=ends,
-                pad_token_id=pad,
-            )  # (batch, width + at most new_tokens)
-        for question, row in zip(batch, output[:, width:].tolist(), strict=True):
-            stop = next((place for place, token in enumerate(row) if token in ends), len(row))
-            question.text = tokenizer.decode(row[:stop], skip_special_tokens=True)
+        prompts = [question.prompt for question in batch]
+        answers = greedy(model, prompts, ends, tokenizer.pad_token_id, new_tokens)
+        for question, answer in zip(batch, answers, strict=True):
+            question.text = tokenizer.decode(answer, skip_special_tokens=True)
         progress(start + len(batch))
 
 

@@ -1,4 +1,4 @@
-"""A .gguf file as an ordinary Hugging Face folder: converted once per file, then taken from a cache.
+"""A .gguf file as an ordinary Hugging Face folder: converted once per file, then taken from a cache. And the other way.
 
 Run as a module it converts (`python -m gpu_worker.trainer.gguf FILE FOLDER`): in a process of its own, without a
 GPU and without Unsloth's patches, whose memory is gone afterwards.
@@ -19,6 +19,7 @@ from gpu_worker.trainer.failures import bad_spec, one_line
 
 CACHE_DIR = "LORAQ_CACHE_DIR"
 MAGIC = b"GGUF"
+TOLD = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV")  # a converter of others
 LAYOUT = "1"  # grows with every change of what a converted folder holds
 
 
@@ -41,15 +42,7 @@ def folder_of(path: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{digest[:12]}-", dir=cache))
     try:
-        # CUDA hidden: the conversion must not take memory that admission has not counted.
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-P", "-m", "gpu_worker.trainer.gguf", str(path.absolute()), str(scratch)]
-        ended = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
-        sys.stderr.write(ended.stderr)
-        if ended.returncode:
-            lines = ended.stderr.strip().splitlines()
-            why = lines[-1] if lines else f"exit code {ended.returncode}"
-            raise bad_spec(one_line(f"{path} cannot be read as a GGUF model: {why}"))
+        read(path, scratch)
         try:
             scratch.rename(done)
         except OSError:  # another job was faster
@@ -58,6 +51,51 @@ def folder_of(path: Path) -> Path:
         return done
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read(path: Path, folder: Path) -> None:
+    """Makes an ordinary folder of a .gguf file, in a process of its own. Raises JobFailure (bad_spec)."""
+    command = [sys.executable, "-P", "-m", "gpu_worker.trainer.gguf", str(path.absolute()), str(folder)]
+    _run(command, dict(os.environ), f"{path} cannot be read as a GGUF model")
+
+
+def converter(path: str | None) -> Path:
+    """llama.cpp's script, which writes GGUF files. Raises JobFailure (bad_spec) where this worker has none."""
+    if path is None or not Path(path).is_file():
+        gone = f"its LORAQ_GGUF_CONVERTER, {path}, is not there" if path else "it has no LORAQ_GGUF_CONVERTER"
+        raise bad_spec(
+            f"this worker cannot write GGUF files: {gone}; name llama.cpp's convert_hf_to_gguf.py there, "
+            "start the worker again, and retry the job"
+        )
+    return Path(path)
+
+
+def write(model: Path, file: Path, outtype: str, script: Path) -> None:
+    """Makes a .gguf file of a model's folder. Raises JobFailure (bad_spec)."""
+    # The script is the operator's, and needs none of the worker's secrets, and no network.
+    environment = {name: value for name, value in os.environ.items() if name in TOLD} | {"HF_HUB_OFFLINE": "1"}
+    # Without -P: it imports what lies beside it.
+    command = [sys.executable, str(script), str(model), "--outfile", str(file), "--outtype", outtype]
+    what = f"{script} cannot write this model as GGUF"
+    _run(command, environment, what)
+    if not is_gguf(file):
+        raise bad_spec(f"{what}: it left no GGUF file behind")
+
+
+def _run(command: list[str], environment: dict[str, str], what: str) -> None:
+    """Its words go into the log. Raises JobFailure (bad_spec): `what`, and its last line."""
+    # CUDA hidden: it must not take memory that admission has not counted.
+    environment = environment | {"CUDA_VISIBLE_DEVICES": ""}
+    last = ""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stderr.write(line)
+            last = line.strip() or last
+    if process.returncode:
+        raise bad_spec(one_line(f"{what}: {last or f'exit code {process.returncode}'}"))
 
 
 def convert(file: Path, out: Path) -> None:

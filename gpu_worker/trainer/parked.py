@@ -83,7 +83,7 @@ def _loaded(
         yield base
     else:
         before = _tensors(base.model)
-        tuned = _with_adapter(base.model, adapter)
+        tuned = with_adapter(base.model, adapter)
         # PEFT puts the adapter into the base model's own layers. That model is asked, not the wrapper, whose
         # forward Unsloth replaces.
         yield models.Loaded(tuned.get_base_model().eval(), base.tokenizer, base.name, tuned.disable_adapter)
@@ -93,7 +93,8 @@ def _loaded(
         _parked = Parked(key, base.model)
 
 
-def _with_adapter(model: Any, adapter: str | Merged) -> Any:
+def with_adapter(model: Any, adapter: str | Merged) -> Any:
+    """PEFT's wrapper of `model`, whose own layers get the adapter. Raises JobFailure (storage) where there is none."""
     if isinstance(adapter, Merged):
         return adapter.on(model)
     if not (Path(adapter) / "adapter_config.json").is_file():

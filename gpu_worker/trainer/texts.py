@@ -13,7 +13,7 @@ import torch
 from gpu_worker.trainer.failures import bad_data
 from gpu_worker.trainer.likelihood import Progress, batches, end_logits
 from jobqueue.chat import BadTurn, Chat
-from jobqueue.example import Example
+from jobqueue.example import Example, Message
 from jobqueue.tokens import IGNORED, Tokens, label
 
 POSITIONS = 512  # whose log-probabilities are computed at a time, in 32 bits
@@ -25,6 +25,7 @@ class Text:
 
     index: int  # row of the file, from 0
     prompt: list[int]  # token ids of everything before the last answer
+    question: str  # what it answers, as people read it
     reference: str  # the last answer
     row: Tokens  # the conversation; its labels are the answers, with the tokens that end them, as in training
     loss: float | None = None  # summed over the labels, in nats
@@ -33,7 +34,10 @@ class Text:
     def line(self) -> dict[str, Any]:
         loss = None if self.loss is None else round(self.loss, 6)
         tokens = None if self.loss is None else self.row.trained
-        return {"index": self.index, "reference": self.reference, "text": self.text, "loss": loss, "tokens": tokens}
+        return {
+            "index": self.index, "question": self.question, "reference": self.reference, "text": self.text,
+            "loss": loss, "tokens": tokens,
+        }  # fmt: skip
 
 
 def to_texts(
@@ -63,11 +67,19 @@ def to_texts(
         elif max(len(row.input_ids), len(prompt) + new_tokens) > limit:
             left_out[f"longer than {limit} tokens"] += 1
         else:
-            texts.append(Text(index, prompt, reference, row))
+            texts.append(Text(index, prompt, _question(turns[:last]), reference, row))
     if not texts:
         reasons = "; ".join(f"{count} rows: {why}" for why, count in left_out.items())
         raise bad_data(f"no row is left to evaluate: {reasons}")
     return texts, dict(left_out)
+
+
+def _question(turns: list[Message]) -> str:
+    """What the user said; where there was more before, everything, each turn with its role."""
+    said = [turn for turn in turns if turn["role"] != "system"]
+    if len(said) == 1:
+        return str(said[0].get("content") or "")
+    return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in said)
 
 
 def add_losses(model: Any, texts: list[Text], batch_size: int, progress: Progress) -> None:

@@ -169,7 +169,9 @@ def _fit(
     except (ValueError, NotImplementedError) as error:
         raise bad_spec(one_line(f"the trainer refuses these settings: {error}")) from error
     if through.layout == "padded":
-        batches.LongestFirst(batches.lengths(through.training), training.effective_batch, training.seed).of(trainer)
+        batches.LongestFirst(batches.lengths(through.training), training.effective_batch, training.seed).apply_to(
+            trainer
+        )
     finite.watch(trainer)
     models.for_training(model)
     ewc.watch(trainer, request.resume, report)

@@ -14,6 +14,8 @@ from jobqueue.aggregate import build_report
 from jobqueue.answers import Answer
 from jobqueue.errors import CapacityError, DataError, LoraqError, NotFoundError
 from jobqueue.events import Event
+from jobqueue.export_spec import ExportOptions
+from jobqueue.exports import plan_export
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.plan import Plan, make_plan
 from jobqueue.preview import Preview
@@ -25,7 +27,7 @@ EVALUATION = {"source": "questions.jsonl", "split": "test", "metrics": ["likelih
 
 def make_job(job_id: str, state: JobState = JobState.SUCCEEDED, **fields: Any) -> Job:
     """A job of the batch that its id names; what is not given is as for a job that did well."""
-    trial = job_id.removesuffix(".eval").removesuffix(".original")
+    trial = job_id.removesuffix(".eval").removesuffix(".original").removesuffix(".export")
     batch = "" if job_id.startswith("base-") else trial.rpartition(".")[0]
     kind = JobKind.TRAIN
     spec: dict[str, Any] = {"kind": "train", "base_model": "org/tiny", "lora": {"r": 8}, "training": {"max_steps": 20}}
@@ -35,6 +37,9 @@ def make_job(job_id: str, state: JobState = JobState.SUCCEEDED, **fields: Any) -
         spec = {"kind": "evaluate", "base_model": "org/tiny", "adapter_job": adapter, "load_in_4bit": True}
         spec |= {"evaluation": EVALUATION, "max_seq_length": 2048, "method": "qlora"}
         spec |= {"original_task": job_id.endswith(".original")}
+    if job_id.endswith(".export"):
+        kind = JobKind.EXPORT
+        spec = {"kind": "export", "base_model": "org/tiny", "adapter_job": job_id.removesuffix(".export")}
     started = state not in (JobState.WAITING, JobState.QUEUED)
     known: dict[str, Any] = {
         "id": job_id,
@@ -93,6 +98,21 @@ def scored(likelihood: int, generated: int, questions: int = 100) -> dict[str, A
         return {"correct": correct, "accuracy": share, "interval": [share - 0.09, share + 0.09]}
 
     return {"questions": questions, "likelihood": part(likelihood), "generated": part(generated)}
+
+
+def exported(difference: float = 0.004, base_difference: float | None = 2.5) -> dict[str, Any]:
+    """The outcome of an export."""
+    made = {
+        "tokens": 120, "same_tokens": 119, "difference": difference, "tolerance": 0.25,
+        "base_difference": base_difference,
+    }  # fmt: skip
+    return {
+        "folder": "batches/x/1-a",
+        "exports": [
+            {"format": "merged_16bit", "path": "merged_16bit", **made},
+            {"format": "gguf q8_0", "path": "gguf/medqa.1-Q8_0.gguf", **made},
+        ],
+    }
 
 
 def make_batch(name: str, jobs: Sequence[Job]) -> Batch:
@@ -183,6 +203,9 @@ class FakeClient:
 
     def warnings(self) -> list[str]:
         return self.risks
+
+    def plan_export(self, trial: str, options: ExportOptions) -> Plan:
+        return plan_export(trial, options, self.job)
 
     def find(self, plan: Plan) -> Batch | None:
         return self.batch(plan.sweep.name) if plan.key in [before.key for before in self.submitted] else None

@@ -101,6 +101,9 @@ def test_what_is_unusual_is_pointed_out(command: Command, folder: Path) -> None:
         "nothing will tell whether it helps: set evaluation, or data.validation_split",
         "1 of 5 rows read the same as an earlier one",
     ]
+    steps = ["--set", "training.max_steps=100", "--set", "training.packing=true"]
+    packed = document(command, folder / "sweep.yaml", *steps)["warnings"]
+    assert not any("epochs" in warning for warning in packed), "nobody knows how many rows a step has"
     validates = ["--set", "data.validation_split=0.5", "--set", "data.validation_seed=1"]
     warnings = document(command, folder / "sweep.yaml", *validates)["warnings"]
     assert "the validation loss is known at the end alone: training.eval_steps shows from where on it rises" in warnings

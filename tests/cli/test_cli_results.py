@@ -11,7 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli_fakes import Command, FakeClient, answers_of, make_job, scored, trained, two_trials, two_trials_answers
+from cli_fakes import (
+    Command,
+    FakeClient,
+    answers_of,
+    exported,
+    make_job,
+    scored,
+    trained,
+    two_trials,
+    two_trials_answers,
+)
 from click import unstyle
 
 from jobqueue.job import FailureReason, Job, JobState
@@ -36,6 +46,27 @@ def test_best_first_then_failed_then_the_base_model(command: Command) -> None:
     assert all(cell in lines[4] for cell in ("30.0% → 52.0%", "[43.0, 61.0]", "+22.0", "3.0 GiB", "2.5 min"))
     assert "learning_rate=0.1 r=8 failed (nan_loss): the loss was NaN at step [12]" in lines
     assert any(line.startswith("Best: learning_rate=0.0002 r=8 with 52.0% (likelihood), 22.0 points") for line in lines)
+
+
+def test_an_export_is_a_line_with_how_close_it_is_or_why_it_failed(command: Command, client: FakeClient) -> None:
+    wrong = {"reason": FailureReason.WRONG_EXPORT, "message": "gguf q8_0 does not answer as the adapter does"}
+    client.known["medqa"] += [
+        make_job("medqa.1.export", outcome=exported()),
+        make_job("medqa.2.export", JobState.FAILED, **wrong),
+    ]
+
+    for form in ((), ("--markdown",)):
+        lines = command("results", "medqa", *form).stdout.splitlines()
+        assert (
+            "learning_rate=0.0001 r=8: gguf q8_0 answers as the adapter does (log-probabilities differ by 0.004, "
+            "119 of 120 tokens are the same; the base model's differ by 2.5): batches/x/1-a/gguf/medqa.1-Q8_0.gguf"
+        ) in lines
+        assert (
+            "learning_rate=0.0002 r=8: its export failed (wrong_export): gguf q8_0 does not answer as the adapter does"
+        ) in lines
+    report = BatchReport.from_dict(json.loads(command("results", "medqa", "--json").stdout))
+    assert [trial.export and trial.export.job for trial in report.trials][:2] == ["medqa.2.export", "medqa.1.export"]
+    assert "export" not in command("results", "medqa", "--csv").stdout.splitlines()[0]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120, 160, 200])

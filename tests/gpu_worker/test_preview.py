@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import wait_for
-from worker_process import START_S, Site, site
+from worker_process import START_S, Site
 
 from jobqueue import previewing
 from jobqueue.errors import CapacityError, LoraqError
@@ -24,12 +23,6 @@ INFO = {
     "note": "", "every_s": 60,
 }  # fmt: skip
 ROW = {"question": "Which is a fish?", "options": ["oak", "trout"], "answer": "trout"}
-
-
-@pytest.fixture
-def here(redis_url: str, tmp_path: Path) -> Iterator[Site]:
-    with site(redis_url, tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from jobqueue.data_spec import DataSpec, EwcSpec
+from jobqueue.export_spec import ExportOptions
 from jobqueue.memory import CLASSES, CONTEXT, GIB, Shape, classes_for, estimate, memory_class
-from jobqueue.spec import EvaluateSpec, EvaluationSpec, LoraSpec, ResourcesSpec, TrainingSpec, TrainSpec
+from jobqueue.spec import EvaluateSpec, EvaluationSpec, ExportSpec, LoraSpec, ResourcesSpec, TrainingSpec, TrainSpec
 
 LLAMA_1B: dict[str, Any] = {
     "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
@@ -102,6 +103,16 @@ def test_more_of_anything_needs_more() -> None:
     assert estimate(LLAMA_1B, held) - least > 8 * 11_272_192, "two more numbers of 32 bits for each weight"
     assert estimate(LLAMA_1B, train("full")) > estimate(LLAMA_1B, train("lora"))
     assert estimate(LLAMA_1B, evaluate(load_in_4bit=False)) > estimate(LLAMA_1B, evaluate()) > CONTEXT
+
+
+def test_an_export_has_the_model_in_16_bits_once_whatever_it_was_trained_in() -> None:
+    def export(method: str, **lora: Any) -> int:
+        spec = ExportSpec.of(train(method, lora=LoraSpec(**lora)), "b.1", ExportOptions())
+        return estimate(LLAMA_1B, spec)
+
+    weights = Shape.from_config(LLAMA_1B).weight_bytes(in_4bit=False)
+    assert weights + CONTEXT < export("full") < export("lora") == export("qlora") < 1.5 * weights + CONTEXT
+    assert export("qlora", r=64) > export("qlora")
 
 
 def test_accumulation_costs_no_memory() -> None:

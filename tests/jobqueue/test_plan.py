@@ -16,7 +16,7 @@ from jobqueue.errors import DataError, SpecError
 from jobqueue.job import JobKind
 from jobqueue.memory import GIB
 from jobqueue.plan import Plan, make_plan
-from jobqueue.spec import EvaluateSpec, TrainSpec
+from jobqueue.spec import EvaluateSpec, RateSpec, TrainSpec
 from jobqueue.storage import file_hash
 from jobqueue.sweep import read_sweep
 
@@ -76,6 +76,26 @@ def test_each_job_comes_after_those_that_it_waits_for(folder: Path) -> None:
     for job in made.jobs:
         assert set(job.after) <= seen
         seen.add(job.id)
+
+
+def test_a_judge_is_one_job_between_the_evaluations_and_the_report(folder: Path) -> None:
+    judge = {"model": "grader", "limit": 5}
+    plain = plan(folder, sweep={"grid": {"lora.r": [8, 16]}})
+    made = plan(folder, evaluation={"source": "test.jsonl", "judge": judge}, sweep={"grid": {"lora.r": [8, 16]}})
+
+    job = {job.id: job for job in made.jobs}
+    assert (job["judge"].kind, job["judge"].queue, job["judge"].needs) == (JobKind.JUDGE, "control", ())
+    assert set(job["judge"].follows) == {"1.eval", "2.eval", base_id(made)}
+    assert set(job["report"].follows) == set(job) - {"report"}
+    assert isinstance(job["judge"].spec, RateSpec)
+    assert (job["judge"].spec.judge.model, job["judge"].spec.judge.limit) == ("grader", 5)
+    assert base_id(made) == base_id(plain)  # the base model's scores serve those with a judge and those without
+
+
+def test_two_judges_in_one_sweep_are_refused(folder: Path) -> None:
+    evaluation = {"source": "test.jsonl", "judge": {"model": "grader"}}
+    with pytest.raises(SpecError, match=r"evaluation\.judge: one judge rates all configurations"):
+        plan(folder, evaluation=evaluation, sweep={"grid": {"evaluation.judge.model": ["grader", "other"]}})
 
 
 def test_without_evaluation_there_is_none(folder: Path) -> None:

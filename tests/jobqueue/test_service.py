@@ -11,8 +11,8 @@ import redis
 from helpers import SUCCEEDED, must_claim, new_job, snapshot, submit, wait_for
 
 from jobqueue.broker import make_app, queue_name, send_tokens
-from jobqueue.errors import CapacityError, DataError, NotFoundError, ServerError, StorageError
-from jobqueue.job import Batch, FailureReason, JobState
+from jobqueue.errors import BusyError, CapacityError, DataError, NotFoundError, ServerError, StorageError
+from jobqueue.job import Batch, FailureReason, JobState, Settlement
 from jobqueue.memory import GIB
 from jobqueue.service import Client
 from jobqueue.settings import Settings
@@ -311,3 +311,61 @@ def test_a_report_is_made_of_what_is_settled_while_the_batch_runs(client: Client
     report = client.report("b")
 
     assert [(trial.job, trial.state) for trial in report.trials] == [("b.1", JobState.SUCCEEDED)]
+
+
+def answered(client: Client) -> None:
+    """The batch b has ended; its base model and its trial have written answers to ten questions."""
+    evaluate = {"kind": "evaluate", "base_model": "m", "load_in_4bit": True, "evaluation": {"metrics": ["generated"]}}
+    report = {"kind": "report", "device": "control", "queue": "control", "need": 0}
+    submit(
+        client.store,
+        new_job("b.1", spec={"kind": "train", "base_model": "m"}, trial="r=8"),
+        new_job("b.1.eval", kind="evaluate", spec={**evaluate, "adapter_job": "b.1"}, needs=("b.1",)),
+        new_job("base-1", kind="evaluate", spec={**evaluate, "adapter_job": None}, batch=""),
+        new_job("b.report", spec={"kind": "report", "batch": "b"}, follows=("b.1", "b.1.eval", "base-1"), **report),
+    )
+    for _ in range(3):
+        claimed = must_claim(client.store)
+        folder = f"made/{claimed.job_id}"
+        lines = [
+            {"index": i, "question": f"Which {i}?", "reference": "this", "text": f"{claimed.job_id} says {i}"}
+            for i in range(10)
+        ]
+        client.storage.write_text(f"{folder}/answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        client.store.settle(claimed, Settlement(JobState.SUCCEEDED, outcome={"folder": folder}))
+
+
+def test_cards_go_out_to_people_and_their_scores_come_back_with_the_report(client: Client, tmp_path: Path) -> None:
+    answered(client)
+    deck = client.export_cards("b", questions=4, seed=1)
+    assert {card.job for card in deck.cards} == {"b.1.eval", "base-1"}
+    assert [model.label for model in deck.models] == ["r=8", "base model (4-bit)"]
+    assert client.report("b").people is None
+
+    files = []
+    for reviewer in ("Ann", "Bob", "Cem"):
+        scores = [f"{card.id},4,4,{5 if card.job == 'base-1' else 3},{reviewer}" for card in deck.cards]
+        file = tmp_path / f"{reviewer}.csv"
+        file.write_text("\n".join(["card,relevance,accuracy,fluency,reviewer", *scores]))
+        files.append(file)
+    made = client.import_cards("b", files)
+
+    assert made.models[0].differences["fluency"].value == -2
+    assert client.report("b").people == made
+    with pytest.raises(DataError, match=r"cannot read .*none\.csv"):
+        client.import_cards("b", [*files, tmp_path / "none.csv"])
+
+
+def test_a_machine_without_the_storage_has_reports_but_no_cards(client: Client, settings: Settings) -> None:
+    answered(client)
+    afar = Client(settings.model_copy(update={"storage": None}))
+
+    assert afar.report("b").people is None
+    with pytest.raises(StorageError, match="does not know the workers' storage"):
+        afar.export_cards("b", questions=4, seed=1)
+
+
+def test_cards_wait_for_the_batchs_end(client: Client) -> None:
+    submit(client.store, new_job("b.1", spec={"kind": "train", "base_model": "m"}))
+    with pytest.raises(BusyError, match="b has not ended"):
+        client.export_cards("b", questions=4, seed=1)

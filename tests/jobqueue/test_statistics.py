@@ -6,7 +6,7 @@ import numpy
 import pytest
 from scipy import stats
 
-from jobqueue.statistics import bootstrap, holm, mcnemar, wilson
+from jobqueue.statistics import bootstrap, bootstrap_mean, holm, mcnemar, wilcoxon, wilson
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,23 @@ def test_holm(p_values: list[float], adjusted: list[float]) -> None:
     """The first is the example of Wikipedia's "Holm-Bonferroni method"; the second that of Abdi (2010), Holm's
     sequential Bonferroni procedure."""
     assert holm(p_values) == pytest.approx(adjusted)
+
+
+def test_wilcoxon() -> None:
+    """Darwin's maize, crossed against self-fertilised plants, in eighths of an inch; Fisher (1935), The Design of
+    Experiments, table 3. W is 24, of which the exact distribution gives the p-value."""
+    darwin = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+    assert wilcoxon(darwin) == pytest.approx(0.0413, abs=1e-4)
+    assert wilcoxon([0, 0, 0]) == 1
+    assert wilcoxon([0, 0, *darwin]) == pytest.approx(wilcoxon(darwin), abs=0.005)  # where there is none, none counts
+
+
+def test_bootstrap_of_a_mean_is_that_of_scipy_and_of_the_difference_of_accuracies() -> None:
+    values = [1.0, 2.5, 2.5, 3.0, 4.0, 4.0, 4.5, 5.0, 5.0, 2.0] * 5
+    other = stats.bootstrap(
+        (values,), numpy.mean, n_resamples=20_000, method="percentile", rng=numpy.random.default_rng(1)
+    ).confidence_interval
+    assert bootstrap_mean(values) == pytest.approx((other.low, other.high), abs=0.03)
+    assert bootstrap_mean([3, 3, 3]) == (3, 3)
+    turned = [100.0] * 12 + [-100.0] * 3 + [0.0] * 25
+    assert bootstrap_mean(turned) == pytest.approx(bootstrap(12, 3, 40), abs=2)

@@ -441,3 +441,33 @@ def test_stopping_early_needs_validations_to_compare(problems: Problems, read: R
     ((_, _, message),) = problems(data + f"training: {{{option}}}\n")
     assert f"training.{option.partition(':')[0]} needs validations to compare: set training.eval_steps" in message
     assert read(data + f"training: {{{option}, eval_steps: 10}}\n").trials[0].run.training.keeps_best
+
+
+def test_a_judge_needs_a_metric_that_writes_answers(problems: Problems) -> None:
+    judged = GOOD + "evaluation: {source: q.jsonl, metrics: [%s], judge: {model: grader}}\n"
+    [(_, path, message)] = problems(judged % "likelihood")
+    assert path == "evaluation"
+    assert message == (
+        "judge rates written answers, and no metric writes any: "
+        "add generated (questions with options) or bleu (any rows) to metrics"
+    )
+
+
+def test_what_a_judge_may_not_be_is_said_with_its_place(problems: Problems) -> None:
+    text = GOOD + (
+        "evaluation:\n  source: q.jsonl\n  judge:\n    model: [a, a]\n    base_url: ftp://x\n"
+        "    api_key_env: AWS_SECRET\n    samples: 0\n    prize: 1\n"
+    )
+    assert [(line, path.rpartition(".")[2]) for line, path, _ in problems(text)] == [
+        (7, "model"), (8, "base_url"), (9, "api_key_env"), (10, "samples"), (11, "prize"),
+    ]  # fmt: skip
+
+
+def test_a_judge_is_read_with_its_defaults(read: Read) -> None:
+    judged = GOOD + "evaluation: {source: q.jsonl, judge: {model: grader, limit: null, temperature: null}}\n"
+    evaluation = read(judged).trials[0].run.evaluation
+    assert evaluation is not None
+    judge = evaluation.judge
+    assert judge is not None
+    assert (judge.models, judge.limit, judge.samples, judge.temperature) == (["grader"], None, 2, None)
+    assert judge.cost("grader", 10, 10) is None

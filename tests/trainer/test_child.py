@@ -287,6 +287,7 @@ def test_reference_answers_have_a_perplexity_and_written_ones_a_bleu(child: Chil
     assert done.outcome["questions"] == 0
     written = [json.loads(line) for line in (done.folder / "answers.jsonl").read_text().splitlines()]
     assert [line["reference"] for line in written] == [row["answer"] for row in rows]
+    assert all(line["question"] for line in written)
     bleu = sacrebleu.corpus_bleu([line["text"] for line in written], [[line["reference"] for line in written]])
     assert done.outcome["bleu"]["bleu"] == pytest.approx(bleu.score)
     assert "tok:13a" in done.outcome["bleu"]["signature"]

@@ -230,7 +230,7 @@ def test_packing_goes_through_every_row_once_an_epoch_and_goes_on_where_it_was(c
         "packing": True, "max_seq_length": 256, "num_train_epochs": 2.0, "max_steps": -1, "save_steps": 3,
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "logging_steps": 1,
     }  # fmt: skip
-    spec = train_spec(training=packing, data={"limit": 50})
+    spec = train_spec(training=packing, data={"limit": 60, "validation_split": 0.2})
     whole = child.run(spec)
     training, data = whole.outcome["training"], whole.outcome["data"]
     sequences = -(-data["tokens"] // 256)
@@ -238,6 +238,8 @@ def test_packing_goes_through_every_row_once_an_epoch_and_goes_on_where_it_was(c
     assert (training["rows"], training["tokens"]) == (2 * data["used"], 2 * data["tokens"])
     assert training["trained_tokens"] == 2 * data["trained_tokens"]
     assert training["epochs"] == 2.0
+    assert whole.outcome["validation"]["rows"] == 60 - data["used"] > 0, "they are not packed"
+    assert len(whole.outcome["validation"]["losses"]) == 1
     assert sequences <= training["steps"] <= sequences + 2, "a step has two sequences, and they are nearly full"
     later = child.run(spec, resume=whole.checkpoints[-1])
     assert losses(later) == pytest.approx(losses(whole), abs=1e-3)

@@ -62,6 +62,7 @@ class Child:
         adapter: Path | None = None,
         output: Path | None = None,
         resume: Path | None = None,
+        gguf_converter: Path | None = None,
         members: Sequence[Path] = (),
     ) -> Path:
         """Hand it a job; returns the job's output folder."""
@@ -69,14 +70,11 @@ class Child:
         if output is None:
             output = self.folder / f"job{self.jobs}"
             output.mkdir()
+        adapter_, resume_, converter = (str(path) if path else None for path in (adapter, resume, gguf_converter))
         request = Request(
-            f"job{self.jobs}",
-            spec,
-            str(output),
-            str(adapter) if adapter else None,
-            str(resume) if resume else None,
+            f"job{self.jobs}", spec, str(output), adapter_, resume_, gguf_converter=converter,
             members=tuple(map(str, members)),
-        )
+        )  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(request.line())
         self.process.stdin.flush()
@@ -88,10 +86,11 @@ class Child:
         adapter: Path | None = None,
         output: Path | None = None,
         resume: Path | None = None,
+        gguf_converter: Path | None = None,
         members: Sequence[Path] = (),
     ) -> Done:
         """Hand it a job and wait for its end."""
-        folder = self.send(spec, adapter, output, resume, members)
+        folder = self.send(spec, adapter, output, resume, gguf_converter, members)
         progress: list[Progress] = []
         checkpoints: list[Path] = []
         answers: list[Answer] = []
