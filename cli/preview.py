@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from cli.main import connect
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,25 +40,48 @@ BAR = 40  # characters of the longest bar
 def preview(file: str, row: int | None, base_model: str | None, sets: tuple[str, ...], as_json: bool) -> None:
     """Show what a training would read, and what of it is trained on.
 
-    FILE is a sweep file, of which the first configuration is shown, or data: a file, a URL or a hub id. Nothing is
-    submitted and no server is needed. Tokens need `pip install 'loraq[data]'` and the base model's tokenizer, which
-    is fetched from the hub where the model is no folder of this machine; of data alone, give --base-model.
+    FILE is a sweep file, of which the first configuration is shown, or data: a file, a URL or a hub id. No batch is
+    submitted. Tokens need `pip install 'loraq[data]'` and the base model's tokenizer, which is fetched from the hub
+    where the model is no folder of this machine; of data alone, give --base-model. Where this machine lacks what it
+    takes, a control worker is asked, to which local data travels.
     """
     from cli.render import console, print_json
-    from jobqueue.preview import preview as make
     from jobqueue.sweep import read_sweep, sweep_of_data
 
     if file.endswith((".yaml", ".yml")):
         sweep = read_sweep(Path(file), (*sets, f"base_model={base_model}") if base_model else sets)
-        shown = make(sweep, _chat(sweep), row)
+        shown = _made(sweep, row, data_alone=False, tokens=True)
     else:
         sweep = sweep_of_data(file, base_model or "none", sets)
-        chat = _chat(sweep) if base_model else "no base model; give one with --base-model"
-        shown = make(sweep, chat, row, data_alone=True)
+        shown = _made(sweep, row, data_alone=True, tokens=base_model is not None)
     if as_json:
         print_json(shown)
     else:
         _print(console(), shown, len(sweep.trials))
+
+
+def _made(sweep: Sweep, row: int | None, *, data_alone: bool, tokens: bool) -> Preview:
+    """Here where that can be, else by a worker, else what is to be had here. Raises LoraqError where nothing is."""
+    from cli.render import console
+    from jobqueue.errors import LoraqError, MachineError, StorageError
+    from jobqueue.preview import preview as make
+
+    here: Preview | LoraqError
+    try:
+        here = make(sweep, _chat(sweep) if tokens else "no base model; give one with --base-model", row, data_alone)
+    except (MachineError, StorageError) as error:
+        here = error
+    lacking = here.what if isinstance(here, LoraqError) else here.no_tokens if tokens else None
+    if not lacking:
+        assert not isinstance(here, LoraqError)
+        return here
+    try:
+        with console(stderr=True).status("asking a worker"):
+            return connect().preview(sweep, row, data_alone=data_alone, tokens=tokens)
+    except LoraqError as error:
+        if isinstance(here, LoraqError):
+            raise type(here)(f"{here.what}; and {error.what}", here.do) from error
+        return replace(here, no_tokens=f"{lacking} And no worker has read them: {error.what}.")
 
 
 def _chat(sweep: Sweep) -> Chat | str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jobqueue.job import Batch, Job
     from jobqueue.service import Client
 
-LOOKS_LIKE_A_JOB = re.compile(r"(base|ask)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|export)|judge|report)")
+LOOKS_LIKE_A_JOB = re.compile(r"(base|ask|preview)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|before|original|export)|judge|report)")
 
 
 @click.command()

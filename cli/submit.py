@@ -47,8 +47,8 @@ def submit(
     client = connect()
     plan = client.plan(client.read(file, sets))
     notes = console(stderr=True)
-    for warning in plan.warnings:
-        notes.print(f"warning: {warning}", style="yellow")
+    for warning in (*plan.warnings, *plan.advice):
+        notes.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if dry_run:
         _show_plan(plan, as_json)
         return
@@ -93,7 +93,8 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     from cli.render import Column, console, counted, memory, print_json, table
 
     if as_json:
-        print_json({"name": plan.sweep.name, "file": plan.sweep.file, "jobs": plan.jobs, "warnings": plan.warnings})
+        warnings = (*plan.warnings, *plan.advice)
+        print_json({"name": plan.sweep.name, "file": plan.sweep.file, "jobs": plan.jobs, "warnings": warnings})
         return
     out = console()
     columns = [

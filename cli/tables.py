@@ -12,9 +12,11 @@ from cli import render
 from cli.export import compared
 from cli.render import NONE, Column
 from cli.trials import Row, labels, shown, varied
+from jobqueue.comparison import Finding
 from jobqueue.job import JobState
-from jobqueue.results import MEASURES, METRICS, BaseResult, BatchReport, Measure, TrialResult
+from jobqueue.results import MEASURES, METRICS, BaseResult, BatchReport, Measure, OriginalTask, TrialResult
 
+SHORT: dict[Finding, str] = {"no difference shown": "not shown"}  # beside a difference
 Cells = tuple[list[Column], list[list[str]]]
 
 
@@ -39,6 +41,8 @@ def cells(rows: Sequence[Row]) -> Cells:
         "finding": Column("finding", right=True, wrap=True, rank=1, below="vs base"),
         "p": Column("p", right=True, rank=4),
         "single": Column("vs best\ntrial", right=True, wrap=True, rank=4),
+        "original": Column("original task\nbefore → after", right=True, rank=1),
+        "kept": Column("kept", right=True, wrap=True, rank=1, below="original task\nbefore → after"),
         "peak": Column("memory", right=True, rank=2),
         "minutes": Column("time", right=True, rank=2, below="memory"),
         "training": Column("for training", right=True, rank=11),
@@ -76,7 +80,12 @@ def bases_of(rows: Sequence[Row]) -> list[tuple[str, BaseResult, BatchReport]]:
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """A line for each trial and base model that did not succeed, with the reason."""
-    ended: list[tuple[str, TrialResult | BaseResult]] = [(row.trial.label or row.trial.job, row.trial) for row in rows]
+    ended: list[tuple[str, TrialResult | OriginalTask | BaseResult]] = []
+    for row in rows:
+        name = row.trial.label or row.trial.job
+        ended.append((name, row.trial))
+        if row.trial.original and row.trial.state is JobState.SUCCEEDED:
+            ended.append((f"{name} on the original task", row.trial.original))
     ended += [(f"base model {base.base_model}", base) for _, base, _ in bases_of(rows)]
     return [
         f"{name} {f'failed ({result.reason})' if result.state is JobState.FAILED else 'was cancelled'}"
@@ -121,6 +130,7 @@ def _trial_cells(row: Row, label: str) -> dict[str, str]:
         "finding": versus.finding if versus else NONE,
         "p": render.p_value(row.p_value),
         "single": f"{render.points(single.points)} {single.finding}" if single else NONE,
+        **_original_cells(trial.original),
         "peak": render.memory(trial.peak_bytes),
         "minutes": render.minutes(trial.train_minutes),
         "training": render.memory(trial.training_bytes),
@@ -130,6 +140,22 @@ def _trial_cells(row: Row, label: str) -> dict[str, str]:
         "attempts": str(trial.attempts),
         "gpu": trial.gpu,
     }
+
+
+def _original_cells(original: OriginalTask | None) -> dict[str, str]:
+    """By the first metric or measure that there is."""
+    if original is None:
+        return {}
+    versus, metric = original.versus_before, original.metric
+    if metric:
+        before = original.scores_before.get(metric)
+        shown = [render.percent(score.accuracy) for score in (before, original.scores[metric]) if score]
+    else:
+        measures = next(iter(original.measures), None)
+        values = [found.get(measures) for found in (original.measures_before, original.measures)] if measures else []
+        shown = [render.number(value, 3) for value in values if value is not None]
+    kept = f"{render.points(versus.points)} {SHORT.get(versus.finding, versus.finding)}" if versus else NONE
+    return {"original": " → ".join(shown) or NONE, "kept": kept}
 
 
 def _base_cells(batches: str, base: BaseResult, report: BatchReport) -> dict[str, str]:
@@ -198,8 +224,19 @@ def as_markdown(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str
 
 
 # What a line of the CSV has beside the settings that differ, the scores and the comparison with the base model.
-_OTHERWISE = ("differs", "scores", "versus_base", "versus_single", "members", "losses", "measures", "export")
+_OTHERWISE = (
+    "differs",
+    "scores",
+    "versus_base",
+    "versus_single",
+    "members",
+    "losses",
+    "measures",
+    "export",
+    "original",
+)
 _PLAIN = [f.name for f in fields(TrialResult) if f.name not in _OTHERWISE]
+_ORIGINAL = ("original_before", "original", "original_points", "original_p_holm", "original_finding")
 _COMPARED = ("points", "gained", "lost", "p_value", "p_holm", "finding")
 
 
@@ -221,6 +258,7 @@ def as_csv(rows: Sequence[Row]) -> str:
         *_COMPARED,
         "points_low",
         "points_high",
+        *_ORIGINAL,
         *(column for by, there in rated for column in ratings.plain_columns(by) if there),
     ]
     file = io.StringIO()
@@ -245,4 +283,10 @@ def _plain(result: TrialResult | BaseResult) -> dict[str, Any]:
     if versus:
         flat |= {key: getattr(versus, key) for key in _COMPARED}
         flat |= dict(zip(("points_low", "points_high"), versus.interval or (), strict=False))
+    original = result.original if isinstance(result, TrialResult) else None
+    if original and original.metric:
+        before, now = original.scores_before.get(original.metric), original.scores[original.metric]
+        kept = original.versus_before
+        values = (kept.points, kept.p_holm, kept.finding) if kept else (None, None, None)
+        flat |= dict(zip(_ORIGINAL, (before and before.accuracy, now.accuracy, *values), strict=True))
     return {key: "" if value is None else value for key, value in flat.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from jobqueue.ratings import OVERALL, Ratings
-from jobqueue.results import METRICS, BatchReport, Metric, TrialResult
+from jobqueue.results import METRICS, BatchReport, Metric, OriginalTask, TrialResult
 
 MOST_LABEL = 60  # characters of a value in a label
 
@@ -69,6 +69,16 @@ def _times(factor: float, value: float | None) -> float | None:
     return None if value is None else factor * value
 
 
+def _on_original_task(row: Row) -> float | None:
+    original = row.trial.original
+    return original.scores[original.metric].accuracy if original and original.metric else None
+
+
+def _kept(original: OriginalTask | None) -> float | None:
+    """Points against what the training began with."""
+    return original.versus_before.points if original and original.versus_before else None
+
+
 FIELDS: Mapping[str, _Field] = {
     "accuracy": _Field(lambda row: _times(100, row.accuracy), True),
     **{str(metric): _percent(metric) for metric in METRICS},
@@ -79,6 +89,8 @@ FIELDS: Mapping[str, _Field] = {
     "vs_base": _Field(lambda row: row.trial.versus_base and row.trial.versus_base.points, True),
     "p": _Field(lambda row: row.p_value),
     "finding": _Field(lambda row: row.trial.versus_base and row.trial.versus_base.finding),
+    "original": _Field(lambda row: _times(100, _on_original_task(row)), True),
+    "kept": _Field(lambda row: _kept(row.trial.original), True),
     "memory": _Field(lambda row: _times(1 / 2**30, row.trial.peak_bytes)),
     "minutes": _Field(lambda row: row.trial.train_minutes),
     "tokens": _Field(lambda row: row.trial.tokens_per_s, True),

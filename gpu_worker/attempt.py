@@ -133,10 +133,11 @@ class Attempt:
         members: tuple[str, ...] = ()
         if spec["kind"] == "train":
             resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
-            adapter = self._adapter(spec["from_adapter"]) if spec.get("from_adapter") else None
+        if spec.get("from_adapter"):
+            adapter = self._adapter(spec["from_adapter"])
         elif spec.get("members"):
             members = self._members(spec["members"])
-        elif spec["adapter_job"] and "adapter" in spec.get("asked", ("adapter",)):
+        elif spec.get("adapter_job") and "adapter" in spec.get("asked", ("adapter",)):
             trained = self._lease.insist(lambda: self._store.job(spec["adapter_job"])).outcome["folder"]
             adapter = self._adapter(f"{STORED}{trained}/adapter")
         output = self._scratch / "output"

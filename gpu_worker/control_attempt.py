@@ -15,7 +15,7 @@ from gpu_worker.lease import Lease
 from gpu_worker.patience import Patience
 from gpu_worker.report import make_report
 from gpu_worker.stop import ON_REQUEST
-from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
+from jobqueue.errors import ChatTemplateError, DataError, LoraqError, SpecError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
 from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
@@ -72,7 +72,7 @@ class ControlAttempt:
                 return Settlement(JobState.CANCELLED, message=ON_REQUEST)
             return self._failure(early.reason, "its worker was drained or stopped")
         except LoraqError as error:
-            reason = getattr(error, "reason", FailureReason.STORAGE)  # a judge's errors know theirs
+            reason = getattr(error, "reason", _reason(error))  # a judge's errors know theirs
             if isinstance(error, StorageError) and self._lease.cancelled.is_set():
                 return Settlement(JobState.CANCELLED, message=ON_REQUEST)
             log.warning("%s: attempt %d: %s", self._claim.job_id, self._claim.attempt, error.what)
@@ -84,6 +84,10 @@ class ControlAttempt:
     def _work(self) -> dict[str, Any]:
         if self._claim.spec["kind"] == JobKind.REPORT:
             return self._lease.insist(partial(make_report, self._claim, self._store, self._storage, self._patience))
+        if self._claim.spec["kind"] == JobKind.PREVIEW:
+            from gpu_worker.preview import make_preview  # Jinja and all that reads tokens
+
+            return self._lease.insist(partial(make_preview, self._claim, self._storage, self._settings, self._patience))
         from gpu_worker.judge import judge_batch  # half a second, for those who have a judge
 
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -122,3 +126,10 @@ class ControlAttempt:
 
     def _failure(self, reason: FailureReason, message: str) -> Settlement:
         return after_failure(reason, message, self._claim.failures, self._settings.max_failures)
+
+
+def _reason(error: LoraqError) -> FailureReason:
+    """What is tried again may be there later."""
+    if isinstance(error, ChatTemplateError) or type(error) in (LoraqError, SpecError):
+        return FailureReason.BAD_SPEC
+    return FailureReason.BAD_DATA if isinstance(error, DataError) else FailureReason.STORAGE

@@ -61,6 +61,7 @@ def judge_batch(
     key = api_key(spec, settings.judge_urls)
     jobs = lease.insist(lambda: store.jobs(store.batch(task.batch).jobs))
     evaluations = [job for job in jobs if job.kind is JobKind.EVALUATE and job.state is JobState.SUCCEEDED]
+    evaluations = [job for job in evaluations if not (job.spec.get("original_task") or job.spec.get("from_adapter"))]
     rows = patience(
         "read the answers",
         lambda: [(job.id, row) for job in evaluations for row in drawn(of_job(job, storage), spec.limit, spec.seed)],

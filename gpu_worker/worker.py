@@ -19,12 +19,14 @@ from gpu_worker.gpu import Device
 from gpu_worker.health import watch
 from gpu_worker.mps import mps_of
 from gpu_worker.pool import TrainerPool
+from gpu_worker.preview import possible
 from gpu_worker.storage_watch import StorageWatch
 from gpu_worker.trainer_process import trainer_environment, worker_cache
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.errors import ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
 from jobqueue.memory import CONTEXT, GIB, classes_for
+from jobqueue.previewing import QUEUE
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
 from jobqueue.store import Store
@@ -85,7 +87,9 @@ class Worker:
     @property
     def classes(self) -> list[str]:
         """The memory classes whose wake-ups it listens to."""
-        return classes_for(self._watch.health.usable_bytes) if self.device.kind == "gpu" else [self.device.kind]
+        if self.device.kind == "gpu":
+            return classes_for(self._watch.health.usable_bytes)
+        return [self.device.kind, *([QUEUE] if self.device.kind == "control" and possible() else [])]
 
     def well(self) -> bool:
         return not (self._storage_watch.problem or self._watch.health.sick) and time.monotonic() >= self._well_at

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobqueue.base_model import HUB_ID
-from jobqueue.data_spec import DataSpec, EwcSpec
+from jobqueue.data_spec import DataSpec
 from jobqueue.errors import NotFoundError, Problem, SpecError, StorageError
 from jobqueue.job import Job, JobKind, JobState
-from jobqueue.spec import LoraSpec, TrainSpec
+from jobqueue.spec import EvaluateSpec, LoraSpec, TrainSpec
 
 if TYPE_CHECKING:
     from jobqueue.plan import Plan
@@ -55,15 +55,12 @@ def in_storage(plan: Plan, job_of: Callable[[str], Job]) -> Plan:
     """
     jobs, problems = [], []
     for job in plan.jobs:
-        source = job.spec.from_adapter if isinstance(job.spec, TrainSpec) else None
-        if isinstance(job.spec, TrainSpec) and source and TRIAL.fullmatch(source):
+        source = job.spec.from_adapter if isinstance(job.spec, (TrainSpec, EvaluateSpec)) else None
+        if isinstance(job.spec, (TrainSpec, EvaluateSpec)) and source and TRIAL.fullmatch(source):
             try:
                 earlier = job_of(source)
-                found = {
-                    "from_adapter": f"{STORED}{_trained(earlier, job.spec)}/adapter",
-                    "ewc": _ewc(job.spec, earlier),
-                }
-                job = replace(job, spec=job.spec.model_copy(update=found))
+                spec = job.spec.model_copy(update={"from_adapter": f"{STORED}{_trained(earlier, job.spec)}/adapter"})
+                job = replace(job, spec=_with_rows(spec, earlier) if isinstance(spec, TrainSpec) else spec)
             except NotFoundError as error:
                 problems.append(f"{error.what}; `loraq ls` lists the batches, and a trial is BATCH/NUMBER")
             except ValueError as error:
@@ -75,7 +72,7 @@ def in_storage(plan: Plan, job_of: Callable[[str], Job]) -> Plan:
     return replace(plan, jobs=tuple(jobs))
 
 
-def _trained(job: Job, spec: TrainSpec) -> str:
+def _trained(job: Job, spec: TrainSpec | EvaluateSpec) -> str:
     """The folder of what `job` made. Raises ValueError where `spec` cannot go on from it."""
     if job.kind is not JobKind.TRAIN or job.spec["method"] == "full":
         raise ValueError(f"{job.id} has no adapter: it is {'all weights' if job.kind is JobKind.TRAIN else job.kind}")
@@ -87,21 +84,24 @@ def _trained(job: Job, spec: TrainSpec) -> str:
     if theirs != ours:
         then, now = ("@".join(filter(None, model)) for model in (theirs, ours))
         raise ValueError(f"{job.id} was trained on {then}, and this trains {now}")
+    folder = str(job.outcome["folder"])
+    if isinstance(spec, EvaluateSpec):
+        return folder
     wrong = misfits(spec.lora, job.spec["lora"])
     modules = (_modules(job.spec["lora"]["target_modules"]), _modules(spec.lora.target_modules))
     if modules[0] != modules[1]:
         wrong.append(f"target_modules: {modules[0]}")
     if wrong:
         raise ValueError(f"{job.id} does not fit; as it was trained, set under lora: {', '.join(wrong)}")
-    return str(job.outcome["folder"])
+    return folder
 
 
-def _ewc(spec: TrainSpec, earlier: Job) -> EwcSpec | None:
-    """With the rows that the earlier trial was trained on, where the spec names none."""
+def _with_rows(spec: TrainSpec, earlier: Job) -> TrainSpec:
+    """With those that the earlier trial was trained on, where `ewc` names none."""
     if spec.ewc is None or spec.ewc.data is not None:
-        return spec.ewc
+        return spec
     data = DataSpec.model_validate_json(json.dumps({**earlier.spec["data"], "replay": None}))
-    return spec.ewc.model_copy(update={"data": data})
+    return spec.model_copy(update={"ewc": spec.ewc.model_copy(update={"data": data})})
 
 
 def download(url: str, into: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from jobqueue import ensembles
 from jobqueue.answers import Answers, changed, confusion
 from jobqueue.comparison import Comparison, compare, corrected
+from jobqueue.differences import differences
 from jobqueue.job import Batch, Job, JobKind, JobState
 from jobqueue.results import (
     MEASURES,
@@ -22,6 +23,7 @@ from jobqueue.results import (
     ExportResult,
     Measure,
     Metric,
+    OriginalTask,
     Score,
     TrialResult,
 )  # fmt: skip
@@ -42,19 +44,24 @@ def build_report(
         answers: per evaluation job; without them differences are shown but not tested.
     """
     work = [job for job in jobs if job.kind is not JobKind.REPORT]
-    adapted = [job for job in work if job.spec.get("adapter_job")]
-    evaluations = {job.spec["adapter_job"]: job for job in adapted if job.kind is JobKind.EVALUATE}
-    exports = {job.spec["adapter_job"]: job for job in adapted if job.kind is JobKind.EXPORT}
+    asked = [job for job in work if job.kind is JobKind.EVALUATE]
+    adapted = [job for job in asked if job.spec.get("adapter_job")]
+    evaluations = {job.spec["adapter_job"]: job for job in adapted if not job.spec.get("original_task")}
+    originals = {job.spec["adapter_job"]: job for job in adapted if job.spec.get("original_task")}
+    exports = {job.spec["adapter_job"]: job for job in work if job.kind is JobKind.EXPORT}
     votes = ensembles.voted(jobs, answers)
     answers = {**answers, **{job.id: voted for job, voted in votes}}
     together = [job for job in work if job.spec.get("members")] + [job for job, _ in votes]
     trains = sorted((job for job in work if job.kind is JobKind.TRAIN), key=lambda job: _number(batch, job))
-    bases = [job for job in work if _is_base(job)]
+    bases = [job for job in asked if _is_base(job)]
+    if originals:  # of which some base models were asked that alone
+        wanted = [_asked(job) for job in evaluations.values()]
+        bases = [job for job in bases if _asked(job) in wanted]
 
     scored = {job.id: _scores(job) for job in [*evaluations.values(), *together, *bases]}
     metric = next((m for m in PRIMARY if any(m in scores for scores in scored.values())), None)
     runs = [(job, evaluations.get(job.id)) for job in trains] or [(job, None) for job in bases]
-    settings, differs = _settings(runs)
+    settings, differs = differences([(job, evaluation, originals.get(job.id)) for job, evaluation in runs])
     trials = [
         _trial(job, evaluation, exports.get(job.id), bases, scored, metric, answers, what)
         for (job, evaluation), what in zip(runs, differs, strict=True)
@@ -66,6 +73,7 @@ def build_report(
         replace(trial, versus_base=versus_base, versus_single=versus_single)
         for trial, versus_base, versus_single in zip(trials, tested[: len(trials)], tested[len(trials) :], strict=True)
     ]
+    trials = _with_original_task(trials, {job.id: job for job in trains}, originals, asked, answers)
     if metric is None:
         trials.sort(key=lambda trial: trial.by_measure)
     else:
@@ -92,6 +100,53 @@ def build_report(
     return _with_questions(report, answers)
 
 
+def _with_original_task(
+    trials: Sequence[TrialResult],
+    trains: Mapping[str, Job],
+    originals: Mapping[str, Job],
+    asked: Sequence[Job],
+    answers: Mapping[str, Answers],
+) -> list[TrialResult]:
+    """Each against what its training began with; those comparisons are tested as one family too."""
+    found: list[OriginalTask | None] = []
+    for trial in trials:
+        job = originals.get(trial.job)
+        begun = None
+        if job is not None:
+            start = trains[trial.job].spec.get("from_adapter")
+            others = [one for one in asked if not (one.spec.get("adapter_job") or one.spec.get("members"))]
+            others = [one for one in others if one.spec.get("from_adapter") == start]
+            begun = _base_for(job, others)
+        found.append(_original(job, begun, answers) if job is not None else None)
+    versus = corrected([one.versus_before if one else None for one in found])
+    return [
+        replace(trial, original=replace(one, versus_before=compared) if one else None)
+        for trial, one, compared in zip(trials, found, versus, strict=True)
+    ]
+
+
+def _original(job: Job, begun: Job | None, answers: Mapping[str, Answers]) -> OriginalTask:
+    now, before = _scores(job), _scores(begun) if begun else {}
+    metric = next((metric for metric in PRIMARY if metric in now), None)
+    versus = None
+    if metric and begun and metric in before:
+        mine, theirs = answers.get(job.id, {}), answers.get(begun.id, {})
+        versus = compare(now[metric].accuracy, before[metric].accuracy, mine, theirs, metric)
+    return OriginalTask(
+        evaluation=job.id,
+        before=begun.id if begun else None,
+        state=job.state,
+        reason=job.reason,
+        message=job.message,
+        metric=metric,
+        scores=now,
+        scores_before=before,
+        versus_before=versus,
+        measures=_measures(job),
+        measures_before=_measures(begun),
+    )
+
+
 def _with_questions(report: BatchReport, answers: Mapping[str, Answers]) -> BatchReport:
     """What the best trial and its base model answered, where the answers are at hand."""
     best = report.trials[0] if report.trials else None
@@ -108,7 +163,8 @@ def _problem(job: Job) -> str:
 
 
 def _is_base(job: Job) -> bool:
-    return job.kind is JobKind.EVALUATE and not job.spec.get("adapter_job") and not job.spec.get("members")
+    others = ("adapter_job", "members", "from_adapter")
+    return job.kind is JobKind.EVALUATE and not any(job.spec.get(other) for other in others)
 
 
 def _number(batch: Batch, job: Job) -> int:
@@ -275,27 +331,6 @@ def _asked(evaluation: Job) -> dict[str, Any]:
     """What decides which questions are asked, and how; the rest changes the speed only."""
     speed = ("compare_with_base", "per_device_eval_batch_size")
     return {key: value for key, value in evaluation.spec["evaluation"].items() if key not in speed}
-
-
-def _settings(runs: Sequence[tuple[Job, Job | None]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The dotted keys of the trials' specs: those with one value in all of them, and for each trial the others."""
-    flat: list[dict[str, Any]] = []
-    for job, evaluation in runs:
-        keys = dict(_flat(evaluation.spec)) if evaluation else {}
-        flat.append({**keys, **dict(_flat(job.spec))})
-        for own in ("adapter_job", "kind"):
-            flat[-1].pop(own, None)
-    names = dict.fromkeys(key for keys in flat for key in keys)
-    varied = [key for key in names if any(keys.get(key) != flat[0].get(key) for keys in flat)]
-    common = {key: flat[0].get(key) for key in names if key not in varied}
-    return common, [{key: keys.get(key) for key in varied} for keys in flat]
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in section.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return found
 
 
 def _runner_up(

@@ -82,6 +82,10 @@ class ReplaySpec(RowsSpec):
     seed: NonNegativeInt = 3407
     """Another seed draws others."""
 
+    def wanted(self, own: int) -> int:
+        """How many rows make the fraction, with `own` others."""
+        return round(own * self.fraction / (1 - self.fraction))
+
 
 class DataSpec(RowsSpec):
     """Rows to train on."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobqueue.answers import Answer, Answers
 from jobqueue.ensemble_spec import SAME_RANK, EnsembleSpec, Members
-from jobqueue.job import FailureReason, Job, JobState
+from jobqueue.job import FailureReason, Job, JobKind, JobState
 from jobqueue.spec import BY_QUESTION, RunSpec
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ def voted(jobs: Sequence[Job], answers: Mapping[str, Answers]) -> list[tuple[Job
 def _evaluation(
     members: Mapping[str, Any], jobs: Mapping[str, Job], answers: Mapping[str, Answers]
 ) -> tuple[Job, Answers]:
-    by_train = {job.spec.get("adapter_job"): job for job in jobs.values() if job.kind is JobKind.EVALUATE}
+    asked = [job for job in jobs.values() if job.kind is JobKind.EVALUATE and not job.spec.get("original_task")]
+    by_train = {job.spec.get("adapter_job"): job for job in asked}
     trains = [jobs[train] for train in members["trains"]]
     evaluations = [by_train[train.id] for train in trains]
     ended = all(job.state.final for job in (*trains, *evaluations))

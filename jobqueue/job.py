@@ -65,11 +65,12 @@ class JobKind(StrEnum):
     JUDGE = "judge"
     REPORT = "report"
     ASK = "ask"
+    PREVIEW = "preview"
 
     @property
     def control(self) -> bool:
         """Whether a control worker does it, without a GPU."""
-        return self in (JobKind.JUDGE, JobKind.REPORT)
+        return self in (JobKind.JUDGE, JobKind.REPORT, JobKind.PREVIEW)
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ class Job:
     @property
     def queue(self) -> str:
         """The memory class it waits in; "" while its size is not known."""
+        if self.kind is JobKind.PREVIEW:
+            return "preview"
         if self.kind.control:
             return "control"
         if self.spec.get("resources", {}).get("device") == "cpu":

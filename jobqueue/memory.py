@@ -26,7 +26,7 @@ FRAGMENTS, ROUNDING = 1.03, int(0.1 * GIB)  # what the allocator holds over what
 
 def all_classes() -> list[str]:
     """Every class that a job can wait in."""
-    return [*(f"gpu{size}" for size in CLASSES), "gpu-large", "cpu", "control"]
+    return [*(f"gpu{size}" for size in CLASSES), "gpu-large", "cpu", "control", "preview"]
 
 
 def memory_class(need_bytes: int) -> str:

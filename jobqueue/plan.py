@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jobqueue import adapters, base_model, ensembles, rows, sources
-from jobqueue.data_spec import DataSpec, EwcSpec, QuestionFormat
+from jobqueue import adapters, advice, base_model, ensembles, rows, sources
+from jobqueue.data_spec import DataSpec, EwcSpec, QuestionFormat, RowsSpec
 from jobqueue.ensemble_spec import EnsembleSpec, Members
 from jobqueue.errors import DataError, Problem, SpecError
 from jobqueue.job import JobKind
@@ -41,7 +41,7 @@ BATCH = "{batch}"  # stands for the batch's name until the server has given it
 class PlannedJob:
     """One job to be. Ids are those within the batch, but for base evaluations, which serve many batches."""
 
-    id: str  # "1", "1.export", "1.eval", "judge", "report"; "base-<hash>"
+    id: str  # "1", "1.export", "1.eval", "1.before", "1.original", "judge", "report"; "base-<hash>"
     kind: JobKind
     trial: str
     spec: WorkSpec | ControlSpec
@@ -75,6 +75,7 @@ class Plan:
     jobs: tuple[PlannedJob, ...]
     files: dict[str, Path]  # source in the storage -> the local file to upload
     warnings: tuple[str, ...]
+    advice: tuple[str, ...] = ()  # what is unusual about the trainings
 
     @property
     def key(self) -> str:
@@ -93,7 +94,9 @@ class _Lookups:
     warnings: list[str] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
     versions: dict[tuple[str, str | None], str] = field(default_factory=dict)
-    checked: set[tuple[Any, ...]] = field(default_factory=set)
+    checked: dict[tuple[Any, ...], rows.Checked] = field(default_factory=dict)
+    advice: dict[str, list[str]] = field(default_factory=dict)  # what is said, of which trials
+    asked_before: dict[str, str] = field(default_factory=dict)  # evaluation of an earlier adapter -> its job
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -106,26 +109,47 @@ class _Lookups:
         path = sources.data_file(spec, self.sweep.file.parent)
         if path is None:
             return spec
-        reading = (path, type(spec), spec.model_dump_json(exclude={"source", "replay"}))
-        if reading not in self.checked:
-            summary = rows.check_file(spec.model_copy(update={"source": str(path)}))
-            self.checked.add(reading)
-            if isinstance(spec, EvaluationSpec) and summary.format not in get_args(QuestionFormat):
-                by_question = ", ".join(metric for metric in spec.metrics if metric in BY_QUESTION)
-                if by_question:
-                    raise DataError(
-                        f"{path} has the format {summary.format}, and {by_question} need questions with options",
-                        "Give rows with a question, its options and the answer, or write `metrics: [perplexity]`.",
-                    )
-            for reason, skipped in summary.skipped.items():
-                lines = ", ".join(map(str, skipped.lines))
-                unusable = f"{skipped.count} of {summary.rows} rows cannot be used"
-                self.warnings.append(f"{path.name}: {unusable}: {reason} (line {lines})")
+        self.check(spec, path)
         source = next((known for known, file in self.files.items() if file == path), "")
         if not source:
             source = blob_source(path)
             self.files[source] = path
         return spec.model_copy(update={"source": source})
+
+    def check(self, spec: RowsSpec, path: Path) -> rows.Checked:
+        """What a local file holds, read once for each way of reading it. Raises DataError."""
+        reading = (path, type(spec), spec.model_dump_json(exclude={"source", "replay"}))
+        if reading in self.checked:
+            return self.checked[reading]
+        summary = self.checked[reading] = rows.check_file(spec.model_copy(update={"source": str(path)}))
+        if isinstance(spec, EvaluationSpec) and summary.format not in get_args(QuestionFormat):
+            by_question = ", ".join(metric for metric in spec.metrics if metric in BY_QUESTION)
+            if by_question:
+                raise DataError(
+                    f"{path} has the format {summary.format}, and {by_question} need questions with options",
+                    "Give rows with a question, its options and the answer, or write `metrics: [perplexity]`.",
+                )
+        for reason, skipped in summary.skipped.items():
+            lines = ", ".join(map(str, skipped.lines))
+            unusable = f"{skipped.count} of {summary.rows} rows cannot be used"
+            self.warnings.append(f"{path.name}: {unusable}: {reason} (line {lines})")
+        return summary
+
+    def advise(self, trial: Trial, data: DataSpec) -> None:
+        """Notes what is unusual about a training, as far as it is seen from here."""
+        own, others = self._here(data), data.replay and self._here(data.replay)
+        count = own.trained if own else None
+        if count and data.replay:
+            mixed_in = data.replay.wanted(count)
+            count += min(mixed_in, others.trained) if others else mixed_in
+        said = [*advice.on_training(trial.run, count)]
+        said += advice.on_duplicates(own.duplicates, own.trained) if own else ()
+        for text in said:
+            self.advice.setdefault(text, []).append(trial.label)
+
+    def _here(self, spec: RowsSpec) -> rows.Checked | None:
+        path = sources.data_file(spec, self.sweep.file.parent)
+        return self.check(spec, path) if path else None
 
     def model(self, name: str) -> str:
         """The base model as the workers are to look for it. Raises SpecError."""
@@ -207,7 +231,22 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
         jobs["judge"] = PlannedJob("judge", JobKind.JUDGE, "", RateSpec(batch=BATCH, judge=judge), 0, follows=answered)
     report_spec = ReportSpec(batch=BATCH, votes=tuple(votes))
     report = PlannedJob("report", JobKind.REPORT, "", report_spec, 0, follows=tuple(jobs))
-    return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings))
+    said = advice.of_batch(look.advice, len(sweep.trials))
+    return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings), tuple(said))
+
+
+def located(sweep: Sweep, *, tokens: bool, workers_are_here: bool) -> tuple[RunSpec, dict[str, Path]]:
+    """The first configuration as a worker reads it, and the local files that it names, by their source in the storage.
+
+    `tokens`: its base model and chat template too. Raises SpecError, DataError.
+    """
+    look, run = _Lookups(sweep, workers_are_here), sweep.trials[0].run
+    found: dict[str, Any] = {"data": look.data(run.data) if run.data else None}
+    found["evaluation"] = look.data(run.evaluation) if run.evaluation else None
+    if tokens:
+        found["base_model"] = look.model(run.base_model)
+        found["chat_template"] = sources.chat_template(run.chat_template, sweep.file)
+    return run.model_copy(update=found), look.files
 
 
 def _judge(sweep: Sweep) -> JudgeSpec | None:
@@ -221,7 +260,8 @@ def _judge(sweep: Sweep) -> JudgeSpec | None:
 
 
 def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
-    """Train, export, evaluation of the base model, evaluation of the adapter: those that the configuration has."""
+    """Train, export, what the base model and the adapter are asked, what they still can of the original task: those
+    that the configuration has."""
     run = trial.run
     model = look.model(run.base_model)
     look.check_revision(run.revision, model)
@@ -240,25 +280,44 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
             resources=run.resources,
         )
         jobs.append(PlannedJob(number, JobKind.TRAIN, trial.label, train, need_of(train)))
+        look.advise(trial, run.data)
         if run.export is not None:
             export = ExportSpec.of(train, f"{BATCH}.{number}", run.export)
             job_id = f"{number}.export"
             jobs.append(PlannedJob(job_id, JobKind.EXPORT, trial.label, export, need_of(export), needs=(number,)))
-    if run.evaluation is None:
-        return jobs
-    if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
-        look.warn("data and evaluation have different system prompts: the answers are asked for in another setting")
-    base = _evaluation(run, model, look)
-    if run.data is None or run.evaluation.compare_with_base:
-        label = "" if run.data is not None else trial.label
-        jobs.append(
-            PlannedJob(_base_id(base, look.version(model, run.revision)), JobKind.EVALUATE, label, base, need_of(base))
-        )
-    if run.data is not None:
-        adapter = base.model_copy(update={"adapter_job": f"{BATCH}.{number}"})
-        job_id = f"{number}.eval"
-        jobs.append(PlannedJob(job_id, JobKind.EVALUATE, trial.label, adapter, need_of(adapter), needs=(number,)))
+    if run.evaluation is not None:
+        if run.data is not None and run.data.system_prompt != run.evaluation.system_prompt:
+            look.warn("data and evaluation have different system prompts: the answers are asked for in another setting")
+        base = _evaluation(run, run.evaluation, model, look)
+        if run.data is None or run.evaluation.compare_with_base:
+            jobs.append(_base(base, "" if run.data is not None else trial.label, look))
+        if run.data is not None:
+            jobs.append(_of_trained(number, "eval", trial, base))
+    if run.original_task is not None:
+        before = _evaluation(run, run.original_task, model, look)
+        if run.original_task.compare_with_base:
+            jobs.append(_before(number, before, look.adapter(run.from_adapter), look))
+        jobs.append(_of_trained(number, "original", trial, before.model_copy(update={"original_task": True})))
     return jobs
+
+
+def _base(spec: EvaluateSpec, label: str, look: _Lookups) -> PlannedJob:
+    job_id = _base_id(spec, look.version(spec.base_model, spec.revision))
+    return PlannedJob(job_id, JobKind.EVALUATE, label, spec, need_of(spec))
+
+
+def _before(number: str, spec: EvaluateSpec, from_adapter: str | None, look: _Lookups) -> PlannedJob:
+    """Asks what the training begins with: the base model, or once in the batch the earlier adapter."""
+    if from_adapter is None:
+        return _base(spec, "", look)
+    spec = spec.model_copy(update={"from_adapter": from_adapter})
+    job_id = look.asked_before.setdefault(spec.model_dump_json(), f"{number}.before")
+    return PlannedJob(job_id, JobKind.EVALUATE, "", spec, need_of(spec))
+
+
+def _of_trained(number: str, what: str, trial: Trial, spec: EvaluateSpec) -> PlannedJob:
+    spec = spec.model_copy(update={"adapter_job": f"{BATCH}.{number}"})
+    return PlannedJob(f"{number}.{what}", JobKind.EVALUATE, trial.label, spec, need_of(spec), needs=(number,))
 
 
 def _members(ensemble: EnsembleSpec, count: int) -> Members:
@@ -271,22 +330,24 @@ def _merged(members: Members, trials: Sequence[Trial], look: _Lookups) -> Planne
     """The evaluation of one adapter that is made of several."""
     numbers = tuple(train.removeprefix(f"{BATCH}.") for train in members.trains)
     run = trials[int(numbers[0]) - 1].run
-    spec = _evaluation(run, look.model(run.base_model), look).model_copy(update={"members": members})
+    assert run.evaluation is not None
+    spec = _evaluation(run, run.evaluation, look.model(run.base_model), look)
+    spec = spec.model_copy(update={"members": members})
     job = PlannedJob(members.name, JobKind.EVALUATE, ensembles.label(members), spec, need_of(spec))
     return replace(job, follows=numbers) if members.best else replace(job, needs=numbers)
 
 
-def _evaluation(run: RunSpec, model: str, look: _Lookups) -> EvaluateSpec:
-    assert run.evaluation is not None
+def _evaluation(run: RunSpec, asked: EvaluationSpec, model: str, look: _Lookups) -> EvaluateSpec:
+    """Of the base model."""
     return EvaluateSpec(
         base_model=model,
         revision=run.revision,
         method=run.method,
         chat_template=sources.chat_template(run.chat_template, look.sweep.file),
         adapter_job=None,
-        load_in_4bit=run.load_in_4bit,
+        load_in_4bit=run.loads_in_4bit(asked),
         max_seq_length=run.training.max_seq_length,
-        evaluation=look.data(run.evaluation.model_copy(update={"judge": None})),  # a job of its own
+        evaluation=look.data(asked.model_copy(update={"judge": None})),  # a job of its own
         resources=run.resources,
     )
 

@@ -50,7 +50,7 @@ def draw(spec: ReplaySpec | None, own: int) -> Replay | None:
     if spec is None:
         return None
     loaded = rows.load(spec)
-    wanted = round(own * spec.fraction / (1 - spec.fraction))
+    wanted = spec.wanted(own)
     examples = [example for _, example in loaded.examples]
     drawn = random.Random(spec.seed).sample(examples, min(wanted, len(examples)))
     return Replay(spec.source, loaded.summary, wanted, drawn)

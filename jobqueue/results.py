@@ -47,6 +47,23 @@ class BaseResult:
 
 
 @dataclass(frozen=True)
+class OriginalTask:
+    """What a trial still can of what could be done before it was trained."""
+
+    evaluation: str  # job
+    before: str | None  # job that asked what its training began with: an earlier adapter, else the base model
+    state: JobState
+    reason: FailureReason | None
+    message: str
+    metric: Metric | None  # of the comparison
+    scores: Mapping[Metric, Score]
+    scores_before: Mapping[Metric, Score]
+    versus_before: Comparison | None
+    measures: Mapping[Measure, float] = field(default_factory=dict)
+    measures_before: Mapping[Measure, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """What was written of a trial, and how close its answers are to the adapter's."""
 
@@ -92,6 +109,7 @@ class TrialResult:
     export: ExportResult | None = None
     members: tuple[str, ...] = ()  # of an ensemble: the labels of its trials
     versus_single: Comparison | None = None  # of an ensemble, against the best trial
+    original: OriginalTask | None = None  # where the batch has an original task
 
     @property
     def by_measure(self) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from jobqueue.data_spec import DataSpec, RowsSpec, RowTemplate
-from jobqueue.errors import DataError, StorageError
+from jobqueue.errors import DataError, MachineError, StorageError
 from jobqueue.example import Example, Row, SkipRow
 from jobqueue.files import read_file
 from jobqueue.formats import FORMATS, RowFormat, detect, templated
@@ -52,6 +52,16 @@ class Summary:
             "usable": self.usable,
             "skipped": skipped,
         }
+
+
+@dataclass(frozen=True)
+class Checked(Summary):
+    """The same, of a file to train on, and what a training would see of it."""
+
+    trained: int
+    """Usable rows that are not kept back."""
+    duplicates: int
+    """Of them, those that say the same as an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +136,15 @@ def split(data: DataSpec, examples: list[Example]) -> tuple[list[Example], list[
     return sides
 
 
-def check_file(data: RowsSpec) -> Summary:
+def check_file(data: RowsSpec) -> Checked:
     """What a file holds, for a check before anything is submitted. Raises DataError."""
     loaded = load(data)
+    trained = [example for _, example in loaded.examples]
+    duplicates = 0
     if isinstance(data, DataSpec):
-        split(data, [example for _, example in loaded.examples])
-    return loaded.summary
+        trained = split(data, trained)[0]
+        duplicates = len(trained) - len({example.key for example in trained})
+    return Checked(**vars(loaded.summary), trained=len(trained), duplicates=duplicates)
 
 
 def read(data: RowsSpec) -> Iterator[tuple[int, Row]]:
@@ -206,7 +219,7 @@ def _hub(data: RowsSpec) -> Iterator[tuple[int, Row]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError(
+        raise MachineError(
             f"{data.source} is no file here, and reading it from the hub needs the package datasets",
             "Check the path, or run this where `pip install loraq[worker]` was done.",
         ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -33,10 +33,13 @@ from jobqueue.transfer import Sender
 if TYPE_CHECKING:
     from celery import Celery
 
+    from jobqueue.preview import Preview
+
 
 UploadProgress = Callable[[Path, int, int], None]
 """Called with a file, how many bytes of it have arrived, and how many it has."""
 
+PREVIEW_S = 60.0  # until a worker begins, and until it ends
 NEWEST = 100  # batches that are listed
 RETRIED = (JobState.FAILED, JobState.CANCELLED)
 
@@ -116,7 +119,7 @@ class Client:
             submission.check_capacity(max(job.need_bytes for job in plan.jobs), workers)
         key = "" if again else self._key(plan)
         plan = adapters.in_storage(plan, self.store.job)
-        self._upload(plan, progress or (lambda file, arrived, size: None))
+        self._upload(plan.files, progress or (lambda file, arrived, size: None))
         name, number = plan.sweep.name, 1
         # What the storage has of that name may be of another server, or of a time that this one has forgotten; of the
         # same plan it may just as well be the batch itself.
@@ -141,9 +144,9 @@ class Client:
             )
         return batch
 
-    def _upload(self, plan: Plan, progress: UploadProgress) -> None:
+    def _upload(self, files: Mapping[str, Path], progress: UploadProgress) -> None:
         """To the storage, or, where this machine does not know it, through the server to a control worker."""
-        for source, path in plan.files.items():
+        for source, path in files.items():
             if self._storage_is_known:
                 self.storage.put_blob(path, source)
             else:
@@ -173,6 +176,36 @@ class Client:
         job = asking.question(self.store, trial, prompts, self.settings.owner, options)
         send_tokens(self._app, self.store.ask(job))
         return self.job(job.id)
+
+    def preview(
+        self,
+        sweep: Sweep,
+        row: int | None = None,
+        *,
+        data_alone: bool = False,
+        tokens: bool = True,
+        timeout_s: float = PREVIEW_S,
+        progress: UploadProgress | None = None,
+    ) -> Preview:
+        """What a training would read, made by a control worker; `jobqueue.preview.preview` makes it here.
+
+        Raises SpecError, DataError; CapacityError where no worker is alive, or none has begun within `timeout_s` or
+        ended within as much again; LoraqError where it has not succeeded.
+        """
+        from jobqueue import previewing  # Jinja: only where it is needed
+
+        previewing.check_alive(self.store)
+        here = self.settings.redis_url is None
+        job, files = previewing.job_of(
+            sweep, row, self.settings.owner, data_alone=data_alone, tokens=tokens, workers_are_here=here
+        )
+        self._upload(files, progress or (lambda file, arrived, size: None))
+        send_tokens(self._app, self.store.ask(job))
+        try:
+            return previewing.preview_of(previewing.ended(self.store, job.id, timeout_s), sweep)
+        except BaseException:  # whoever does not wait for it any more needs it no more
+            self.cancel(job.id)
+            raise
 
     # -- looking
 

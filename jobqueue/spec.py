@@ -219,6 +219,9 @@ class RunSpec(Part):
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec | None = None
+    original_task: EvaluationSpec | None = None
+    """Section like evaluation: what the base model (from_adapter: the earlier adapter) could do before. It and each
+    adapter are asked this too, so that what was forgotten is seen."""
     export: ExportOptions | None = None
     resources: ResourcesSpec = ResourcesSpec()
 
@@ -235,9 +238,14 @@ class RunSpec(Part):
         ):
             if self.from_adapter and clashes:
                 raise ValueError(f"from_adapter goes on from an adapter, and {why}")
-        if self.lora.loftq_config and (self.method != "lora" or self.load_in_4bit):
+        asked = filter(None, (self.evaluation, self.original_task))
+        if self.lora.loftq_config and (self.method != "lora" or any(map(self.loads_in_4bit, asked))):
             raise ValueError(
                 "lora.loftq_config quantises the base model itself: set method: lora, and leave load_in_4bit out"
+            )
+        if self.original_task and self.data is None:
+            raise ValueError(
+                "original_task shows what a training has made forgotten, and without data nothing is trained"
             )
         if self.ewc and not self.from_adapter:
             raise ValueError("ewc holds on to the weights of an earlier adapter: set from_adapter")
@@ -252,10 +260,9 @@ class RunSpec(Part):
                     raise ValueError(f"training.{option} needs validations to compare: set training.eval_steps")
         return self
 
-    @property
-    def load_in_4bit(self) -> bool:
-        """Whether the evaluation loads the base model in 4 bits."""
-        chosen = self.evaluation.load_in_4bit if self.evaluation else None
+    def loads_in_4bit(self, evaluation: EvaluationSpec) -> bool:
+        """Whether that evaluation loads the base model in 4 bits."""
+        chosen = evaluation.load_in_4bit
         return self.method == "qlora" if chosen is None else chosen
 
 
@@ -304,6 +311,10 @@ class EvaluateSpec(Part):
     """The train job whose adapter (or, for method full, whose model) is asked; None: the base model."""
     members: Members | None = None
     """Instead: the adapters that are merged, and asked as one."""
+    from_adapter: str | None = None
+    """Not the base model, but this earlier adapter of it."""
+    original_task: bool = False
+    """It is not what was trained for that an adapter is asked, but what could be done before."""
     load_in_4bit: bool
     max_seq_length: int
     evaluation: EvaluationSpec

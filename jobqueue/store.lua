@@ -28,7 +28,7 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:clock               hash    seen_at T, run_id of the server, quiet_until T
 
 Fields of a record
-  id kind batch("": a base model's evaluation, a question) trial owner spec(JSON) device(auto gpu cpu control) priority seq queue need(bytes, 0 unknown) waits(jobs and estimates to come)
+  id kind batch("": a base model's evaluation, a question, a preview) trial owner spec(JSON) device(auto gpu cpu control) priority seq queue need(bytes, 0 unknown) waits(jobs and estimates to come)
   needs follows(JSON: jobs that must have succeeded, or ended, before)
   state(waiting held queued running succeeded failed cancelled) cancel("1" asked for) hold("1" not to be claimed)
   attempt(the fence) nonce(proof of the claim) settled(number, nonce and state of the last settled attempt) failures
@@ -47,6 +47,7 @@ local MOST_CORRECTION = 2 -- of an estimate: what is further off is something el
 local GPU_ALIVE = 30 * 1000 -- a GPU worker that has been silent for longer does not keep CPU workers away
 local ANSWERS_KEPT = 24 * 3600 * 1000 -- after their end
 local FORGET = 24 * 3600 * 1000 -- of silent workers
+local SOON_FORGOTTEN = { ask = true, preview = true }
 local FINAL = { succeeded = true, failed = true, cancelled = true }
 
 local function key(id) return P .. 'job:' .. id end
@@ -168,7 +169,7 @@ local function finish(id, now, state, reason, message, woken)
     arrived(other, now, woken)
   end
   redis.call('DEL', key(id) .. ':then', key(id) .. ':finally')
-  if field(id, 'kind') == 'ask' then -- it is of no batch, with which it would go
+  if SOON_FORGOTTEN[field(id, 'kind')] then -- it is of no batch, with which it would go
     for _, part in ipairs({ '', ':history', ':events' }) do redis.call('PEXPIRE', key(id) .. part, ANSWERS_KEPT) end
   end
 end
@@ -226,7 +227,7 @@ local function submit(_, args)
   return answer(1, woken)
 end
 
--- ask(not after, job JSON): a job of no batch -> {1, classes...}, {-1} where it came too late
+-- ask(not after, job JSON): a job of no batch, a question or a preview -> {1, classes...}, {-1} where it came too late
 local function ask(_, args)
   local not_after, job = unpack(args)
   local woken = nobody()
@@ -264,7 +265,7 @@ local function served(device, queues, now)
   if device ~= 'cpu' or redis.call('ZCOUNT', P .. 'gpu_workers', now - GPU_ALIVE, '+inf') > 0 then return queues end
   local all = {}
   for _, queue in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
-    if queue ~= 'control' then all[#all + 1] = queue end
+    if queue ~= 'control' and queue ~= 'preview' then all[#all + 1] = queue end
   end
   return all
 end
@@ -484,7 +485,7 @@ local function retry(_, ids)
       unplace(id)
       runs_no_more(id)
     end
-    local ended = FINAL[state] and kind ~= 'ask' -- which will be forgotten soon
+    local ended = FINAL[state] and not SOON_FORGOTTEN[kind] -- which will be forgotten soon
     if ended then redis.call('HSET', key(id), 'hold', '') end
     if ended or early then
       redis.call('HSET', key(id), 'failures', 0, 'rung', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',

@@ -36,7 +36,17 @@ def verdict(
         said += f", {_against(best.versus_base, 'the base model')}"
     if versus_runner_up:
         said += f", {_against(versus_runner_up, f'the runner-up {scored[1].label or scored[1].job}')}"
-    return said + "."
+    return said + "." + _on_original_task(best)
+
+
+def _on_original_task(best: TrialResult) -> str:
+    """A winner that has forgotten is no winner yet."""
+    original = best.original
+    if original is None or original.versus_before is None or original.metric is None:
+        return ""
+    before, now = (scores[original.metric].accuracy for scores in (original.scores_before, original.scores))
+    against = _against(original.versus_before, "what it began with")
+    return f" On the original task it has {100 * now:.1f}%, before {100 * before:.1f}%: {against}."
 
 
 def _verdict_by_measure(

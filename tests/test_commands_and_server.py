@@ -25,7 +25,7 @@ ANSWER_S = 15.0  # within seconds, with Python's start, on a busy machine
 ROW = {"question": "?", "options": {"A": "a", "B": "b"}, "answer": "a", "answer_idx": "A"}
 SWEEP = {
     "name": "b", "base_model": "a/model-1B", "data": {"source": "rows.jsonl"}, "evaluation": {"source": "rows.jsonl"},
-    "resources": {"memory": "4GiB"}, "sweep": {"grid": {"lora.r": [8, 16]}},
+    "training": {"num_train_epochs": 1.0}, "resources": {"memory": "4GiB"}, "sweep": {"grid": {"lora.r": [8, 16]}},
 }  # fmt: skip
 
 
@@ -34,7 +34,8 @@ class Shell:
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder = folder
-        (folder / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+        rows = (json.dumps({**ROW, "question": f"{number}?"}) + "\n" for number in range(200))  # none is unusual
+        (folder / "rows.jsonl").write_text("".join(rows))
         (folder / "sweep.yaml").write_text(json.dumps(SWEEP))
         self.settings = Settings(redis_url=url, storage=str(folder / "storage"), data_dir=folder / "data", owner="ann")
         ours = {

@@ -12,12 +12,13 @@ from click.testing import Result
 
 from jobqueue.aggregate import build_report
 from jobqueue.answers import Answer
-from jobqueue.errors import DataError, LoraqError, NotFoundError
+from jobqueue.errors import CapacityError, DataError, LoraqError, NotFoundError
 from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
 from jobqueue.exports import plan_export
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
 from jobqueue.plan import Plan, make_plan
+from jobqueue.preview import Preview
 from jobqueue.results import BatchReport
 from jobqueue.sweep import Sweep, read_sweep
 
@@ -26,16 +27,16 @@ EVALUATION = {"source": "questions.jsonl", "split": "test", "metrics": ["likelih
 
 def make_job(job_id: str, state: JobState = JobState.SUCCEEDED, **fields: Any) -> Job:
     """A job of the batch that its id names; what is not given is as for a job that did well."""
-    batch = (
-        "" if job_id.startswith("base-") else job_id.removesuffix(".eval").removesuffix(".export").rpartition(".")[0]
-    )
+    trial = job_id.removesuffix(".eval").removesuffix(".original").removesuffix(".export")
+    batch = "" if job_id.startswith("base-") else trial.rpartition(".")[0]
     kind = JobKind.TRAIN
     spec: dict[str, Any] = {"kind": "train", "base_model": "org/tiny", "lora": {"r": 8}, "training": {"max_steps": 20}}
-    if job_id.endswith((".eval", "report")) or not batch:
+    if job_id.endswith((".eval", ".original", "report")) or not batch:
         kind = JobKind.REPORT if job_id.endswith("report") else JobKind.EVALUATE
-        adapter = job_id.removesuffix(".eval") if batch else None
+        adapter = trial if batch else None
         spec = {"kind": "evaluate", "base_model": "org/tiny", "adapter_job": adapter, "load_in_4bit": True}
         spec |= {"evaluation": EVALUATION, "max_seq_length": 2048, "method": "qlora"}
+        spec |= {"original_task": job_id.endswith(".original")}
     if job_id.endswith(".export"):
         kind = JobKind.EXPORT
         spec = {"kind": "export", "base_model": "org/tiny", "adapter_job": job_id.removesuffix(".export")}
@@ -189,6 +190,7 @@ class FakeClient:
     price: float | dict[str, float] | None = None
     risks: list[str] = field(default_factory=list)
     present: list[WorkerInfo] = field(default_factory=list)
+    previewed: Preview | None = None  # by a worker
     question: Job | None = None  # what `ask` makes
     asked: tuple[Any, ...] = ()  # what it was called with
     cancelled: list[str] = field(default_factory=list)
@@ -214,6 +216,12 @@ class FakeClient:
         if not self.known:
             self.known[plan.sweep.name] = two_trials(plan.sweep.name)
         return self.batch(plan.sweep.name)
+
+    def preview(self, sweep: Sweep, row: int | None = None, **options: Any) -> Preview:
+        if self.previewed is None:
+            raise CapacityError("no control worker is alive to make the preview", "Start one.")
+        self.asked = (sweep.name, row, options)
+        return self.previewed
 
     def ask(self, trial: str, prompts: Sequence[str], **options: Any) -> Job:
         if not prompts:

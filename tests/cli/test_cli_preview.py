@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 from chat_families import LLAMA_3, chat
-from cli_fakes import Command
+from cli_fakes import Command, FakeClient
+
+from jobqueue.preview import preview
+from jobqueue.sweep import read_sweep
+from jobqueue.tokenizer_files import chat_of
 
 ROOT = Path(__file__).parents[2]
 SWEEP = """\
@@ -158,6 +162,31 @@ def test_without_the_package_tokens_are_left_out_with_what_to_install(
     text = command("preview", str(folder / "sweep.yaml")).stdout
     assert "Run `pip install 'loraq[data]'`." in text
     assert "assistant: Hello" in text
+
+
+def test_what_this_machine_lacks_a_worker_has(
+    command: Command, client: FakeClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = command("preview", str(folder / "sweep.yaml"), "--row", "6")
+    client.previewed = preview(read_sweep(folder / "sweep.yaml"), chat_of(str(folder / "model")), 6)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+
+    asked = command("preview", str(folder / "sweep.yaml"), "--row", "6")
+
+    assert asked.stdout == shown.stdout
+    assert client.asked == ("medqa", 6, {"data_alone": False, "tokens": True})
+
+
+def test_without_a_worker_there_is_what_this_machine_has_and_why_no_more(
+    command: Command, client: FakeClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    text = command("preview", str(folder / "sweep.yaml")).stdout
+    assert "And no worker has read them: no control worker is alive to make the preview." in text
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    hub = command("preview", "owner/rows")
+    assert hub.exit_code == 9
+    assert "needs the package datasets; and no control worker is alive to make the preview" in hub.stderr
 
 
 def test_a_model_without_a_template_and_one_without_a_tokenizer_say_what_to_do(command: Command, folder: Path) -> None:

@@ -24,7 +24,7 @@ from cli_fakes import (
 )
 from click import unstyle
 
-from jobqueue.job import FailureReason, JobState
+from jobqueue.job import FailureReason, Job, JobState
 from jobqueue.results import BatchReport
 
 
@@ -406,3 +406,48 @@ def test_an_ensemble_is_a_row_with_its_comparison_with_the_best_trial(
     assert "Accuracy (likelihood) by training.learning_rate" in page.read_text()
     assert "accuracy" in command("results", "medqa", "--plot").stdout.lower()
     assert command("show", "medqa.top", columns=100).exit_code == 0
+
+
+def test_the_original_task_has_columns_and_fields(command: Command, client: FakeClient) -> None:
+    general = {"evaluation": {"source": "general.jsonl", "split": "test", "metrics": ["likelihood"]}}
+
+    def asked(job_id: str, right: int | None) -> Job:
+        job = make_job(job_id, outcome=scored(right, right) if right is not None else {})
+        return replace(job, spec=job.spec | general)
+
+    failed = asked("medqa.3.original", None)
+    client.known["medqa"] = [
+        *(job for job in two_trials() if not job.id.startswith("medqa.3")),
+        make_job("medqa.3", trial="r=16", outcome=trained()),
+        make_job("medqa.3.eval", outcome=scored(20, 20)),
+        asked("base-fedcba", 70),
+        asked("medqa.1.original", 68),
+        asked("medqa.2.original", 41),
+        replace(failed, state=JobState.FAILED, reason=FailureReason.BAD_DATA, message="no question"),
+    ]
+    client.answers = two_trials_answers() | {
+        "base-fedcba": answers_of(*range(70)),
+        "medqa.1.original": answers_of(*range(68)),
+        "medqa.2.original": answers_of(*range(41)),
+    }
+
+    text = command("results", "medqa", columns=200).stdout
+
+    assert all(cell in text for cell in ("70.0% → 41.0%", "-29.0 worse", "70.0% → 68.0%", "-2.0 not shown"))
+    assert "r=16 on the original task failed (bad_data): no question" in text
+    said = " ".join(unstyle(text).split())
+    assert "On the original task it has 41.0%, before 70.0%: 29.0 points below what it began with (p < 0.0001)." in said
+    narrow = unstyle(command("results", "medqa", columns=80).stdout)
+    assert all(len(line) <= 80 for line in narrow.splitlines())
+    assert "70.0% → 41.0%" in narrow
+
+    assert trials(command, "--filter", "kept>-10") == ["0.0001"]
+    assert trials(command, "--sort", "original")[:2] == ["0.0001", "0.0002"]
+    table = {row["label"]: row for row in csv.DictReader(command("results", "medqa", "--csv").stdout.splitlines())}
+    row = table["learning_rate=0.0002 r=8"]
+    assert (row["original_before"], row["original"], row["original_points"], row["original_finding"]) == (
+        "0.7", "0.41", "-29.0", "worse",
+    )  # fmt: skip
+    assert "70.0% → 41.0%" in command("results", "medqa", "--markdown").stdout
+    document = json.loads(command("results", "medqa", "--json").stdout)
+    assert document["trials"][0]["original"]["versus_before"]["lost"] == 29

@@ -122,3 +122,15 @@ def test_wait_fails_with_the_batch(command: Command, client: FakeClient, sweep_f
     assert json.loads(result.stdout)["batch"] == "medqa"
     assert "did not succeed" in result.stderr
     assert client.batch("medqa").state is JobState.FAILED
+
+
+def test_what_is_unusual_is_said_and_stops_nothing(command: Command, client: FakeClient, sweep_file: str) -> None:
+    fast = ("--set", "training.learning_rate=0.1")
+    words = "learning_rate 0.1 is above the usual range for method qlora (5e-06 to 0.0005)"
+
+    result = command("submit", sweep_file, "--force", *fast)
+
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [f"warning: {words}"], "once, though there are two trials"
+    assert words in command("submit", sweep_file, "--dry-run", *fast).stderr
+    assert json.loads(command("submit", sweep_file, "--dry-run", "--json", *fast).stdout)["warnings"] == [words]

@@ -85,7 +85,11 @@ def test_training_goes_on_from_a_trial_and_from_an_address(here: Site, worker: W
         return job.outcome
 
     first = trained("first")
-    second = trained("second", from_adapter="first/1")
+    questions = {"source": "rows.jsonl", "metrics": ["perplexity"]}
+    ewc = {"ewc_lambda": 1.0}
+    second = trained("second", from_adapter="first/1", original_task=questions, ewc=ewc)
+    asked = {job.id: job.outcome["adapter"] for job in client.jobs("second") if job.kind == "evaluate"}
+    assert asked == {"second.1.before": "first.1", "second.1.original": "second.1"}
     assert (first["adapter"], second["adapter"]) == (None, "first.1"), "the weights of the first"
     (tmp_path / "there").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -384,3 +384,84 @@ def test_a_system_prompt_that_the_evaluation_does_not_have_is_pointed_out(folder
 def test_a_split_that_cannot_be_is_refused_before_anything_is_submitted(folder: Path) -> None:
     with pytest.raises(DataError, match="leaves none to"):
         plan(folder, data={"source": "train.jsonl", "validation_split": 0.5})
+
+
+ORIGINAL = {"source": "test.jsonl", "split": "test", "metrics": ["likelihood"]}
+
+
+def asked(made: Plan) -> list[tuple[str, bool, str | None, tuple[str, ...]]]:
+    return [
+        (job.id, job.spec.original_task, job.spec.from_adapter, job.needs)
+        for job in made.jobs
+        if isinstance(job.spec, EvaluateSpec) and not job.shared
+    ]
+
+
+def test_the_original_task_is_asked_of_the_base_model_once_and_of_each_adapter(folder: Path) -> None:
+    made = plan(folder, original_task=ORIGINAL, sweep={"grid": {"lora.r": [8, 16]}})
+    assert asked(made) == [
+        ("1.eval", False, None, ("1",)),
+        ("1.original", True, None, ("1",)),
+        ("2.eval", False, None, ("2",)),
+        ("2.original", True, None, ("2",)),
+    ]
+    assert len([job for job in made.jobs if job.shared]) == 2, "each task of the base model"
+    same = plan(folder, original_task={"source": "test.jsonl"})
+    assert len([job for job in same.jobs if job.shared]) == 1, "the same questions are asked once"
+    alone = plan(folder, evaluation=None, original_task=ORIGINAL | {"compare_with_base": False})
+    assert asked(alone) == [("1.original", True, None, ("1",))]
+    with pytest.raises(SpecError, match="without data nothing is trained"):
+        plan(folder, data=None, original_task=ORIGINAL)
+
+
+def test_a_training_that_goes_on_is_measured_against_the_earlier_adapter(folder: Path) -> None:
+    grid = {"grid": {"lora.r": [8, 16]}}
+    made = plan(
+        folder, evaluation=None, original_task=ORIGINAL, from_adapter="/on/a/worker", sweep=grid, workers_are_here=False
+    )
+    assert asked(made) == [
+        ("1.before", False, "/on/a/worker", ()),
+        ("1.original", True, None, ("1",)),
+        ("2.original", True, None, ("2",)),
+    ]
+    assert [job.id for job in made.jobs if job.shared] == []
+
+
+def advised(folder: Path, **changes: object) -> tuple[str, ...]:
+    many = folder / "many.jsonl"
+    many.write_text("".join(json.dumps({**ROW, "question": f"{number}?"}) + "\n" for number in range(400)))
+    return plan(folder, **{"data": {"source": "many.jsonl"}, "training": {"max_steps": 50}} | changes).advice
+
+
+def test_what_is_unusual_is_said_once_for_a_batch(folder: Path) -> None:
+    assert advised(folder) == ()
+    rates = [1e-4, 2e-4, 0.01]
+    steps = [50, 900]
+    long, fast = advised(folder, sweep={"grid": {"training.learning_rate": rates, "training.max_steps": steps}})
+    assert long.startswith(
+        "18.0 epochs: after 3 a model mostly learns its rows by heart; early_stopping_patience stops"
+    )
+    assert long.endswith(" (3 of 6 trials)")
+    assert fast == "learning_rate 0.01 is above the usual range for method qlora (5e-06 to 0.0005) (2 of 6 trials)"
+    assert advised(folder, training={"learning_rate": 0.01}, sweep={"grid": {"lora.r": [8, 16]}})[0].endswith("0.0005)")
+    assert advised(folder, training={"max_steps": 10}) == ("10 steps of 8 see 80 of 400 rows",)
+    wild = [round(0.01 * n, 2) for n in range(1, 21)]
+    assert advised(folder, sweep={"grid": {"training.learning_rate": wild}})[-1] == "and 12 more of that kind"
+
+
+def test_what_a_training_sees_is_counted_as_it_will_be(folder: Path) -> None:
+    data = {"source": "many.jsonl", "replay": {"source": "train.jsonl", "fraction": 0.5}}
+    assert advised(folder, data=data, training={"max_steps": 10}) == ("10 steps of 8 see 80 of 401 rows",)
+    doubled = plan(folder, data={"source": "test.jsonl"}).advice
+    assert "1 of 2 rows read the same as an earlier one" in doubled
+    assert "2 rows are few: some hundreds are usual" in doubled
+    hub = {"source": "owner/rows", "replay": {"source": "owner/others"}}
+    assert plan(folder, data=hub, training={"max_steps": 10}).advice == (), "nobody here knows how many rows there are"
+    assert plan(folder, data=hub, training={"num_train_epochs": 9.0}).advice[0].startswith("9.0 epochs")
+
+
+def test_a_training_that_goes_on_from_an_adapter_may_forget(folder: Path) -> None:
+    goes_on = {"from_adapter": "owner/adapter", "workers_are_here": False}
+    words = "from_adapter may forget what it was trained on: ewc or data.replay hold on to that; original_task shows it"
+    assert advised(folder, **goes_on) == (words,)
+    assert advised(folder, **goes_on, ewc={"ewc_lambda": 1.0, "data": {"source": "train.jsonl"}}) == ()

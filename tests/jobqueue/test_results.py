@@ -409,3 +409,56 @@ def test_a_trial_is_compared_with_the_base_of_its_revision_whatever_that_is_call
     bases = [evaluate("base-1", 30, **of(None)), evaluate("base-2", 40, **of("v2"))]
     assert report([*jobs, *bases]).trials[0].base == "base-2"
     assert report([*jobs, bases[0]]).trials[0].base == "base-1"  # another batch asked for that commit as main
+
+
+def original(job_id: str, correct: int | None, **spec: Any) -> Job:
+    task = {"evaluation": {**EVALUATION, "source": "general.jsonl"}, **spec}
+    if job_id.endswith(".original"):
+        task |= {"adapter_job": job_id.removesuffix(".original"), "original_task": True}
+    elif job_id.endswith(".before"):
+        task |= {"adapter_job": None}
+    return evaluate(job_id, correct, spec=task)
+
+
+def test_a_winner_that_forgets_the_original_task_is_seen() -> None:
+    jobs = [train(1), evaluate("b.1.eval", 90), original("b.1.original", 40)]
+    jobs += [train(2), evaluate("b.2.eval", 60), original("b.2.original", 68)]
+    jobs += [evaluate("base-1", 30), original("base-2", 70)]
+    answers = {"b.1.original": right(*range(40)), "b.2.original": right(*range(68)), "base-2": right(*range(70))}
+
+    made = report(jobs, answers)
+
+    assert [trial.label for trial in made.trials] == [job.trial for job in (jobs[0], jobs[3])]
+    assert [base.job for base in made.bases] == ["base-1"], "the other one was asked the original task alone"
+    forgets, keeps = (trial.original for trial in made.trials)
+    assert forgets is not None
+    assert keeps is not None
+    assert (forgets.before, forgets.scores_before["likelihood"].correct, forgets.scores["likelihood"].correct) == (
+        "base-2", 70, 40,
+    )  # fmt: skip
+    assert forgets.versus_before is not None
+    assert (forgets.versus_before.lost, forgets.versus_before.finding) == (30, "worse")
+    assert keeps.versus_before is not None
+    assert keeps.versus_before.p_holm == keeps.versus_before.p_value == 0.5, "the larger of two"
+    assert keeps.versus_before.finding == "no difference shown"
+    assert made.verdict.endswith(
+        "On the original task it has 40.0%, before 70.0%: 30.0 points below what it began with (p < 0.0001)."
+    )
+    assert "original_task.source" in made.settings
+    assert BatchReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_what_goes_on_from_an_adapter_is_measured_against_that() -> None:
+    earlier = {"kind": "train", "base_model": "org/m", "from_adapter": "storage:a"}
+    jobs = [train(1, spec=earlier), original("b.1.original", 40)]
+    jobs += [original("b.1.before", 55, from_adapter="storage:a"), original("base-2", 70)]
+    found = report(jobs).trials[0].original
+    assert found is not None
+    assert found.before == "b.1.before"
+    assert found.versus_before is not None
+    assert found.versus_before.points == -15
+    assert report(jobs).metric is None, "the original task does not say which trial is best"
+
+
+def test_without_its_original_task_a_batch_is_as_before() -> None:
+    assert report([train(1), evaluate("b.1.eval", 90), evaluate("base-1", 30)]).trials[0].original is None

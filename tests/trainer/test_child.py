@@ -41,7 +41,7 @@ def lines(done: Done) -> list[dict[str, Any]]:
 def test_training_reports_memory_time_losses_and_data(trained: Done) -> None:
     """trl#6168, unsloth#10785: SFTTrainer refused tokenizer= and max_seq_length=; it is given what this TRL takes."""
     outcome = trained.outcome
-    assert outcome.keys() == {"memory", "time", "training", "losses", "validation", "data", "versions"}
+    assert outcome.keys() == {"memory", "time", "training", "losses", "ewc", "validation", "data", "versions"}
     memory, spent, training = outcome["memory"], outcome["time"], outcome["training"]
     assert (memory["kind"], memory["gpu"]) == ("ram", "cpu")
     assert 0 < memory["reserved_at_start_bytes"] <= memory["peak_reserved_bytes"] < memory["total_bytes"]
