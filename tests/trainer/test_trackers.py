@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import pytest
 from trainer_child import Child, Done, train_spec
@@ -36,7 +37,6 @@ def test_tensorboard_has_every_loss_and_validation(child: Child) -> None:
 
 
 def test_mlflow_has_a_run_with_the_losses(child: Child) -> None:
-    pytest.importorskip("mlflow")
     done = tracked(child, "mlflow")
     (file,) = (done.folder / "mlflow").glob("*/*/metrics/loss")
     assert [float(line.split()[1]) for line in file.read_text().splitlines()] == pytest.approx(losses(done))
@@ -44,7 +44,6 @@ def test_mlflow_has_a_run_with_the_losses(child: Child) -> None:
 
 
 def test_wandb_writes_an_offline_run_where_there_is_no_key(child: Child) -> None:
-    pytest.importorskip("wandb")
     done = tracked(child, "wandb")
     (run,) = (done.folder / "wandb" / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
@@ -52,9 +51,6 @@ def test_wandb_writes_an_offline_run_where_there_is_no_key(child: Child) -> None
 
 
 def test_trackio_has_a_run_with_the_losses(child: Child) -> None:
-    pytest.importorskip("trackio")
-    import sqlite3
-
     done = tracked(child, "trackio")
     (file,) = (done.folder / "trackio").glob("*.db")
     with sqlite3.connect(file) as base:
