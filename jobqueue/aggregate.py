@@ -13,21 +13,18 @@ from jobqueue import ensembles
 from jobqueue.answers import Answers, changed, confusion
 from jobqueue.comparison import Comparison, compare, corrected
 from jobqueue.differences import differences
+from jobqueue.evaluations import base_for, finite, is_base, measures_of, of_task, questions_of, scores_of
 from jobqueue.job import Batch, Job, JobKind, JobState
+from jobqueue.original_task import with_original_task
 from jobqueue.results import (
-    MEASURES,
-    METRICS,
     PRIMARY,
     BaseResult,
     BatchReport,
     ExportResult,
-    Measure,
     Metric,
-    OriginalTask,
     Score,
     TrialResult,
 )  # fmt: skip
-from jobqueue.statistics import wilson
 from jobqueue.verdict import verdict
 
 MOST_POINTS = 200  # of a loss curve in a report; the training job's outcome has all
@@ -44,21 +41,17 @@ def build_report(
         answers: per evaluation job; without them differences are shown but not tested.
     """
     work = [job for job in jobs if job.kind is not JobKind.REPORT]
-    asked = [job for job in work if job.kind is JobKind.EVALUATE]
-    adapted = [job for job in asked if job.spec.get("adapter_job")]
-    evaluations = {job.spec["adapter_job"]: job for job in adapted if not job.spec.get("original_task")}
-    originals = {job.spec["adapter_job"]: job for job in adapted if job.spec.get("original_task")}
+    of_the_task = of_task(job for job in work if job.kind is JobKind.EVALUATE)
+    evaluations = {job.spec["adapter_job"]: job for job in of_the_task if job.spec.get("adapter_job")}
+    originals = {job.spec["adapter_job"]: job for job in work if job.spec.get("original_task")}
     exports = {job.spec["adapter_job"]: job for job in work if job.kind is JobKind.EXPORT}
     votes = ensembles.voted(jobs, answers)
     answers = {**answers, **{job.id: voted for job, voted in votes}}
     together = [job for job in work if job.spec.get("members")] + [job for job, _ in votes]
     trains = sorted((job for job in work if job.kind is JobKind.TRAIN), key=lambda job: _number(batch, job))
-    bases = [job for job in asked if _is_base(job)]
-    if originals:  # of which some base models were asked that alone
-        wanted = [_asked(job) for job in evaluations.values()]
-        bases = [job for job in bases if _asked(job) in wanted]
+    bases = [job for job in of_the_task if is_base(job)]
 
-    scored = {job.id: _scores(job) for job in [*evaluations.values(), *together, *bases]}
+    scored = {job.id: scores_of(job) for job in [*evaluations.values(), *together, *bases]}
     metric = next((m for m in PRIMARY if any(m in scores for scores in scored.values())), None)
     runs = [(job, evaluations.get(job.id)) for job in trains] or [(job, None) for job in bases]
     settings, differs = differences([(job, evaluation, originals.get(job.id)) for job, evaluation in runs])
@@ -73,7 +66,7 @@ def build_report(
         replace(trial, versus_base=versus_base, versus_single=versus_single)
         for trial, versus_base, versus_single in zip(trials, tested[: len(trials)], tested[len(trials) :], strict=True)
     ]
-    trials = _with_original_task(trials, {job.id: job for job in trains}, originals, asked, answers)
+    trials = with_original_task(trials, work, answers)
     if metric is None:
         trials.sort(key=lambda trial: trial.by_measure)
     else:
@@ -91,60 +84,13 @@ def build_report(
         bases=tuple(_base(job, scored[job.id]) for job in bases) if trains else (),
         trials=tuple(trials),
         versus_runner_up=versus_runner_up,
-        verdict=verdict(trials, metric, versus_runner_up, complete, {job.id: _measures(job) for job in bases}),
+        verdict=verdict(trials, metric, versus_runner_up, complete, {job.id: measures_of(job) for job in bases}),
         settings=settings,
         problems=tuple(
             map(_problem, (job for job in work if job.kind is JobKind.JUDGE and job.state is JobState.FAILED))
         ),
     )
     return _with_questions(report, answers)
-
-
-def _with_original_task(
-    trials: Sequence[TrialResult],
-    trains: Mapping[str, Job],
-    originals: Mapping[str, Job],
-    asked: Sequence[Job],
-    answers: Mapping[str, Answers],
-) -> list[TrialResult]:
-    """Each against what its training began with; those comparisons are tested as one family too."""
-    found: list[OriginalTask | None] = []
-    for trial in trials:
-        job = originals.get(trial.job)
-        begun = None
-        if job is not None:
-            start = trains[trial.job].spec.get("from_adapter")
-            others = [one for one in asked if not (one.spec.get("adapter_job") or one.spec.get("members"))]
-            others = [one for one in others if one.spec.get("from_adapter") == start]
-            begun = _base_for(job, others)
-        found.append(_original(job, begun, answers) if job is not None else None)
-    versus = corrected([one.versus_before if one else None for one in found])
-    return [
-        replace(trial, original=replace(one, versus_before=compared) if one else None)
-        for trial, one, compared in zip(trials, found, versus, strict=True)
-    ]
-
-
-def _original(job: Job, begun: Job | None, answers: Mapping[str, Answers]) -> OriginalTask:
-    now, before = _scores(job), _scores(begun) if begun else {}
-    metric = next((metric for metric in PRIMARY if metric in now), None)
-    versus = None
-    if metric and begun and metric in before:
-        mine, theirs = answers.get(job.id, {}), answers.get(begun.id, {})
-        versus = compare(now[metric].accuracy, before[metric].accuracy, mine, theirs, metric)
-    return OriginalTask(
-        evaluation=job.id,
-        before=begun.id if begun else None,
-        state=job.state,
-        reason=job.reason,
-        message=job.message,
-        metric=metric,
-        scores=now,
-        scores_before=before,
-        versus_before=versus,
-        measures=_measures(job),
-        measures_before=_measures(begun),
-    )
 
 
 def _with_questions(report: BatchReport, answers: Mapping[str, Answers]) -> BatchReport:
@@ -162,32 +108,10 @@ def _problem(job: Job) -> str:
     return f"{job.id} failed ({job.reason}): {job.message}"
 
 
-def _is_base(job: Job) -> bool:
-    others = ("adapter_job", "members", "from_adapter")
-    return job.kind is JobKind.EVALUATE and not any(job.spec.get(other) for other in others)
-
-
 def _number(batch: Batch, job: Job) -> int:
     """The place of a trial in the file: job ids end in it."""
     tail = job.id.removeprefix(f"{batch.name}.")
     return int(tail) if tail.isdecimal() else 0
-
-
-def _scores(job: Job) -> dict[Metric, Score]:
-    found: dict[Metric, Score] = {}
-    for metric in METRICS:
-        part = job.outcome.get(metric)
-        questions = int(job.outcome.get("questions") or 0)
-        if part and questions:
-            correct = int(part["correct"])
-            low, high = part.get("interval") or wilson(correct, questions)
-            found[metric] = Score(correct, questions, correct / questions, (low, high))
-    return found
-
-
-def _measures(job: Job | None) -> dict[Measure, float]:
-    parts = {measure: job.outcome.get(measure) or {} for measure in MEASURES} if job else {}
-    return {measure: part[measure] for measure, part in parts.items() if _finite(part.get(measure)) is not None}
 
 
 def _trial(
@@ -203,14 +127,14 @@ def _trial(
     asked = job if job.kind is JobKind.EVALUATE else evaluation
     last = evaluation if evaluation is not None and job.state is JobState.SUCCEEDED else job
     scores = scored.get(asked.id, {}) if asked else {}
-    base = _base_for(asked, bases) if asked and not _is_base(asked) else None
+    base = base_for(asked, bases) if asked and not is_base(asked) else None
     versus_base = None
     if asked and base and metric and metric in scores and metric in scored[base.id]:
         mine, theirs = answers.get(asked.id, {}), answers.get(base.id, {})
         versus_base = compare(scores[metric].accuracy, scored[base.id][metric].accuracy, mine, theirs, metric)
     memory, time, training = (job.outcome.get(part) or {} for part in ("memory", "time", "training"))
     return TrialResult(
-        label=_base_label(differs) if _is_base(job) else job.trial,
+        label=_base_label(differs) if is_base(job) else job.trial,
         differs=differs,
         job=job.id,
         evaluation=asked.id if asked else None,
@@ -225,16 +149,16 @@ def _trial(
         versus_base=versus_base,
         peak_bytes=memory.get("peak_reserved_bytes"),
         training_bytes=memory.get("peak_for_training_bytes"),
-        train_minutes=_finite(time.get("train_minutes")),
-        tokens_per_s=_finite(training.get("tokens_per_s")),
-        final_loss=_finite(training.get("final_loss")),
+        train_minutes=finite(time.get("train_minutes")),
+        tokens_per_s=finite(training.get("tokens_per_s")),
+        final_loss=finite(training.get("final_loss")),
         total_bytes=memory.get("total_bytes"),
         start_bytes=memory.get("reserved_at_start_bytes"),
         peak_percent=memory.get("peak_percent"),
         training_percent=memory.get("peak_for_training_percent"),
-        train_seconds=_finite(time.get("train_s")),
+        train_seconds=finite(time.get("train_s")),
         gpu_minutes=_minutes(job, evaluation, export),
-        measures=_measures(asked),
+        measures=measures_of(asked),
         losses=thinned([(step, loss) for step, loss, *_ in job.outcome.get("losses") or ()], MOST_POINTS),
         export=_export(export) if export else None,
     )
@@ -264,7 +188,9 @@ def _ensemble(
     untrained: dict[str, Any] = dict.fromkeys(of_training)
     row = replace(row, **untrained, members=tuple(train.trial or train.id for train in trains))
     rivals = [
-        trial for trial in trials if metric in trial.scores and _asked(jobs[trial.evaluation or ""]) == _asked(job)
+        trial
+        for trial in trials
+        if metric in trial.scores and questions_of(jobs[trial.evaluation or ""]) == questions_of(job)
     ]
     if metric is None or metric not in row.scores or not rivals:
         return row
@@ -279,11 +205,6 @@ def _base_label(differs: Mapping[str, Any]) -> str:
     return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in differs.items()) or "base model"
 
 
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _base(job: Job, scores: Mapping[Metric, Score]) -> BaseResult:
     return BaseResult(
         job=job.id,
@@ -294,7 +215,7 @@ def _base(job: Job, scores: Mapping[Metric, Score]) -> BaseResult:
         message=job.message,
         scores=scores,
         gpu_minutes=_minutes(job),
-        measures=_measures(job),
+        measures=measures_of(job),
     )
 
 
@@ -312,27 +233,6 @@ def thinned(points: Sequence[tuple[int, float]], most: int) -> tuple[tuple[int, 
     return tuple((part[-1][0], round(math.fsum(loss for _, loss in part) / len(part), 6)) for part in parts)
 
 
-def _base_for(evaluation: Job, bases: Sequence[Job]) -> Job | None:
-    """The base model under the same questions and precision; where there are several, the one most alike."""
-
-    def same(base: Job, key: str) -> bool:
-        return bool(base.spec.get(key) == evaluation.spec.get(key))
-
-    fitting = [
-        base
-        for base in bases
-        if same(base, "base_model") and same(base, "load_in_4bit") and _asked(base) == _asked(evaluation)
-    ]
-    alike = ("revision", "max_seq_length", "method")  # one commit may have been asked for under several names
-    return max(fitting, key=lambda base: [same(base, key) for key in alike], default=None)
-
-
-def _asked(evaluation: Job) -> dict[str, Any]:
-    """What decides which questions are asked, and how; the rest changes the speed only."""
-    speed = ("compare_with_base", "per_device_eval_batch_size")
-    return {key: value for key, value in evaluation.spec["evaluation"].items() if key not in speed}
-
-
 def _runner_up(
     trials: Sequence[TrialResult], metric: Metric | None, answers: Mapping[str, Answers], jobs: Mapping[str, Job]
 ) -> Comparison | None:
@@ -347,7 +247,7 @@ def _runner_up(
     if len(scored) < 2:
         return None
     best, second = scored[:2]
-    asked = [_asked(jobs[trial.evaluation]) for trial in (best, second) if trial.evaluation]
+    asked = [questions_of(jobs[trial.evaluation]) for trial in (best, second) if trial.evaluation]
     comparable = asked[0] == asked[1]
     mine = answers.get(best.evaluation or "", {}) if comparable else {}
     theirs = answers.get(second.evaluation or "", {}) if comparable else {}
