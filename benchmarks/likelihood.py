@@ -32,7 +32,8 @@ from gpu_worker.protocol import Request
 from gpu_worker.trainer import usage
 from gpu_worker.trainer.evaluate import evaluate
 from gpu_worker.trainer.model import free
-from jobqueue.spec import EvaluateSpec, EvaluationSpec, ResourcesSpec
+from jobqueue.job_spec import EvaluateSpec
+from jobqueue.spec import EvaluationSpec, ResourcesSpec
 
 # isort: split
 import plain_scores

@@ -23,8 +23,9 @@ from typing import Any
 
 from shapes import COMMON, SHAPES
 
+from jobqueue.job_spec import EvaluateSpec, TrainSpec
 from jobqueue.memory import estimate
-from jobqueue.spec import EvaluateSpec, RunSpec, TrainSpec
+from jobqueue.spec import RunSpec
 
 ROWS = 64
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jobqueue.spec import RunSpec, TrainSpec
+from jobqueue.job_spec import TrainSpec
+from jobqueue.spec import RunSpec
 
 YARDSTICK = "padded"
 WARM_UP = 5  # steps that are not timed: kernels are compiled

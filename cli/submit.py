@@ -42,7 +42,7 @@ def submit(
     same data, submitted twice, is one batch.
     """
     from cli.render import console, counted, print_json
-    from jobqueue.service import RETRIED
+    from jobqueue.steering import RETRIED
 
     client = connect()
     plan = client.plan(client.read(file, sets))

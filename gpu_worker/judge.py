@@ -17,10 +17,10 @@ from gpu_worker.patience import Patience
 from gpu_worker.protocol import Progress
 from jobqueue.evaluations import of_task
 from jobqueue.job import Claim, FailureReason, JobKind, JobState
+from jobqueue.job_spec import RateSpec
 from jobqueue.judge_spec import JudgeSpec
 from jobqueue.ratings import CRITERIA, JUDGEMENTS, Criterion, JudgeUsage, average
 from jobqueue.settings import Settings
-from jobqueue.spec import RateSpec
 from jobqueue.storage import Storage, attempt_folder
 from jobqueue.store import Store
 from jobqueue.written import Written, drawn, of_job

@@ -14,7 +14,8 @@ from jobqueue.base_model import HUB_ID
 from jobqueue.data_spec import DataSpec
 from jobqueue.errors import NotFoundError, Problem, SpecError, StorageError
 from jobqueue.job import Job, JobKind, JobState
-from jobqueue.spec import EvaluateSpec, LoraSpec, TrainSpec
+from jobqueue.job_spec import EvaluateSpec, TrainSpec
+from jobqueue.spec import LoraSpec
 
 if TYPE_CHECKING:
     from jobqueue.plan import Plan

@@ -10,8 +10,9 @@ from typing import Any
 
 from jobqueue.errors import CapacityError, DataError, LoraqError, NotFoundError
 from jobqueue.job import Job, JobKind, JobState
+from jobqueue.job_spec import AskSpec
 from jobqueue.plan import PlannedJob, need_of
-from jobqueue.spec import AskSpec, ResourcesSpec
+from jobqueue.spec import ResourcesSpec
 from jobqueue.store import NewJob, Store
 from jobqueue.submission import check_capacity, corrected_job, new_job
 

@@ -9,8 +9,9 @@ from jobqueue.adapters import TRIAL
 from jobqueue.errors import NotFoundError
 from jobqueue.export_spec import ExportOptions
 from jobqueue.job import Job, JobKind, JobState
+from jobqueue.job_spec import ExportSpec, TrainSpec
 from jobqueue.plan import Plan, PlannedJob, need_of
-from jobqueue.spec import ExportSpec, RunSpec, TrainSpec
+from jobqueue.spec import RunSpec
 from jobqueue.sweep import Sweep, Trial
 
 

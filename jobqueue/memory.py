@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jobqueue.spec import AskSpec, EvaluateSpec, ExportSpec, LoraSpec, TrainSpec, WorkSpec
+from jobqueue.job_spec import AskSpec, EvaluateSpec, ExportSpec, TrainSpec, WorkSpec
+from jobqueue.spec import LoraSpec
 
 GIB = 2**30
 Layout = Literal["padded", "flat", "masked"]

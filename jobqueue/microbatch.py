@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jobqueue.job_spec import TrainSpec
 from jobqueue.memory import Layout, training_peak
-from jobqueue.spec import TrainSpec
 
 # Of one micro-batch: with more, a large GPU gains little and a checkpointed layer's memory still grows.
 MOST_TOKENS = 16_384

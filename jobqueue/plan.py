@@ -5,31 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from jobqueue import adapters, advice, base_model, ensembles, rows, sources
-from jobqueue.data_spec import DataSpec, EwcSpec, QuestionFormat, RowsSpec
+from jobqueue import advice, base_model, ensembles, sources
 from jobqueue.ensemble_spec import EnsembleSpec, Members
-from jobqueue.errors import DataError, Problem, SpecError
+from jobqueue.errors import Problem, SpecError
 from jobqueue.job import JobKind
+from jobqueue.job_spec import ControlSpec, EvaluateSpec, ExportSpec, RateSpec, ReportSpec, TrainSpec, WorkSpec
 from jobqueue.judge_spec import JudgeSpec
+from jobqueue.lookups import Lookups
 from jobqueue.memory import estimate, memory_class
-from jobqueue.sources import AnyData
-from jobqueue.spec import (
-    BY_QUESTION,
-    ControlSpec,
-    EvaluateSpec,
-    EvaluationSpec,
-    ExportSpec,
-    RateSpec,
-    ReportSpec,
-    RunSpec,
-    TrainSpec,
-    WorkSpec,
-)
-from jobqueue.storage import blob_source
+from jobqueue.spec import EvaluationSpec, RunSpec
 from jobqueue.sweep import Sweep, Trial
 
 EVALUATOR = 3  # raised when the same answers would be scored otherwise: base models are then asked anew
@@ -84,125 +72,6 @@ class Plan:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-@dataclass
-class _Lookups:
-    """What is looked up once for the whole sweep."""
-
-    sweep: Sweep
-    workers_are_here: bool
-    files: dict[str, Path] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    models: dict[str, str] = field(default_factory=dict)
-    versions: dict[tuple[str, str | None], str] = field(default_factory=dict)
-    checked: dict[tuple[Any, ...], rows.Checked] = field(default_factory=dict)
-    advice: dict[str, list[str]] = field(default_factory=dict)  # what is said, of which trials
-    asked_before: dict[str, str] = field(default_factory=dict)  # evaluation of an earlier adapter -> its job
-
-    def warn(self, text: str) -> None:
-        if text not in self.warnings:
-            self.warnings.append(text)
-
-    def data(self, spec: AnyData) -> AnyData:
-        """With the source of a local file replaced by its content's address. Raises DataError."""
-        if isinstance(spec, DataSpec) and spec.replay is not None:
-            spec = spec.model_copy(update={"replay": self.data(spec.replay)})
-        path = sources.data_file(spec, self.sweep.file.parent)
-        if path is None:
-            return spec
-        self.check(spec, path)
-        source = next((known for known, file in self.files.items() if file == path), "")
-        if not source:
-            source = blob_source(path)
-            self.files[source] = path
-        return spec.model_copy(update={"source": source})
-
-    def check(self, spec: RowsSpec, path: Path) -> rows.Checked:
-        """What a local file holds, read once for each way of reading it. Raises DataError."""
-        reading = (path, type(spec), spec.model_dump_json(exclude={"source", "replay"}))
-        if reading in self.checked:
-            return self.checked[reading]
-        summary = self.checked[reading] = rows.check_file(spec.model_copy(update={"source": str(path)}))
-        if isinstance(spec, EvaluationSpec) and summary.format not in get_args(QuestionFormat):
-            by_question = ", ".join(metric for metric in spec.metrics if metric in BY_QUESTION)
-            if by_question:
-                raise DataError(
-                    f"{path} has the format {summary.format}, and {by_question} need questions with options",
-                    "Give rows with a question, its options and the answer, or write `metrics: [perplexity]`.",
-                )
-        for reason, skipped in summary.skipped.items():
-            lines = ", ".join(map(str, skipped.lines))
-            unusable = f"{skipped.count} of {summary.rows} rows cannot be used"
-            self.warnings.append(f"{path.name}: {unusable}: {reason} (line {lines})")
-        return summary
-
-    def advise(self, trial: Trial, data: DataSpec) -> None:
-        """Notes what is unusual about a training, as far as it is seen from here."""
-        own, others = self._here(data), data.replay and self._here(data.replay)
-        count = own.trained if own else None
-        if count and data.replay:
-            mixed_in = data.replay.wanted(count)
-            count += min(mixed_in, others.trained) if others else mixed_in
-        said = [*advice.on_training(trial.run, count)]
-        said += advice.on_duplicates(own.duplicates, own.trained) if own else ()
-        for text in said:
-            self.advice.setdefault(text, []).append(trial.label)
-
-    def _here(self, spec: RowsSpec) -> rows.Checked | None:
-        path = sources.data_file(spec, self.sweep.file.parent)
-        return self.check(spec, path) if path else None
-
-    def model(self, name: str) -> str:
-        """The base model as the workers are to look for it. Raises SpecError."""
-        if name not in self.models:
-            try:
-                located = base_model.locate(name, self.sweep.file.parent)
-            except ValueError as error:
-                raise SpecError([Problem(str(error), str(self.sweep.file), path="base_model")]) from None
-            if base_model.is_path(located) and not Path(located).exists():
-                if self.workers_are_here:
-                    problem = Problem(f"there is no model at {located}", str(self.sweep.file), path="base_model")
-                    raise SpecError([problem])
-                self.warnings.append(f"{located} is not on this machine; every worker must have it")
-            self.models[name] = located
-        return self.models[name]
-
-    def check_revision(self, revision: str | None, located: str) -> None:
-        """Raises SpecError where the model is no hub model."""
-        if revision is not None and base_model.is_path(located):
-            message = f"only a hub model has one, and {located} is a path"
-            raise SpecError([Problem(message, str(self.sweep.file), path="revision")])
-
-    def version(self, located: str, revision: str | None) -> str:
-        """The model as it is now."""
-        if (located, revision) not in self.versions:
-            self.versions[located, revision] = base_model.fingerprint(located, revision)
-        return self.versions[located, revision]
-
-    def adapter(self, name: str | None) -> str | None:
-        """What training goes on from, as `adapters.locate` has it. Raises SpecError."""
-        if name is None:
-            return None
-        place = str(self.sweep.file)
-        try:
-            located = adapters.locate(name, self.sweep.file.parent)
-        except ValueError as error:
-            raise SpecError([Problem(str(error), place, path="from_adapter")]) from None
-        if base_model.is_path(located) and not Path(located).exists() and self.workers_are_here:
-            raise SpecError([Problem(f"there is no adapter at {located}", place, path="from_adapter")])
-        if base_model.is_path(located) and not self.workers_are_here:
-            self.warn(f"{located} is a folder; every worker must have it")
-        return located
-
-    def ewc(self, run: RunSpec) -> EwcSpec | None:
-        """With the rows of before, where they are named. Raises SpecError, DataError."""
-        if run.ewc is None or run.ewc.data is None:
-            if run.ewc and not adapters.TRIAL.fullmatch(self.adapter(run.from_adapter) or ""):
-                message = f"which rows was {run.from_adapter} trained on? Only a trial (BATCH/NUMBER) says it by itself"
-                raise SpecError([Problem(message, str(self.sweep.file), path="ewc.data")])
-            return run.ewc
-        return run.ewc.model_copy(update={"data": self.data(run.ewc.data)})
-
-
 def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     """The jobs of a sweep, each after those that it waits for.
 
@@ -213,7 +82,7 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     Raises:
         SpecError, DataError: before anything was sent.
     """
-    look = _Lookups(sweep, workers_are_here)
+    look = Lookups(sweep, workers_are_here)
     jobs: dict[str, PlannedJob] = {}
     for number, trial in enumerate(sweep.trials, start=1):
         for job in _trial_jobs(str(number), trial, look):
@@ -240,7 +109,7 @@ def located(sweep: Sweep, *, tokens: bool, workers_are_here: bool) -> tuple[RunS
 
     `tokens`: its base model and chat template too. Raises SpecError, DataError.
     """
-    look, run = _Lookups(sweep, workers_are_here), sweep.trials[0].run
+    look, run = Lookups(sweep, workers_are_here), sweep.trials[0].run
     found: dict[str, Any] = {"data": look.data(run.data) if run.data else None}
     found["evaluation"] = look.data(run.evaluation) if run.evaluation else None
     if tokens:
@@ -259,7 +128,7 @@ def _judge(sweep: Sweep) -> JudgeSpec | None:
     return judge
 
 
-def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
+def _trial_jobs(number: str, trial: Trial, look: Lookups) -> list[PlannedJob]:
     """Train, export, what the base model and the adapter are asked, what they still can of the original task: those
     that the configuration has."""
     run = trial.run
@@ -301,12 +170,12 @@ def _trial_jobs(number: str, trial: Trial, look: _Lookups) -> list[PlannedJob]:
     return jobs
 
 
-def _base(spec: EvaluateSpec, label: str, look: _Lookups) -> PlannedJob:
+def _base(spec: EvaluateSpec, label: str, look: Lookups) -> PlannedJob:
     job_id = _base_id(spec, look.version(spec.base_model, spec.revision))
     return PlannedJob(job_id, JobKind.EVALUATE, label, spec, need_of(spec))
 
 
-def _before(number: str, spec: EvaluateSpec, from_adapter: str | None, look: _Lookups) -> PlannedJob:
+def _before(number: str, spec: EvaluateSpec, from_adapter: str | None, look: Lookups) -> PlannedJob:
     """Asks what the training begins with: the base model, or once in the batch the earlier adapter."""
     if from_adapter is None:
         return _base(spec, "", look)
@@ -326,7 +195,7 @@ def _members(ensemble: EnsembleSpec, count: int) -> Members:
     return Members(trains=trains, best=ensemble.best, **said)
 
 
-def _merged(members: Members, trials: Sequence[Trial], look: _Lookups) -> PlannedJob:
+def _merged(members: Members, trials: Sequence[Trial], look: Lookups) -> PlannedJob:
     """The evaluation of one adapter that is made of several."""
     numbers = tuple(train.removeprefix(f"{BATCH}.") for train in members.trains)
     run = trials[int(numbers[0]) - 1].run
@@ -337,7 +206,7 @@ def _merged(members: Members, trials: Sequence[Trial], look: _Lookups) -> Planne
     return replace(job, follows=numbers) if members.best else replace(job, needs=numbers)
 
 
-def _evaluation(run: RunSpec, asked: EvaluationSpec, model: str, look: _Lookups) -> EvaluateSpec:
+def _evaluation(run: RunSpec, asked: EvaluationSpec, model: str, look: Lookups) -> EvaluateSpec:
     """Of the base model."""
     return EvaluateSpec(
         base_model=model,

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobqueue import adapters, asking, cards, exports, sheets, submission
+from jobqueue import adapters, asking, cards, exports, sheets, steering, submission
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.cards import Deck
@@ -19,7 +19,7 @@ from jobqueue.embedded import connect_url
 from jobqueue.errors import BusyError, NotFoundError, ServerError, StorageError, UnansweredError
 from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
-from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
+from jobqueue.job import Batch, Job, JobKind, WorkerInfo
 from jobqueue.memory import all_classes
 from jobqueue.plan import Plan, make_plan
 from jobqueue.ratings import Ratings
@@ -41,7 +41,6 @@ UploadProgress = Callable[[Path, int, int], None]
 
 PREVIEW_S = 60.0  # until a worker begins, and until it ends
 NEWEST = 100  # batches that are listed
-RETRIED = (JobState.FAILED, JobState.CANCELLED)
 
 
 class Client:
@@ -277,21 +276,7 @@ class Client:
 
         An evaluation of a base model goes on while another batch waits for it.
         """
-        try:
-            batch: Batch | None = self.store.batch(target)
-        except NotFoundError:
-            batch = None
-        if batch is None:
-            asked, classes = self.store.cancel([self.job(target).id])
-        else:
-            own = [job_id for job_id in batch.jobs if job_id.startswith(f"{batch.name}.")]
-            # The last first: what waits for another is stopped on request, not for want of what it waits for.
-            asked, classes = self.store.cancel(own[::-1])
-            for job_id in set(batch.jobs) - set(own):
-                more, woken = self.store.release_base(job_id)
-                asked, classes = asked + more, classes + woken
-        send_tokens(self._app, classes)
-        return self.store.jobs(sorted(asked, key=list(batch.jobs).index) if batch else asked)
+        return self._woken(steering.cancel(self.store, target))
 
     def hold(self, target: str) -> list[Job]:
         """Keeps a job, a batch's jobs, or a whole memory class from being claimed until it is released.
@@ -301,17 +286,14 @@ class Client:
         if target in all_classes():
             self.store.mark("held_classes", target, True)
             return []
-        return self.store.jobs(self.store.hold([job.id for job in self._own(target)[1]]))
+        return self.store.jobs(self.store.hold([job.id for job in steering.own(self.store, target)]))
 
     def release(self, target: str) -> list[Job]:
         """Ends a hold; as `hold`."""
         if target in all_classes():
             self.store.mark("held_classes", target, False)
-            send_tokens(self._app, [target])
-            return []
-        released, classes = self.store.release([job.id for job in self._own(target)[1]])
-        send_tokens(self._app, classes)
-        return self.store.jobs(released)
+            return self._woken(([], [target]))
+        return self._woken(self.store.release([job.id for job in steering.own(self.store, target)]))
 
     def retry(self, target: str, *, failed_only: bool = False) -> list[Job]:
         """Runs again what failed or was cancelled: of a batch, or one job with what it needs and what waited for it.
@@ -319,29 +301,13 @@ class Client:
         With `failed_only`, what somebody cancelled stays so, unless a failed job needs it.
         Training goes on from the newest checkpoint. The batch's report is made anew. Returns the jobs that begin.
         """
-        batch, jobs = self._own(target)
-        siblings = self.jobs(jobs[0].batch) if jobs[0].batch else jobs
-        begins = (JobState.FAILED,) if failed_only else RETRIED
-        wanted = {job.id for job in (siblings if batch else jobs) if job.state in begins}
-        for job in siblings:  # each after those that it waits for
-            if job.reason is FailureReason.DEPENDENCY and wanted & set(job.needs):
-                wanted.add(job.id)
-        for job in reversed(siblings):
-            if job.id in wanted:
-                wanted |= {other.id for other in siblings if other.id in job.needs and other.state in RETRIED}
-        if wanted:
-            wanted |= {job.id for job in siblings if job.kind.control}
-        begun, classes = self.store.retry([job.id for job in siblings if job.id in wanted])
-        send_tokens(self._app, classes)
-        return self.store.jobs(begun)
+        return self._woken(steering.retry(self.store, target, failed_only=failed_only))
 
-    def _own(self, target: str) -> tuple[Batch | None, list[Job]]:
-        """A batch and its own jobs, or the one job of that id."""
-        try:
-            batch = self.store.batch(target)
-        except NotFoundError:
-            return None, [self.job(target)]
-        return batch, self.store.jobs([job_id for job_id in batch.jobs if job_id.startswith(f"{batch.name}.")])
+    def _woken(self, changed: steering.Changed) -> list[Job]:
+        """The jobs that were changed, once the workers know of them."""
+        job_ids, classes = changed
+        send_tokens(self._app, classes)
+        return self.store.jobs(job_ids)
 
     def remove(self, name: str, *, files: bool = False) -> None:
         """Forgets an ended batch; with `files`, its adapters, logs and scores in the storage too.

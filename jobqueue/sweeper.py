@@ -18,10 +18,10 @@ from jobqueue import base_model
 from jobqueue.broker import MAX_TOKENS, queue_name, send_tokens
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, Job
+from jobqueue.job_spec import ControlSpec, JobSpec
 from jobqueue.memory import estimate, kind_of, memory_class
 from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
-from jobqueue.spec import ControlSpec, JobSpec
 from jobqueue.store import Store
 
 if TYPE_CHECKING:

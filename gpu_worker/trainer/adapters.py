@@ -9,7 +9,7 @@ from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_p
 
 from gpu_worker.trainer.failures import bad_spec, one_line
 from jobqueue.adapters import misfits
-from jobqueue.spec import TrainSpec
+from jobqueue.job_spec import TrainSpec
 
 log = logging.getLogger("loraq.trainer")
 

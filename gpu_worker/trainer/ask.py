@@ -21,7 +21,8 @@ from gpu_worker.trainer.data import chat_of, end_ids
 from gpu_worker.trainer.failures import bad_data
 from gpu_worker.trainer.parked import comes_off, loaded_for_asking
 from jobqueue.chat import BadTurn, Chat
-from jobqueue.spec import Asked, AskSpec
+from jobqueue.job_spec import AskSpec
+from jobqueue.spec import Asked
 
 TELL_S = 0.2  # between two pieces of an answer that are told
 Tell = Callable[[Progress | Answer], None]

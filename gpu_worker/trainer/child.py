@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from gpu_worker.protocol import EVENTS_FD, Event, Failed, Ready, Request, Result, encode
 from gpu_worker.trainer.failures import bad_spec, failed, on_rung, one_line
 from jobqueue.job import FailureReason
-from jobqueue.spec import AskSpec, ControlSpec, ExportSpec, JobSpec, TrainSpec, WorkSpec
+from jobqueue.job_spec import AskSpec, ControlSpec, ExportSpec, JobSpec, TrainSpec, WorkSpec
 
 log = logging.getLogger("loraq.trainer")
 # Of the GPU's memory, what may stay in tensors after a job: compiled functions keep a weight or two alive.

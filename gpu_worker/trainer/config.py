@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from gpu_worker.protocol import Request
 from gpu_worker.trainer.failures import bad_spec, one_line
-from jobqueue.spec import TrainSpec
+from jobqueue.job_spec import TrainSpec
 
 log = logging.getLogger("loraq.trainer")
 

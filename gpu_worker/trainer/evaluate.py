@@ -34,8 +34,9 @@ from jobqueue import written as written_answers
 from jobqueue.chat import Chat
 from jobqueue.example import MultipleChoice
 from jobqueue.extraction import extract, has_asked_form
+from jobqueue.job_spec import EvaluateSpec
 from jobqueue.memory import evaluation_peak
-from jobqueue.spec import BY_QUESTION, EvaluateSpec
+from jobqueue.spec import BY_QUESTION
 
 log = logging.getLogger("loraq.trainer")
 Report = Callable[[Progress], None]

@@ -31,8 +31,8 @@ from jobqueue import rows
 from jobqueue.chat import BadTurn, Chat
 from jobqueue.example import Message
 from jobqueue.job import FailureReason
+from jobqueue.job_spec import ExportSpec
 from jobqueue.memory import COMPARED_TOKENS, export_peak
-from jobqueue.spec import ExportSpec
 
 log = logging.getLogger("loraq.trainer")
 MERGED = "merged_16bit"

@@ -23,7 +23,7 @@ from gpu_worker.trainer.failures import JobFailure
 from gpu_worker.trainer.merge import Merged
 from jobqueue import base_model
 from jobqueue.job import FailureReason
-from jobqueue.spec import AskSpec, EvaluateSpec
+from jobqueue.job_spec import AskSpec, EvaluateSpec
 
 log = logging.getLogger("loraq.trainer")
 MOST_OF_FREE = 1 / 8  # of the host's free memory, what a parked model may take

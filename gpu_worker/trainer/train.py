@@ -33,9 +33,9 @@ from jobqueue import replay, rows
 from jobqueue.chat import Chat
 from jobqueue.data_spec import DataSpec
 from jobqueue.job import FailureReason
+from jobqueue.job_spec import TrainSpec
 from jobqueue.memory import GIB, Layout
 from jobqueue.microbatch import Choice, choose, limit
-from jobqueue.spec import TrainSpec
 from jobqueue.tokens import Tokens, fingerprint, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")

@@ -11,7 +11,8 @@ from pathlib import Path
 from helpers import new_job
 
 from jobqueue.data_spec import DataSpec
-from jobqueue.spec import EvaluateSpec, EvaluationSpec, LoraSpec, ReportSpec, ResourcesSpec, TrainingSpec, TrainSpec
+from jobqueue.job_spec import EvaluateSpec, ReportSpec, TrainSpec
+from jobqueue.spec import EvaluationSpec, LoraSpec, ResourcesSpec, TrainingSpec
 from jobqueue.store import NewJob
 
 BATCHES_PER_BASE = 3  # that share an evaluation of their base model

@@ -9,8 +9,8 @@ import pytest
 from cli_fakes import Command, FakeClient, exported, make_job
 
 from jobqueue.job import FailureReason, JobState
+from jobqueue.job_spec import ExportSpec
 from jobqueue.plan import make_plan
-from jobqueue.spec import ExportSpec
 from jobqueue.sweep import read_sweep
 
 

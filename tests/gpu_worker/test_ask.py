@@ -12,9 +12,10 @@ from worker_process import START_S, Site, train_job
 
 from jobqueue.errors import CapacityError, DataError, LoraqError, NotFoundError
 from jobqueue.job import Job, JobKind, JobState
+from jobqueue.job_spec import AskSpec, EvaluateSpec
 from jobqueue.memory import asking_peak, evaluation_peak
 from jobqueue.service import Client
-from jobqueue.spec import AskSpec, EvaluateSpec, EvaluationSpec, ResourcesSpec
+from jobqueue.spec import EvaluationSpec, ResourcesSpec
 
 
 def files(here: Site) -> list[str]:

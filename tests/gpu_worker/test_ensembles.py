@@ -9,7 +9,8 @@ from worker_process import Site
 
 from jobqueue.ensemble_spec import Members
 from jobqueue.job import FailureReason, Job, JobState
-from jobqueue.spec import EvaluateSpec, EvaluationSpec, ResourcesSpec
+from jobqueue.job_spec import EvaluateSpec
+from jobqueue.spec import EvaluationSpec, ResourcesSpec
 
 
 def merged(here: Site, **changes: Any) -> Job:

@@ -18,8 +18,9 @@ from helpers import new_job, submit, wait_for
 from gpu_worker.trainer_process import MARK
 from jobqueue.data_spec import DataSpec
 from jobqueue.job import Job, JobState
+from jobqueue.job_spec import TrainSpec
 from jobqueue.settings import Settings
-from jobqueue.spec import LoraSpec, ResourcesSpec, TrainingSpec, TrainSpec
+from jobqueue.spec import LoraSpec, ResourcesSpec, TrainingSpec
 from jobqueue.storage import Storage
 from jobqueue.store import NewJob, Store
 

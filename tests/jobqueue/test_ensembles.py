@@ -14,9 +14,9 @@ from jobqueue.answers import Answer
 from jobqueue.ensembles import chosen, validation_loss, vote, voted
 from jobqueue.errors import SpecError
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState
+from jobqueue.job_spec import EvaluateSpec, ReportSpec
 from jobqueue.plan import Plan, make_plan
 from jobqueue.results import BatchReport
-from jobqueue.spec import EvaluateSpec, ReportSpec
 from jobqueue.submission import new_job
 from jobqueue.sweep import read_sweep
 
@@ -260,9 +260,11 @@ def test_ensembles_are_rows_with_the_same_statistics_and_the_comparison_with_the
 
 def test_the_best_by_validation_loss_vote() -> None:
     votes = {"kind": "report", "votes": [{**VOTES, "best": 2}]}
+    original = evaluation("b.1.original", range(5))
+    original.spec.update(adapter_job="b.1", original_task=True)
     [(poll, counted)] = voted(
-        batch(b_report=job("b.report", JobKind.REPORT, spec=votes)),
-        {name: answers(right) for name, right in RIGHT.items()},
+        batch(b_report=job("b.report", JobKind.REPORT, spec=votes), b_1_original=original),
+        {name: answers(right) for name, right in RIGHT.items()} | {"b.1.original": answers(range(5))},
     )
     assert poll.trial == "poll (vote of the best 2)"
     expected = vote([answers(RIGHT["b.1.eval"]), answers(RIGHT["b.3.eval"])])

@@ -12,10 +12,10 @@ from helpers import must_claim, states
 from jobqueue.errors import NotFoundError, SpecError
 from jobqueue.export_spec import ExportOptions
 from jobqueue.job import JobKind, JobState
+from jobqueue.job_spec import ExportSpec
 from jobqueue.plan import Plan, make_plan
 from jobqueue.service import Client
 from jobqueue.settings import Settings
-from jobqueue.spec import ExportSpec
 from jobqueue.store import Settlement
 from jobqueue.sweep import read_sweep
 

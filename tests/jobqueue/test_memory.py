@@ -8,8 +8,9 @@ import pytest
 
 from jobqueue.data_spec import DataSpec, EwcSpec
 from jobqueue.export_spec import ExportOptions
+from jobqueue.job_spec import EvaluateSpec, ExportSpec, TrainSpec
 from jobqueue.memory import CLASSES, CONTEXT, GIB, Shape, classes_for, estimate, memory_class
-from jobqueue.spec import EvaluateSpec, EvaluationSpec, ExportSpec, LoraSpec, ResourcesSpec, TrainingSpec, TrainSpec
+from jobqueue.spec import EvaluationSpec, LoraSpec, ResourcesSpec, TrainingSpec
 
 LLAMA_1B: dict[str, Any] = {
     "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from jobqueue.data_spec import DataSpec
+from jobqueue.job_spec import TrainSpec
 from jobqueue.memory import GIB, training_peak
 from jobqueue.microbatch import MOST_TOKENS, OVER_ESTIMATE, choose, ladder, limit
-from jobqueue.spec import LoraSpec, ResourcesSpec, TrainingSpec, TrainSpec
+from jobqueue.spec import LoraSpec, ResourcesSpec, TrainingSpec
 
 LLAMA_1B: dict[str, Any] = {
     "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,

@@ -14,9 +14,9 @@ import pytest
 from jobqueue.base_model import commit, fingerprint
 from jobqueue.errors import DataError, SpecError
 from jobqueue.job import JobKind
+from jobqueue.job_spec import EvaluateSpec, RateSpec, TrainSpec
 from jobqueue.memory import GIB
 from jobqueue.plan import Plan, make_plan
-from jobqueue.spec import EvaluateSpec, RateSpec, TrainSpec
 from jobqueue.storage import file_hash
 from jobqueue.sweep import read_sweep
 

@@ -10,9 +10,9 @@ from chat_families import LLAMA_3, chat
 
 from jobqueue.data_spec import ReplaySpec
 from jobqueue.errors import DataError
+from jobqueue.job_spec import TrainSpec
 from jobqueue.plan import make_plan
 from jobqueue.replay import draw
-from jobqueue.spec import TrainSpec
 from jobqueue.sweep import read_sweep
 
 
