@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -21,6 +22,14 @@ class Part(BaseModel):
     """A section of the file: unknown keys are refused, a number is a number, nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ClashError(ValueError):
+    """Options of a section that do not go together; each `found` as (dotted key or "", why)."""
+
+    def __init__(self, found: Iterable[tuple[str, str]]) -> None:
+        self.found = tuple(found)
+        super().__init__("; ".join(f"{key} {why}".lstrip() for key, why in self.found))
 
 
 class RowTemplate(Part):

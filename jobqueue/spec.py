@@ -7,6 +7,7 @@ left out has the default of Unsloth's notebook for Llama-3.2-1B on MedQA.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -19,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from jobqueue.data_spec import DataSpec, EwcSpec, Part, QuestionFormat, RowsSpec
+from jobqueue.data_spec import ClashError, DataSpec, EwcSpec, Part, QuestionFormat, RowsSpec
 from jobqueue.ensemble_spec import EnsembleSpec
 from jobqueue.export_spec import ExportOptions
 from jobqueue.judge_spec import JudgeSpec
@@ -119,14 +120,18 @@ class TrainingSpec(Part):
     """How many checkpoints of a running job are kept; a succeeded job keeps none."""
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.packing and self.padding_free is False:
-            raise ValueError("packing puts rows end to end, and padding_free is false; leave one of them out")
-        if self.max_steps == 0:
-            raise ValueError("max_steps: 0 trains nothing; leave it out, or write -1 for whole epochs")
-        if self.max_steps > 0 and self.num_train_epochs is not None:
-            raise ValueError("max_steps and num_train_epochs are both set; one of them says how long to train")
+    def _together(self) -> Self:
+        if clashes := list(self._clashes()):
+            raise ClashError(clashes)
         return self
+
+    def _clashes(self) -> Iterator[tuple[str, str]]:
+        if self.packing and self.padding_free is False:
+            yield "packing", "puts rows end to end, and padding_free is false; leave one of them out"
+        if self.max_steps == 0:
+            yield "max_steps", "of 0 trains nothing; leave it out, or write -1 for whole epochs"
+        if self.max_steps > 0 and self.num_train_epochs is not None:
+            yield "max_steps", "and num_train_epochs are both set; one of them says how long to train"
 
     @property
     def keeps_best(self) -> bool:
@@ -226,39 +231,39 @@ class RunSpec(Part):
     resources: ResourcesSpec = ResourcesSpec()
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> Self:
+    def _together(self) -> Self:
+        if clashes := list(self._clashes()):
+            raise ClashError(clashes)
+        return self
+
+    def _clashes(self) -> Iterator[tuple[str, str]]:
+        untrained = "without data nothing is trained"
         if self.data is None and self.evaluation is None:
-            raise ValueError("neither data nor evaluation is set; there is nothing to do")
-        if self.export and self.data is None:
-            raise ValueError("export writes what was trained, and without data nothing is trained")
-        for clashes, why in (
-            (self.data is None, "without data nothing is trained"),
-            (self.method == "full", "method full trains no adapter"),
-            (self.lora.loftq_config, "lora.loftq_config initialises a fresh one"),
-        ):
-            if self.from_adapter and clashes:
-                raise ValueError(f"from_adapter goes on from an adapter, and {why}")
+            yield "", "neither data nor evaluation is set; there is nothing to do"
+        if self.data is None:
+            if self.export:
+                yield "export", f"writes what was trained, and {untrained}"
+            if self.original_task:
+                yield "original_task", f"shows what a training has made forgotten, and {untrained}"
+            if self.from_adapter:
+                yield "from_adapter", f"goes on from an adapter, and {untrained}"
+        if self.from_adapter and self.method == "full":
+            yield "from_adapter", "goes on from an adapter, and method full trains none"
+        if self.from_adapter and self.lora.loftq_config:
+            yield "from_adapter", "goes on from an adapter, and lora.loftq_config initialises a fresh one"
         asked = filter(None, (self.evaluation, self.original_task))
         if self.lora.loftq_config and (self.method != "lora" or any(map(self.loads_in_4bit, asked))):
-            raise ValueError(
-                "lora.loftq_config quantises the base model itself: set method: lora, and leave load_in_4bit out"
-            )
-        if self.original_task and self.data is None:
-            raise ValueError(
-                "original_task shows what a training has made forgotten, and without data nothing is trained"
-            )
+            yield "lora.loftq_config", "quantises the base model itself: set method: lora, and leave load_in_4bit out"
+        if self.original_task and self.original_task.judge:
+            yield "original_task.judge", "rates nothing here: a judge belongs to evaluation"
         if self.ewc and not self.from_adapter:
-            raise ValueError("ewc holds on to the weights of an earlier adapter: set from_adapter")
+            yield "ewc", "holds on to the weights of an earlier adapter: set from_adapter"
         if self.training.eval_steps and not (self.data and self.data.validation_split):
-            raise ValueError("training.eval_steps needs rows to validate on: set data.validation_split")
+            yield "training.eval_steps", "needs rows to validate on: set data.validation_split"
         if not self.training.eval_steps and self.data is not None:
-            for option, is_set in (
-                ("early_stopping_patience", self.training.early_stopping_patience),
-                ("load_best_model_at_end", self.training.load_best_model_at_end),
-            ):
-                if is_set:
-                    raise ValueError(f"training.{option} needs validations to compare: set training.eval_steps")
-        return self
+            for option in ("early_stopping_patience", "load_best_model_at_end"):
+                if getattr(self.training, option):
+                    yield f"training.{option}", "needs validations to compare: set training.eval_steps"
 
     def loads_in_4bit(self, evaluation: EvaluationSpec) -> bool:
         """Whether that evaluation loads the base model in 4 bits."""

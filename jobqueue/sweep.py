@@ -16,6 +16,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from jobqueue import ensembles
+from jobqueue.data_spec import ClashError
 from jobqueue.ensemble_spec import EnsembleSpec
 from jobqueue.errors import Problem, SpecError
 from jobqueue.spec import RunSpec, SweepFile, SweepSpec
@@ -188,16 +189,25 @@ def _validate(
         # By way of JSON: strictness then knows lists and tuples, and YAML's own classes are left behind.
         return model.model_validate_json(json.dumps(value, default=str))
     except ValidationError as error:
-        for details in _one_per_value(model, error.errors(include_url=False)):
-            loc = details["loc"]
+        for loc, message in _mistakes(model, error):
             dotted = ".".join(map(str, loc))
             at = next((p for key, p in places.items() if dotted == key or dotted.startswith(key + ".")), None)
             if at is None:  # a rule over several keys: blame the varied key of that section
                 at = next((p for key, p in places.items() if key.startswith(dotted + ".")), loc)
-            document.report(_message(model, details, loc), at)
+            document.report(message, at)
     except (TypeError, ValueError) as error:  # a key that is no text, a value that is no JSON
         document.report(f"cannot be read: {error}")
     return None
+
+
+def _mistakes(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Sequence[str | int], str]]:
+    """The place of each mistake, and one line about it."""
+    for details in _one_per_value(model, error.errors(include_url=False)):
+        loc, cause = details["loc"], details.get("ctx", {}).get("error")
+        if isinstance(cause, ClashError):
+            yield from (((*loc, *filter(None, key.split("."))), why) for key, why in cause.found)
+        else:
+            yield loc, _message(model, details, loc)
 
 
 def _one_per_value(model: type[BaseModel], errors: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

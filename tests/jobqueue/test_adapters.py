@@ -73,7 +73,7 @@ def test_ewc_holds_on_to_the_rows_of_the_trial_or_to_those_that_are_named(
 
 def test_ewc_needs_an_adapter_and_its_rows(tmp_path: Path) -> None:
     ewc = {"ewc_lambda": 10}
-    with pytest.raises(SpecError, match="ewc holds on to the weights of an earlier adapter: set from_adapter"):
+    with pytest.raises(SpecError, match="ewc: holds on to the weights of an earlier adapter: set from_adapter"):
         read_sweep(sweep_file(tmp_path, ewc=ewc))
     replay = {"source": "a/b", "replay": {"source": "c/d"}}
     with pytest.raises(SpecError, match=r"data\.replay mixes rows into a training"):
@@ -140,7 +140,7 @@ def test_a_folder_that_only_workers_have_is_a_mistake_where_they_are_here(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"method": "full"}, "method full trains no adapter"),
+        ({"method": "full"}, "method full trains none"),
         ({"method": "lora", "lora": {"loftq_config": {"loftq_bits": 4}}}, "lora.loftq_config initialises a fresh one"),
         ({"data": None, "evaluation": {"source": "a/b"}}, "without data nothing is trained"),
     ],

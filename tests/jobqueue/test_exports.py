@@ -77,8 +77,8 @@ def test_its_prompts_are_of_the_rows_that_were_trained_on_unless_the_user_has_so
     [
         (
             {"data": None, "evaluation": {"source": "rows.jsonl"}, "export": BOTH},
-            "",
-            "export writes what was trained, and without data nothing is trained",
+            "export",
+            "writes what was trained, and without data nothing is trained",
         ),
         ({"export": {"quantization_method": "q8_0"}}, "export", "quantization_method is of gguf; add it"),
         ({"export": {"formats": ["lora"]}}, "export.formats", "must be 'merged_16bit' or 'gguf', not 'lora'"),

@@ -281,14 +281,32 @@ def test_unknown_key_without_a_likeness_lists_what_is_known(problems: Problems) 
 def test_both_lengths_of_training(problems: Problems) -> None:
     ((line, key, message),) = problems(GOOD + "training:\n  max_steps: 20\n  num_train_epochs: 2\n")
 
-    assert (line, key) == (4, "training")
-    assert "max_steps and num_train_epochs are both set" in message
+    assert (line, key) == (5, "training.max_steps")
+    assert "and num_train_epochs are both set" in message
 
 
 def test_both_lengths_by_way_of_the_sweep(problems: Problems) -> None:
     found = problems(GOOD + "training: {num_train_epochs: 2}\nsweep:\n  grid:\n    training.max_steps: [10, -1]\n")
 
     assert [(line, key) for line, key, _ in found] == [(7, "sweep.grid.training.max_steps")]
+
+
+def test_all_that_does_not_go_together_is_told_at_once_each_in_its_line(problems: Problems) -> None:
+    text = HEAD + "evaluation: {source: a/b}\nfrom_adapter: b/1\nmethod: full\nexport: {}\nlora:\n  loftq_config: {}\n"
+    found = problems(text + "training:\n  eval_steps: 5\noriginal_task:\n  source: a/b\n  judge: {model: m}\n")
+    assert {(line, key) for line, key, _ in found} == {
+        (4, "from_adapter"),
+        (6, "export"),
+        (8, "lora.loftq_config"),
+        (10, "training.eval_steps"),
+        (11, "original_task"),
+        (13, "original_task.judge"),
+    }
+    assert [message.split(", and ")[1] for _, key, message in found if key == "from_adapter"] == [
+        "without data nothing is trained",
+        "method full trains none",
+        "lora.loftq_config initialises a fresh one",
+    ]
 
 
 def test_nothing_to_do(problems: Problems) -> None:
@@ -430,16 +448,19 @@ def test_mistakes_of_the_data_are_told_by_their_key(read: Read, data: str, messa
 
 
 def test_a_validation_loss_needs_rows_to_validate_on(problems: Problems, read: Read) -> None:
-    ((_, _, message),) = problems(GOOD + "training: {eval_steps: 10}\n")
-    assert "training.eval_steps needs rows to validate on: set data.validation_split" in message
+    ((_, key, message),) = problems(GOOD + "training: {eval_steps: 10}\n")
+    assert (key, message) == ("training.eval_steps", "needs rows to validate on: set data.validation_split")
     assert read(HEAD + "data: {source: a/b, validation_split: 0.1}\ntraining: {eval_steps: 10}\n").trials
 
 
 @pytest.mark.parametrize("option", ["early_stopping_patience: 3", "load_best_model_at_end: true"])
 def test_stopping_early_needs_validations_to_compare(problems: Problems, read: Read, option: str) -> None:
     data = HEAD + "data: {source: a/b, validation_split: 0.1}\n"
-    ((_, _, message),) = problems(data + f"training: {{{option}}}\n")
-    assert f"training.{option.partition(':')[0]} needs validations to compare: set training.eval_steps" in message
+    ((_, key, message),) = problems(data + f"training: {{{option}}}\n")
+    assert (key, message) == (
+        f"training.{option.partition(':')[0]}",
+        "needs validations to compare: set training.eval_steps",
+    )
     assert read(data + f"training: {{{option}, eval_steps: 10}}\n").trials[0].run.training.keeps_best
 
 
