@@ -115,7 +115,9 @@ def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: For
         ]
         print_json(wanted[0] if len(wanted) == 1 else wanted)
     elif form == "csv":
-        click.echo(tables.as_csv(rows), nl=False)
+        from cli.table_csv import as_csv
+
+        click.echo(as_csv(rows), nl=False)
     elif form == "markdown":
         parts = [tables.as_markdown(*tables.cells(rows))]
         parts += [tables.as_markdown(*tables.memory_cells(rows))] if memory else []

@@ -36,6 +36,7 @@ def page(reports: Sequence[BatchReport], rows: Sequence[Row]) -> str:
         memory=([" ".join(column.header.split()) for column in memory_columns], memory_cells),
         failures=[*tables.failures(rows), *(problem for report in reports for problem in report.problems)],
         notes=notes(reports, rows),
+        exports=tables.exports(rows),
         batches=[_batch(report, [row for row in rows if row.report is report]) for report in reports],
     )
 

@@ -48,7 +48,9 @@ def test_best_first_then_failed_then_the_base_model(command: Command) -> None:
     assert any(line.startswith("Best: learning_rate=0.0002 r=8 with 52.0% (likelihood), 22.0 points") for line in lines)
 
 
-def test_an_export_is_a_line_with_how_close_it_is_or_why_it_failed(command: Command, client: FakeClient) -> None:
+def test_an_export_is_a_line_with_how_close_it_is_or_why_it_failed(
+    command: Command, client: FakeClient, tmp_path: Path
+) -> None:
     wrong = {"reason": FailureReason.WRONG_EXPORT, "message": "gguf q8_0 does not answer as the adapter does"}
     client.known["medqa"] += [
         make_job("medqa.1.export", outcome=exported()),
@@ -64,6 +66,9 @@ def test_an_export_is_a_line_with_how_close_it_is_or_why_it_failed(command: Comm
         assert (
             "learning_rate=0.0002 r=8: its export failed (wrong_export): gguf q8_0 does not answer as the adapter does"
         ) in lines
+    page = tmp_path / "page.html"
+    assert command("results", "medqa", "--html", str(page)).exit_code == 0
+    assert "<h2>Exports</h2>\n<p>learning_rate=0.0002 r=8: its export failed (wrong_export)" in page.read_text()
     report = BatchReport.from_dict(json.loads(command("results", "medqa", "--json").stdout))
     assert [trial.export and trial.export.job for trial in report.trials][:2] == ["medqa.2.export", "medqa.1.export"]
     assert "export" not in command("results", "medqa", "--csv").stdout.splitlines()[0]
@@ -400,6 +405,10 @@ def test_an_ensemble_is_a_row_with_its_comparison_with_the_best_trial(
     assert "vs best trial: the same test against the best single trial." in out
     assert "Holm's correction for all tests of the batch" in out
     assert "77.0 GiB" not in row, "memory is what training took"
+    lines = {line["label"]: line for line in csv.DictReader(command("results", "medqa", "--csv").stdout.splitlines())}
+    ensemble = lines.pop("top (cat of 2)")
+    assert (float(ensemble["versus_single_points"]), ensemble["versus_single_finding"]) == (28.0, "better")
+    assert not any(line["versus_single_points"] for line in lines.values())
     page = tmp_path / "page.html"
     assert command("results", "medqa", "--html", str(page)).exit_code == 0
     assert "top (cat of 2)" in page.read_text()
