@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -18,18 +18,32 @@ Column = Literal[
 ]  # fmt: skip
 
 
+Clash = tuple[str, str]
+"""The dotted key, "" for the section itself, and why it cannot be."""
+
+
 class Part(BaseModel):
     """A section of the file: unknown keys are refused, a number is a number, nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    def clashes(self) -> Iterable[Clash]:
+        """Options of the section that do not go together."""
+        return ()
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if found := tuple(self.clashes()):
+            raise ClashError(found)
+        return self
+
 
 class ClashError(ValueError):
-    """Options of a section that do not go together; each `found` as (dotted key or "", why)."""
+    """Everything in a section that does not go together."""
 
-    def __init__(self, found: Iterable[tuple[str, str]]) -> None:
-        self.found = tuple(found)
-        super().__init__("; ".join(f"{key} {why}".lstrip() for key, why in self.found))
+    def __init__(self, found: Sequence[Clash]) -> None:
+        self.found = found
+        super().__init__("; ".join(f"{key} {why}".lstrip() for key, why in found))
 
 
 class RowTemplate(Part):
@@ -56,11 +70,9 @@ class RowTemplate(Part):
             raise ValueError(wrong)
         return source
 
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def clashes(self) -> Iterator[Clash]:
         if set(self.sources) not in ({"user", "assistant"}, {"system", "user", "assistant"}, {"text"}):
-            raise ValueError("needs user and assistant (and perhaps system), or text alone")
-        return self
+            yield "", "needs user and assistant (and perhaps system), or text alone"
 
 
 class RowsSpec(Part):
@@ -108,11 +120,9 @@ class DataSpec(RowsSpec):
     replay: ReplaySpec | None = None
     """Section, see below. Without it these rows alone are trained on."""
 
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
+    def clashes(self) -> Iterator[Clash]:
         if self.template and (self.format != "auto" or self.columns):
-            raise ValueError("template says how a row is read; format and columns go without it")
-        return self
+            yield "template", "says how a row is read; format and columns go without it"
 
 
 class EwcSpec(Part):
@@ -128,8 +138,6 @@ class EwcSpec(Part):
     data: DataSpec | None = None
     """The rows that from_adapter was trained on, a section like data; None: those of the trial that it names."""
 
-    @model_validator(mode="after")
-    def _rows_alone(self) -> Self:
+    def clashes(self) -> Iterator[Clash]:
         if self.data and self.data.replay:
-            raise ValueError("data.replay mixes rows into a training, and here nothing is trained")
-        return self
+            yield "data.replay", "mixes rows into a training, and here nothing is trained"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
-from jobqueue.data_spec import Part
+from jobqueue.data_spec import Clash, Part
 
 Merge = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
@@ -31,13 +32,9 @@ class EnsembleSpec(Part):
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the weights that ties, dare and magnitude_prune keep, which need it."""
 
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.name == "report" or self.name.startswith(("base-", "ask-")):
-            raise ValueError("name: report, and what begins with base- or ask-, are names of other jobs")
+    def clashes(self) -> Iterator[Clash]:
         if (self.density is None) == self.method.startswith(PRUNED):
-            raise ValueError(f"method {self.method} {'needs a density' if self.density is None else 'has no density'}")
-        return self
+            yield "method", f"{self.method} {'needs a density' if self.density is None else 'has no density'}"
 
     @property
     def best(self) -> int | None:

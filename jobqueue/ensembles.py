@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobqueue.answers import Answer, Answers
 from jobqueue.ensemble_spec import SAME_RANK, EnsembleSpec, Members
-from jobqueue.job import FailureReason, Job, JobKind, JobState
+from jobqueue.job import OF_NO_BATCH, FailureReason, Job, JobKind, JobState
 from jobqueue.spec import BY_QUESTION, RunSpec
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def numbers(ensemble: EnsembleSpec, count: int) -> tuple[int, ...]:
 
 def problems(ensemble: EnsembleSpec, trials: Sequence[Trial]) -> Iterator[tuple[str, str]]:
     """Why these trials cannot be such an ensemble: (message, key of its section)."""
+    if ensemble.name in ("judge", "report") or ensemble.name.startswith(OF_NO_BATCH):
+        yield f"other jobs have such names: judge, report, and all that begin with {', '.join(OF_NO_BATCH)}", "name"
     meant = numbers(ensemble, len(trials))
     strange = [number for number in meant if number > len(trials)]
     if strange:

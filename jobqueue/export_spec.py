@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from jobqueue.data_spec import Part
+from jobqueue.data_spec import Clash, Part
 
 ExportFormat = Literal["merged_16bit", "gguf"]
 QuantizationMethod = Literal["q8_0", "bf16", "f16", "f32"]
@@ -23,11 +24,9 @@ class ExportOptions(Part):
     """What is asked to compare the exported model's answers with the adapter's; None: the first rows that were
     trained on."""
 
-    @model_validator(mode="after")
-    def _gguf_only(self) -> Self:
+    def clashes(self) -> Iterator[Clash]:
         if self.quantization_method and "gguf" not in self.formats:
-            raise ValueError("quantization_method is of gguf; add it: formats: [merged_16bit, gguf]")
-        return self
+            yield "quantization_method", "is of gguf; add it: formats: [merged_16bit, gguf]"
 
     @property
     def outtype(self) -> QuantizationMethod:

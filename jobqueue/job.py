@@ -73,6 +73,10 @@ class JobKind(StrEnum):
         return self in (JobKind.JUDGE, JobKind.REPORT, JobKind.PREVIEW)
 
 
+OF_NO_BATCH = ("base-", "ask-", "preview-")
+"""How the ids of jobs begin that belong to none."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """The right to work on a job, as handed out by the store; every write of the attempt carries it."""

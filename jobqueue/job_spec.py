@@ -13,14 +13,19 @@ from jobqueue.judge_spec import JudgeSpec
 from jobqueue.spec import Asked, EvaluationSpec, LoraSpec, Method, ResourcesSpec, TrainingSpec
 
 
-class TrainSpec(Part):
-    """A job that trains one configuration."""
+class _OfModel(Part):
+    """A job that loads a model."""
 
-    kind: Literal["train"] = "train"
     base_model: str
     revision: str | None = None
     method: Method
     chat_template: str | None = None
+
+
+class TrainSpec(_OfModel):
+    """A job that trains one configuration."""
+
+    kind: Literal["train"] = "train"
     data: DataSpec
     from_adapter: str | None = None
     ewc: EwcSpec | None = None
@@ -29,14 +34,10 @@ class TrainSpec(Part):
     resources: ResourcesSpec
 
 
-class EvaluateSpec(Part):
+class EvaluateSpec(_OfModel):
     """A job that asks a base model, or an adapter of it, the questions."""
 
     kind: Literal["evaluate"] = "evaluate"
-    base_model: str
-    revision: str | None = None
-    method: Method
-    chat_template: str | None = None
     adapter_job: str | None
     """The train job whose adapter (or, for method full, whose model) is asked; None: the base model."""
     members: Members | None = None
@@ -51,14 +52,10 @@ class EvaluateSpec(Part):
     resources: ResourcesSpec
 
 
-class ExportSpec(Part):
+class ExportSpec(_OfModel):
     """A job that writes a trained model as others read it, and compares its answers with the adapter's."""
 
     kind: Literal["export"] = "export"
-    base_model: str
-    revision: str | None = None
-    method: Method
-    chat_template: str | None = None
     adapter_job: str
     """The train job whose adapter (or, for method full, whose model) is written."""
     data: DataSpec | None
@@ -85,14 +82,10 @@ class ExportSpec(Part):
         )
 
 
-class AskSpec(Part):
+class AskSpec(_OfModel):
     """A job that answers prompts, as the base model and as a trial's adapter answer them."""
 
     kind: Literal["ask"] = "ask"
-    base_model: str
-    revision: str | None = None
-    method: Method
-    chat_template: str | None = None
     adapter_job: str
     load_in_4bit: bool
     max_seq_length: int

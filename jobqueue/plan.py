@@ -12,7 +12,7 @@ from typing import Any
 from jobqueue import advice, base_model, ensembles, sources
 from jobqueue.ensemble_spec import EnsembleSpec, Members
 from jobqueue.errors import Problem, SpecError
-from jobqueue.job import JobKind
+from jobqueue.job import OF_NO_BATCH, JobKind
 from jobqueue.job_spec import ControlSpec, EvaluateSpec, ExportSpec, RateSpec, ReportSpec, TrainSpec, WorkSpec
 from jobqueue.judge_spec import JudgeSpec
 from jobqueue.lookups import Lookups
@@ -21,7 +21,6 @@ from jobqueue.spec import EvaluationSpec, RunSpec
 from jobqueue.sweep import Sweep, Trial
 
 EVALUATOR = 3  # raised when the same answers would be scored otherwise: base models are then asked anew
-OF_NO_BATCH = ("base-", "ask-")  # how the ids of jobs begin that belong to none
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -17,10 +17,9 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
-    model_validator,
 )
 
-from jobqueue.data_spec import ClashError, DataSpec, EwcSpec, Part, QuestionFormat, RowsSpec
+from jobqueue.data_spec import Clash, DataSpec, EwcSpec, Part, QuestionFormat, RowsSpec
 from jobqueue.ensemble_spec import EnsembleSpec
 from jobqueue.export_spec import ExportOptions
 from jobqueue.judge_spec import JudgeSpec
@@ -119,13 +118,7 @@ class TrainingSpec(Part):
     save_total_limit: PositiveInt = 2
     """How many checkpoints of a running job are kept; a succeeded job keeps none."""
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        if clashes := list(self._clashes()):
-            raise ClashError(clashes)
-        return self
-
-    def _clashes(self) -> Iterator[tuple[str, str]]:
+    def clashes(self) -> Iterator[Clash]:
         if self.packing and self.padding_free is False:
             yield "packing", "puts rows end to end, and padding_free is false; leave one of them out"
         if self.max_steps == 0:
@@ -164,20 +157,14 @@ class EvaluationSpec(RowsSpec):
     judge: JudgeSpec | None = None
     """Section, see below. Without it no written answer is rated."""
 
-    @model_validator(mode="after")
-    def _askable(self) -> Self:
+    def clashes(self) -> Iterator[Clash]:
         if self.judge and not set(self.metrics) & set(WRITING):
-            raise ValueError(
-                "judge rates written answers, and no metric writes any: "
-                "add generated (questions with options) or bleu (any rows) to metrics"
-            )
-        by_question = [metric for metric in self.metrics if metric in BY_QUESTION]
+            more = "add generated (questions with options) or bleu (any rows) to metrics"
+            yield "judge", f"rates written answers, and no metric writes any: {more}"
+        by_question = ", ".join(metric for metric in self.metrics if metric in BY_QUESTION)
         if by_question and self.format not in ("auto", *get_args(QuestionFormat)):
-            raise ValueError(
-                f"{', '.join(by_question)} need questions with options, and format is {self.format}; "
-                "write metrics: [perplexity], or [perplexity, bleu]"
-            )
-        return self
+            others = "write metrics: [perplexity], or [perplexity, bleu]"
+            yield "format", f"is {self.format}, and {by_question} need questions with options; {others}"
 
 
 def _plain_number_is_gib(value: object) -> object:
@@ -230,13 +217,7 @@ class RunSpec(Part):
     export: ExportOptions | None = None
     resources: ResourcesSpec = ResourcesSpec()
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        if clashes := list(self._clashes()):
-            raise ClashError(clashes)
-        return self
-
-    def _clashes(self) -> Iterator[tuple[str, str]]:
+    def clashes(self) -> Iterator[Clash]:
         untrained = "without data nothing is trained"
         if self.data is None and self.evaluation is None:
             yield "", "neither data nor evaluation is set; there is nothing to do"

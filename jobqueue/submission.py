@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from jobqueue.ensemble_spec import Members
 from jobqueue.errors import CapacityError
-from jobqueue.job import WorkerInfo
+from jobqueue.job import OF_NO_BATCH, WorkerInfo
 from jobqueue.job_spec import ControlSpec, EvaluateSpec, ExportSpec, JobSpec, ReportSpec
 from jobqueue.memory import GIB, kind_of
-from jobqueue.plan import BATCH, OF_NO_BATCH, Plan, PlannedJob
+from jobqueue.plan import BATCH, Plan, PlannedJob
 from jobqueue.store import NewJob, Store
 
 

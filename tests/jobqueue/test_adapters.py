@@ -76,7 +76,7 @@ def test_ewc_needs_an_adapter_and_its_rows(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="ewc: holds on to the weights of an earlier adapter: set from_adapter"):
         read_sweep(sweep_file(tmp_path, ewc=ewc))
     replay = {"source": "a/b", "replay": {"source": "c/d"}}
-    with pytest.raises(SpecError, match=r"data\.replay mixes rows into a training"):
+    with pytest.raises(SpecError, match=r"ewc\.data\.replay: mixes rows into a training"):
         read_sweep(sweep_file(tmp_path, from_adapter="b/1", ewc=ewc | {"data": replay}))
     unknown = read_sweep(sweep_file(tmp_path, from_adapter="owner/adapter", ewc=ewc))
     with pytest.raises(SpecError, match="which rows was owner/adapter trained on") as error:

@@ -436,7 +436,7 @@ def test_packing_without_rows_end_to_end_is_refused(problems: Problems) -> None:
         ('{source: d.csv, template: {user: "{{ q }}"}}', "data.template: needs user and assistant"),
         ('{source: d.csv, template: {text: "{{ q }}", system: x}}', "data.template: needs user and assistant"),
         ("{source: d.csv, template: {asks: x}}", "data.template.asks: unknown key 'asks'"),
-        ('{source: d.csv, format: text, template: {text: "{{ q }}"}}', "data: template says how a row is read"),
+        ('{source: d.csv, format: text, template: {text: "{{ q }}"}}', "data.template: says how a row is read"),
         ("{source: d.csv, validation_split: 1}", "data.validation_split: must be less than 1"),
         ("{source: d.csv, revison: main}", "data.revison: unknown key 'revison'; did you mean revision?"),
     ],
@@ -467,9 +467,9 @@ def test_stopping_early_needs_validations_to_compare(problems: Problems, read: R
 def test_a_judge_needs_a_metric_that_writes_answers(problems: Problems) -> None:
     judged = GOOD + "evaluation: {source: q.jsonl, metrics: [%s], judge: {model: grader}}\n"
     [(_, path, message)] = problems(judged % "likelihood")
-    assert path == "evaluation"
+    assert path == "evaluation.judge"
     assert message == (
-        "judge rates written answers, and no metric writes any: "
+        "rates written answers, and no metric writes any: "
         "add generated (questions with options) or bleu (any rows) to metrics"
     )
 
