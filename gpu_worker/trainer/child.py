@@ -6,6 +6,7 @@ A trainer that cannot give its memory back, or that failed in a way nobody fores
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -30,6 +31,8 @@ log = logging.getLogger("loraq.trainer")
 # Of the GPU's memory, what may stay in tensors after a job: compiled functions keep a weight or two alive.
 LEFT_OVER_SHARE = 0.01
 ENDS_TRAINER = (FailureReason.OUT_OF_MEMORY.value, FailureReason.INTERNAL.value)
+COMPILED = {"UNSLOTH_COMPILE_LOCATION": "unsloth", "TORCHINDUCTOR_CACHE_DIR": "torch", "TRITON_CACHE_DIR": "triton"}
+"""Where each package keeps what it compiles: for the next trainer, too, and not in the working directory or in /tmp."""
 Emit = Callable[[Event], None]
 
 
@@ -91,8 +94,9 @@ def _environment() -> None:
         os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"  # else it trains on the CPU without a word
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraq"
     cache = Path(os.environ.get("LORAQ_CACHE_DIR") or default).absolute()
-    compiled = cache / "unsloth" / importlib.metadata.version("unsloth")
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(compiled))  # else it lands in the working directory
+    for variable, package in COMPILED.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # Triton is not for every machine
+            os.environ.setdefault(variable, str(cache / package / importlib.metadata.version(package)))
     # Trainers that start together wait for each other there, one import after the other; 10 s are too short for many.
     os.environ.setdefault("UNSLOTH_LOCK_TIMEOUT", "600")
     # Threads that wait must not spin: on a CPU with other work to do a step took 20 times as long.
