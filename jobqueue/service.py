@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +15,7 @@ from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.cards import Deck
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, NotFoundError, ServerError, StorageError, UnansweredError
+from jobqueue.errors import BusyError, NotFoundError, StorageError
 from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
 from jobqueue.job import Batch, Job, JobKind, WorkerInfo
@@ -26,7 +25,7 @@ from jobqueue.ratings import Ratings
 from jobqueue.results import BatchReport
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
-from jobqueue.store import Store, Submitted
+from jobqueue.store import Store
 from jobqueue.sweep import Sweep, read_sweep
 from jobqueue.transfer import Sender
 
@@ -105,42 +104,18 @@ class Client:
             ServerError: the server drops jobs at its memory limit, and nothing was submitted; or it did not answer, or
                 did not confirm in time that what it accepted is on its disk.
         """
-        keeping = self.store.keeping()
-        if keeping.drops_jobs:
-            raise ServerError(
-                f"Redis at {self.store.where} drops jobs at its memory limit (maxmemory-policy {keeping.eviction}); "
-                "nothing was submitted",
-                "Set maxmemory-policy noeviction there, in its configuration and by CONFIG SET.",
-            )
+        submission.check_keeping(self.store)
         plan = submission.corrected(plan, self.store)
-        workers = self.workers()
         if not force:
-            submission.check_capacity(max(job.need_bytes for job in plan.jobs), workers)
+            submission.check_capacity(max(job.need_bytes for job in plan.jobs), self.workers())
         key = "" if again else self._key(plan)
         plan = adapters.in_storage(plan, self.store.job)
         self._upload(plan.files, progress or (lambda file, arrived, size: None))
-        name, number = plan.sweep.name, 1
-        # What the storage has of that name may be of another server, or of a time that this one has forgotten; of the
-        # same plan it may just as well be the batch itself.
-        while (not key or self.store.submitted(key) is None) and self.storage.exists(f"batches/{name}"):
-            number += 1
-            name = f"{plan.sweep.name}-{number}"
-        then = (
-            "`loraq ls` shows whether it was accepted." if again else "Then submit again: sent twice, it is one batch."
-        )
-        try:
-            while (made := self._submit_as(name, plan, key)) is None:
-                number += 1
-                name = f"{plan.sweep.name}-{number}"
+        with submission.sent_in_doubt(key):
+            made = submission.written(plan, key, self.settings.owner, self.store, self.storage)
             send_tokens(self._app, made.classes)
             batch = self.store.batch(made.batch)
-        except UnansweredError as error:
-            raise UnansweredError(error.what, f"{error.do} {then}") from error
-        if not made.on_disk:
-            raise ServerError(
-                f"{made.batch} is accepted, but Redis at {self.store.where} has not confirmed that it is on its disk",
-                "Look after the server's disk. " + (f"`loraq ls {made.batch}` shows the batch." if again else then),
-            )
+        submission.check_on_disk(made, key, self.store)
         return batch
 
     def _upload(self, files: Mapping[str, Path], progress: UploadProgress) -> None:
@@ -153,13 +128,6 @@ class Client:
 
     def _key(self, plan: Plan) -> str:
         return f"{self.settings.owner}:{plan.key}"
-
-    def _submit_as(self, name: str, plan: Plan, key: str) -> Submitted | None:
-        nonce = secrets.token_hex(8)
-        jobs = [submission.new_job(job, name, self.settings.owner, nonce) for job in plan.jobs]
-        base_model = plan.sweep.trials[0].run.base_model
-        ids = [job.id for job in jobs]
-        return self.store.submit(name, self.settings.owner, len(plan.sweep.trials), base_model, jobs, ids, key)
 
     def ask(self, trial: str, prompts: Sequence[str], **options: Any) -> Job:
         """A job that answers prompts as a trial's base model and adapter do; its `outcome` will have the answers.

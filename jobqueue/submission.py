@@ -2,16 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from jobqueue.ensemble_spec import Members
-from jobqueue.errors import CapacityError
+from jobqueue.errors import CapacityError, ServerError, UnansweredError
 from jobqueue.job import OF_NO_BATCH, WorkerInfo
 from jobqueue.job_spec import ControlSpec, EvaluateSpec, ExportSpec, JobSpec, ReportSpec
 from jobqueue.memory import GIB, kind_of
 from jobqueue.plan import BATCH, Plan, PlannedJob
-from jobqueue.store import NewJob, Store
+from jobqueue.storage import Storage
+from jobqueue.store import NewJob, Store, Submitted
+
+
+def check_keeping(store: Store) -> None:
+    """Raises ServerError where the server would drop jobs."""
+    keeping = store.keeping()
+    if keeping.drops_jobs:
+        raise ServerError(
+            f"Redis at {store.where} drops jobs at its memory limit (maxmemory-policy {keeping.eviction}); "
+            "nothing was submitted",
+            "Set maxmemory-policy noeviction there, in its configuration and by CONFIG SET.",
+        )
+
+
+@contextmanager
+def sent_in_doubt(key: str) -> Iterator[None]:
+    """What to do where the server has not answered: it may have accepted the batch all the same."""
+    try:
+        yield
+    except UnansweredError as error:
+        raise UnansweredError(error.what, f"{error.do} {_again(key)}") from error
+
+
+def written(plan: Plan, key: str, owner: str, store: Store, storage: Storage) -> Submitted:
+    """All jobs of the plan in the server, under the first name that is free, or the batch that has that key.
+
+    Args:
+        key: the same for what is one batch however often it is sent; "": it is a new one each time.
+    """
+    name, number = plan.sweep.name, 1
+    # What the storage has of that name may be of another server, or of a time that this one has forgotten; of the
+    # same plan it may just as well be the batch itself.
+    while (not key or store.submitted(key) is None) and storage.exists(f"batches/{name}"):
+        number += 1
+        name = f"{plan.sweep.name}-{number}"
+    while (made := _written_as(name, plan, key, owner, store)) is None:
+        number += 1
+        name = f"{plan.sweep.name}-{number}"
+    return made
+
+
+def check_on_disk(made: Submitted, key: str, store: Store) -> None:
+    """Raises ServerError where the server has not confirmed in time that the batch is on its disk."""
+    if not made.on_disk:
+        raise ServerError(
+            f"{made.batch} is accepted, but Redis at {store.where} has not confirmed that it is on its disk",
+            "Look after the server's disk. " + (_again(key) if key else f"`loraq ls {made.batch}` shows the batch."),
+        )
+
+
+def _again(key: str) -> str:
+    return "Then submit again: sent twice, it is one batch." if key else "`loraq ls` shows whether it was accepted."
+
+
+def _written_as(name: str, plan: Plan, key: str, owner: str, store: Store) -> Submitted | None:
+    nonce = secrets.token_hex(8)
+    jobs = [new_job(job, name, owner, nonce) for job in plan.jobs]
+    base_model = plan.sweep.trials[0].run.base_model
+    return store.submit(name, owner, len(plan.sweep.trials), base_model, jobs, [job.id for job in jobs], key)
 
 
 def corrected(plan: Plan, store: Store) -> Plan:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from jobqueue import ensembles
-from jobqueue.data_spec import ClashError
 from jobqueue.ensemble_spec import EnsembleSpec
 from jobqueue.errors import Problem, SpecError
+from jobqueue.mistakes import mistakes
 from jobqueue.spec import RunSpec, SweepFile, SweepSpec
 
 MAX_TRIALS = 10_000
@@ -189,7 +188,7 @@ def _validate(
         # By way of JSON: strictness then knows lists and tuples, and YAML's own classes are left behind.
         return model.model_validate_json(json.dumps(value, default=str))
     except ValidationError as error:
-        for loc, message in _mistakes(model, error):
+        for loc, message in mistakes(model, error):
             dotted = ".".join(map(str, loc))
             at = next((p for key, p in places.items() if dotted == key or dotted.startswith(key + ".")), None)
             if at is None:  # a rule over several keys: blame the varied key of that section
@@ -198,71 +197,6 @@ def _validate(
     except (TypeError, ValueError) as error:  # a key that is no text, a value that is no JSON
         document.report(f"cannot be read: {error}")
     return None
-
-
-def _mistakes(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Sequence[str | int], str]]:
-    """The place of each mistake, and one line about it."""
-    for details in _one_per_value(model, error.errors(include_url=False)):
-        loc, cause = details["loc"], details.get("ctx", {}).get("error")
-        if isinstance(cause, ClashError):
-            yield from (((*loc, *filter(None, key.split("."))), why) for key, why in cause.found)
-        else:
-            yield loc, _message(model, details, loc)
-
-
-def _one_per_value(model: type[BaseModel], errors: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """One error for a value that may be of several kinds, not one for each: "must be true or false or 'unsloth'"."""
-    merged: list[Mapping[str, Any]] = []
-    for details in errors:
-        if details["type"] == "too_short" and details["input"]:
-            continue  # pydantic counts only what is right; what is wrong has an error of its own
-        *value, kind = details["loc"] or ("",)
-        is_kind = isinstance(kind, str) and kind not in _fields(model, value)  # pydantic names the kind last
-        if is_kind and merged and merged[-1]["loc"][:-1] == tuple(value) and details["type"] != "extra_forbidden":
-            other = details["msg"].removeprefix("Input should be ")
-            merged[-1] = {**merged[-1], "msg": f"{merged[-1]['msg']} or {other}"}
-        else:
-            merged.append(details)
-    return merged
-
-
-def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[str | int]) -> str:
-    """One line for one of pydantic's errors."""
-    given = f", not {details['input']!r}" if not isinstance(details["input"], (dict, list)) else ""
-    match details["type"]:
-        case "extra_forbidden":
-            known = _fields(model, loc[:-1])
-            close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
-            return f"unknown key {loc[-1]!r}; {hint}"
-        case "missing":
-            return "is missing"
-        case "value_error":
-            return str(details["ctx"]["error"])
-        case "byte_size":
-            return f"must be a size such as 12GiB{given}"
-        case "none_required":
-            return f"must be left empty{given}"
-        case "string_pattern_mismatch" if loc and loc[-1] == "name":
-            return f"must be letters, digits, '.', '_' and '-' only{given}"
-    message = str(details["msg"]).replace("Input should be", "must be") + given
-    message = message.replace("a valid ", "a ").replace("a array", "a list").replace("a integer", "an integer")
-    one = details["type"].startswith(("int", "float", "string", "bool", "literal"))
-    if one and isinstance(details["input"], list):
-        message += "; several values to try belong under sweep.grid"
-    return message.replace("an object", "a section").replace("a boolean", "true or false")
-
-
-def _fields(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
-    """The keys that are known at `loc` below `model`."""
-    for part in loc:
-        info = model.model_fields.get(str(part))
-        kinds = [] if info is None else [info.annotation, *get_args(info.annotation)]
-        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-        if not inner:
-            return list(model.model_fields)
-        model = inner[0]
-    return list(model.model_fields)
 
 
 def _trials(document: _Document) -> list[Trial]:
