@@ -78,7 +78,8 @@ def _memory(worker: psutil.Process) -> int:
 def run(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
     """The sweep on so many GPUs (0: on the CPU)."""
     which = [word for index in range(gpus) for word in ("--gpu", str(index))] or ["--cpu"]
-    with Session(options.out / f"gpus-{gpus}", [*which, "--spares", str(options.spares)]) as session:
+    slots = [] if options.slots is None else ["--slots", str(options.slots)]
+    with Session(options.out / f"gpus-{gpus}", [*which, *slots, "--spares", str(options.spares)]) as session:
         session.rows(str(options.rows), "rows.jsonl")
         wait_for_spares(session, options.spares * max(gpus, 1))
         sampler = Sampler(session.worker.pid, gpus)
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
         session.submit("gpus", SWEEP.format(name="gpus", seeds=list(range(options.jobs)), **values))
         session.wait("gpus")
         sampler.stop()
-        jobs = [job for job in session.jobs("gpus") if job["kind"] == "train"]
+        jobs = session.trains("gpus")
         workers = {worker.id: worker.slots for worker in session.client.workers() if worker.device != "control"}
     return {
         "makespan_s": round(max(job["ended_at"] for job in jobs) - began, 2),
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--gpus", default="1,2,4,8", help="how many, comma-separated; 0: the CPU")
     parser.add_argument("--jobs", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--slots", type=int, help="of each GPU; as many as the worker takes where it is left out")
     parser.add_argument("--spares", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048)
     options = parser.parse_args()

@@ -2,10 +2,10 @@
 
     python benchmarks/likelihood.py MODEL_DIR TEST.jsonl OUT_DIR [--limit N] [--repeats 3]
 
-Writes OUT_DIR/likelihood.json. Seconds are those that a way takes for scoring tokenised questions, the best of the
-repeats: loading and tokenising are left out, loraq's first check against the plain way is not. The whole time from
-the file to the picks is given beside it. All ways have batches of 64 rows, in bf16 (on a CPU, which is for trying
-this out, loraq computes in 32 bits, and so do the others).
+Writes OUT_DIR/likelihood.json after each repeat. Seconds are those that a way takes for scoring tokenised questions,
+the best of the repeats: loading and tokenising are left out, loraq's first check against the plain way is not. The
+whole time from the file to the picks is given beside it. All ways have batches of 64 rows, in bf16 (on a CPU, which is
+for trying this out, loraq computes in 32 bits, and so do the others).
 
 Needs beyond loraq[worker]: lm-eval 0.4.13 (without its dependencies) and sacrebleu.
 """
@@ -19,7 +19,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Picks = list[str]
+Way = Callable[[Path, Path], tuple[Picks, float]]  # model folder, questions -> picks, seconds
 TASK = "questions"
 
 
@@ -88,6 +90,7 @@ def by_loraq(model_dir: Path, data: Path, ties: set[int]) -> tuple[Picks, float]
         lines = [json.loads(line) for line in (Path(folder) / "questions.jsonl").read_text().splitlines()]
     if outcome["likelihood"]["plain_because"]:
         print(f"loraq scored plainly: {outcome['likelihood']['plain_because']}")
+    ties.clear()
     ties |= {line["index"] for line in lines if "likelihood" in line["ties"]}
     return [line["picks"]["likelihood"] for line in lines], outcome["time"]["likelihood_s"]
 
@@ -127,77 +130,90 @@ def by_lm_eval(model_dir: Path, data: Path) -> tuple[Picks, float]:
     return picks, timed.seconds
 
 
-def measure(
-    ways: dict[str, Callable[[Path, Path], tuple[Picks, float]]], model_dir: Path, data: Path, repeats: int
-) -> dict[str, dict[str, Any]]:
-    """Each way in turn, `repeats` times, after one round on a few questions that nobody counts."""
+def measure(ways: dict[str, Way], model_dir: Path, data: Path, repeats: int) -> Iterator[dict[str, dict[str, Any]]]:
+    """Each way in turn, `repeats` times, after one round on a few questions that nobody counts; what is known after
+    each round. A way that fails is left out from then on."""
     with tempfile.TemporaryDirectory() as folder:
         few = Path(folder) / "few.jsonl"
         few.write_text("".join(json.dumps(row) + "\n" for row in plain_scores.read(data)[:16]))
-        for way in ways.values():
-            way(model_dir, few)
-    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "whole_seconds": []} for name in ways}
+        working = {name: way for name, way in ways.items() if attempt(name, way, model_dir, few)}
+    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "whole_seconds": []} for name in working}
     for _ in range(repeats):
-        for name, way in ways.items():
+        for name, way in list(working.items()):
             free()
             started = time.perf_counter()
-            picks, seconds = way(model_dir, data)
-            found[name]["picks"] = picks
+            if (scored := attempt(name, way, model_dir, data)) is None:
+                del working[name]
+                continue
+            found[name]["picks"], seconds = scored
             found[name]["seconds"].append(round(seconds, 3))
             found[name]["whole_seconds"].append(round(time.perf_counter() - started, 3))
             print(f"{name}: {seconds:.2f} s", flush=True)
-    return found
+        yield {name: way for name, way in found.items() if way["seconds"]}
+
+
+def attempt(name: str, way: Way, model_dir: Path, data: Path) -> tuple[Picks, float] | None:
+    """None where it fails, which is printed: the others may work."""
+    try:
+        return way(model_dir, data)
+    except Exception:
+        traceback.print_exc()
+        print(f"{name} failed, see above", flush=True)
+        return None
 
 
 def main(model_dir: Path, source: Path, out: Path, limit: int | None, repeats: int) -> None:
     rows = plain_scores.read(source)[:limit]
     ties: set[int] = set()
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "test.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        ways: dict[str, Callable[[Path, Path], tuple[Picks, float]]] = {
+        ways: dict[str, Way] = {
             "plain": plainly,
             "lm_eval": by_lm_eval,
             "loraq": lambda model, file: by_loraq(model, file, ties),
         }
-        found = measure(ways, model_dir, data, repeats)
+        for found in measure(ways, model_dir, data, repeats):
+            result = result_of(found, rows, ties) | {"model": model_dir.name}
+            (out / "likelihood.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["figures"], indent=1))
+
+
+def result_of(found: dict[str, dict[str, Any]], rows: list[dict[str, Any]], ties: set[int]) -> dict[str, Any]:
+    """The figures, and everything that they were made of."""
     picks = {name: way["picks"] for name, way in found.items()}
-    assert len({len(list_) for list_ in picks.values()}) == 1, "loraq left questions out"
     best = {name: min(way["seconds"]) for name, way in found.items()}
+    assert all(len(way) == len(rows) for way in picks.values()), "questions were left out"
 
     def differing(one: str, other: str) -> list[int]:
         return [number for number in range(len(rows)) if picks[one][number] != picks[other][number]]
 
-    turned = differing("loraq", "plain")
-    figures = {
-        "questions": len(rows),
-        "speedup_vs_plain": round(best["plain"] / best["loraq"], 2),
-        "speedup_vs_lm_eval": round(best["lm_eval"] / best["loraq"], 2),
-        "picks_differing": len(turned),
-        "picks_differing_not_ties": len(set(turned) - ties),
-        "picks_differing_from_lm_eval": len(differing("loraq", "lm_eval")),
-        "picks_differing_of_plain_and_lm_eval": len(differing("plain", "lm_eval")),
-        "ties": len(ties),
-    }
-    on_gpu = torch.cuda.is_available()
-    result = {
-        "figures": figures,
+    figures: dict[str, Any] = {"questions": len(rows)}
+    if {"loraq", "plain"} <= found.keys():
+        turned = differing("loraq", "plain")
+        figures["speedup_vs_plain"] = round(best["plain"] / best["loraq"], 2)
+        figures["picks_differing"] = len(turned)
+        figures["picks_differing_not_ties"] = len(set(turned) - ties)
+    if {"loraq", "lm_eval"} <= found.keys():
+        figures["speedup_vs_lm_eval"] = round(best["lm_eval"] / best["loraq"], 2)
+        figures["picks_differing_from_lm_eval"] = len(differing("loraq", "lm_eval"))
+    if {"plain", "lm_eval"} <= found.keys():
+        figures["picks_differing_of_plain_and_lm_eval"] = len(differing("plain", "lm_eval"))
+    return {
+        "figures": figures | {"ties": len(ties)},
         "machine": {
-            "gpu": torch.cuda.get_device_name(0) if on_gpu else None,
+            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
             "cores": os.cpu_count(),
             "system": platform.platform(),
         },
-        "model": model_dir.name,
         "versions": usage.versions() | {"lm_eval": version("lm_eval")},
         "ways": found,
         "right": {
-            name: sum(letter == row["answer_idx"] for letter, row in zip(found_picks, rows, strict=True))
-            for name, found_picks in picks.items()
+            name: sum(letter == row["answer_idx"] for letter, row in zip(way, rows, strict=True))
+            for name, way in picks.items()
         },
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "likelihood.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

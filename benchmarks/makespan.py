@@ -2,22 +2,28 @@
 
     python benchmarks/makespan.py limit OUT_DIR                                     # the GPU's bf16 matrix rate
     python benchmarks/makespan.py yardstick MODEL_DIR ROWS OUT_DIR --name 1b --steps 200 [--jobs 2]
+    python benchmarks/makespan.py stock MODEL_DIR ROWS OUT_DIR                      # one job by TRL, PEFT, bitsandbytes
     python benchmarks/makespan.py product MODEL_DIR ROWS OUT_DIR --name 16x1b --jobs 16 --steps 200 [--warm]
+    python benchmarks/makespan.py curve MODEL_DIR ROWS OUT_DIR                      # 16, 8, 4, 2, 1 jobs at once
     python benchmarks/makespan.py figures OUT_DIR
 
-Each subcommand writes its own part into OUT_DIR, so that what breaks off can be gone on with; `figures` makes
-makespan.json of the parts. `--warm`: the clock starts when the spare trainers stand ready, else with the worker.
+Each subcommand writes its own part into OUT_DIR, so that what breaks off can be gone on with; a part that is there is
+not done again. `figures` makes makespan.json of the parts, and of what packing.py has left in the same folder. A batch
+is done when the last adapter is stored. `--warm`: the clock starts when the spare trainers stand ready, else before
+server and worker are started. On a host of several GPUs, --gpu says which.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +39,9 @@ sweep:
   grid: {{training.seed: {seeds}}}
 """
 READY_S = 120.0
+IMPORT_S = 5.0  # of processor time, at least: a trainer that has had less may wait for another's import
 YARDSTICKS = {"16x1b": "1b", "8x8b": "8b", "1x1b": "1b"}
+AT_ONCE = (16, 8, 4, 2, 1)  # in this order: a trainer that is not needed any more may end
 MATRIX = 8192
 PARAMETERS = {"1b": 1.236e9, "8b": 8.03e9}
 
@@ -59,115 +67,198 @@ def yardstick(options: argparse.Namespace) -> dict[str, Any]:
     """Jobs one after the other, as the notebook does them."""
     found = []
     for number in range(options.jobs):
-        out = options.out / f"yardstick-{options.name}-{number}.json"
-        script = Path(__file__).with_name("article_job.py")
-        command = [sys.executable, script, options.model, options.rows.absolute(), out.absolute()]
-        began = time.perf_counter()
-        subprocess.run([*command, "--steps", str(options.steps), "--seed", str(number)], check=True)
-        found.append({"makespan_s": time.perf_counter() - began} | json.loads(out.read_text()))
+        job, out = [options.out / f"yardstick-{options.name}-{number}{end}" for end in (".json", ".seconds")]
+        if not out.exists():
+            script = Path(__file__).with_name("article_job.py")
+            command = [sys.executable, script, options.model, options.rows.absolute(), job.absolute()]
+            began = time.perf_counter()
+            seed = ["--steps", str(options.steps), "--seed", str(number)]
+            subprocess.run([*command, *seed], check=True, env=pinned(options))
+            out.write_text(str(time.perf_counter() - began))
+        found.append({"makespan_s": float(out.read_text())} | json.loads(job.read_text()))
     return {"jobs": found, "steps": options.steps}
+
+
+def stock(options: argparse.Namespace) -> dict[str, Any]:
+    """The losses of one job with the stock libraries, in micro-batches of 8 rows; its speed and memory."""
+    out = options.out / "stock-job"
+    out.mkdir(exist_ok=True)
+    script = Path(__file__).with_name("stock_job.py")
+    command = [sys.executable, script, options.model, options.rows.absolute(), out / "start", out / "stock.json"]
+    subprocess.run([*command, "--steps", str(options.steps)], check=True, env=pinned(options))
+    found: dict[str, Any] = json.loads((out / "stock.json").read_text())
+    return found | {"steps": options.steps}
+
+
+def pinned(options: argparse.Namespace) -> dict[str, str]:
+    """The environment of a process that is to see the one GPU."""
+    return dict(os.environ) if options.cpu else {**os.environ, "CUDA_VISIBLE_DEVICES": options.gpu}
 
 
 def product(options: argparse.Namespace) -> dict[str, Any]:
     """The same jobs as a batch, on one GPU."""
-    worker = ["--cpu"] if options.cpu else ["--gpu", options.gpu]
-    worker += ["--slots", str(options.slots or options.jobs), "--spares", str(options.spares)]
-    began = time.perf_counter()
-    with Session(options.out / f"product-{options.name}", worker) as session:
-        session.rows(str(options.rows), "rows.jsonl")
+    began = time.time()
+    with started(options, options.slots or options.jobs, options.spares, options.name) as session:
         if options.warm:
             wait_for_spares(session, options.spares)
-            began = time.perf_counter()
-        values = {"model": options.model.absolute(), "steps": options.steps, "length": options.length}
-        session.submit(options.name, SWEEP.format(name=options.name, seeds=list(range(options.jobs)), **values))
-        session.wait(options.name)
-        makespan_s = time.perf_counter() - began
-        jobs = session.jobs(options.name)
-        events = {job["id"]: session.client.events(job["id"]) for job in jobs if job["kind"] == "train"}
+            began = time.time()
+        jobs = work_off(session, options, options.name, options.jobs, options.steps)
+        events = {job["id"]: session.client.events(job["id"]) for job in jobs}
+        share = [worker.share for worker in session.client.workers() if worker.device != "control"]
     firsts = []
     for job in jobs:
-        if job["kind"] == "train":
-            steps = [event.at for event in events[job["id"]] if event.data.get("step")]
-            firsts.append(round(steps[0] - job["claimed_at"], 2) if steps else None)
+        steps = [event.at for event in events[job["id"]] if event.data.get("step")]
+        firsts.append(round(steps[0] - job["claimed_at"], 2) if steps else None)
     return {
-        "makespan_s": round(makespan_s, 2), "warm": options.warm, "steps": options.steps, "first_step_s": firsts,
+        "makespan_s": round(max(job["ended_at"] for job in jobs) - began, 2), "warm": options.warm,
+        "steps": options.steps, "first_step_s": firsts, "share": share,
         "cores": os.cpu_count(), "python": platform.python_version(), "jobs": jobs,
     }  # fmt: skip
+
+
+def curve(options: argparse.Namespace) -> dict[str, Any]:
+    """Batches of fewer and fewer jobs at once, on trainers that have trained before."""
+    most = max(AT_ONCE)
+    with started(options, most, 0, "curve") as session:
+        work_off(session, options, "warm-up", most, 3)
+        found = {n: work_off(session, options, f"at-once-{n}", n, options.steps) for n in AT_ONCE}
+    jobs = [job for batch in found.values() for job in batch]
+    return {
+        "steps": options.steps,
+        "at_once": {n: round(job_step_ms(batch, options.steps), 1) for n, batch in found.items() if whole(batch)},
+        "jobs": jobs,
+    }
+
+
+def started(options: argparse.Namespace, slots: int, spares: int, name: str) -> Session:
+    device = ["--cpu"] if options.cpu else ["--gpu", options.gpu, "--share", options.share]
+    return Session(options.out / f"product-{name}", [*device, "--slots", str(slots), "--spares", str(spares)])
+
+
+def work_off(session: Session, options: argparse.Namespace, name: str, jobs: int, steps: int) -> list[dict[str, Any]]:
+    """A batch of so many jobs that differ in their seeds; its trainings."""
+    session.rows(str(options.rows), "rows.jsonl")
+    values = {"model": options.model.absolute(), "steps": steps, "length": options.length}
+    session.submit(name, SWEEP.format(name=name, seeds=list(range(jobs)), **values))
+    session.wait(name)
+    return session.trains(name)
 
 
 def wait_for_spares(session: Session, spares: int) -> None:
     """Until so many trainers have imported everything: they use no processor time any more."""
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline:
-        children = psutil.Process(session.worker.pid).children(recursive=True)
-        trainers = [
-            p
-            for p in children
-            if p.cmdline()[-1:] == ["gpu_worker.trainer.child"] and "guardian.py" not in str(p.cmdline())
-        ]
-        before = [p.cpu_times().user for p in trainers]
+        before = trainers_time(session)
         time.sleep(2)
-        if (
-            len(trainers) >= spares
-            and [p.cpu_times().user - b < 0.05 for p, b in zip(trainers, before, strict=True)].count(True) >= spares
-        ):
+        after = trainers_time(session)
+        if sum(after[pid] - at < 0.05 for pid, at in before.items() if pid in after and at > IMPORT_S) >= spares:
             return
     raise SystemExit("the spares never stood ready")
 
 
+def trainers_time(session: Session) -> dict[int, float]:
+    """Process id of each trainer -> seconds of processor time that it has used."""
+    found = {}
+    for process in psutil.Process(session.worker.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            if command[-1:] == ["gpu_worker.trainer.child"] and "guardian.py" not in str(command):
+                found[process.pid] = process.cpu_times().user
+    return found
+
+
+def whole(jobs: list[dict[str, Any]]) -> bool:
+    """Whether none has failed; those of the yardstick have no state."""
+    return all(job.get("state", "succeeded") == "succeeded" for job in jobs)
+
+
+def job_step_ms(jobs: list[dict[str, Any]], steps: int) -> float:
+    """Milliseconds of the GPU for each step of each job, where all of them ran side by side."""
+    return 1000 * sum(job["outcome"]["time"]["train_s"] for job in jobs) / len(jobs) ** 2 / steps
+
+
+def furthest(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference of two trainings' losses of one step."""
+    pairs = zip(one["outcome"]["losses"], other["outcome"]["losses"], strict=True)
+    return float(max(abs(ours[1] - theirs[1]) for ours, theirs in pairs))
+
+
 def figures(out: Path) -> dict[str, Any]:
-    """Everything that the parts tell so far."""
-    parts = {
-        file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json")) if file.name != "makespan.json"
-    }
+    """Everything that the parts tell so far; nothing of a batch in which a job has failed."""
+    files = [file for file in sorted(out.glob("*.json")) if file.stem != "makespan"]
+    parts = {file.stem: json.loads(file.read_text()) for file in files if not file.stem.startswith("yardstick-")}
+    batches = {name: part for name, part in parts.items() if name in YARDSTICKS and whole(part["jobs"])}
     found: dict[str, Any] = {}
-    for name, alone in YARDSTICKS.items():
-        batch, single = parts.get(name), parts.get(alone)
-        if batch and single:
-            trains = [job for job in batch["jobs"] if job["kind"] == "train"]
+    for name, batch in batches.items():
+        if (single := parts.get(YARDSTICKS[name])) and single["steps"] == batch["steps"]:
             one = sum(job["makespan_s"] for job in single["jobs"]) / len(single["jobs"])
-            found[f"speedup_{name}"] = round(
-                one * len(trains) * batch["steps"] / single["steps"] / batch["makespan_s"], 2
-            )
-    if (batch := parts.get("16x1b")) and (rate := parts.get("limit")):
-        trains = [job["outcome"] for job in batch["jobs"] if job["kind"] == "train" and job["outcome"]]
+            found[f"speedup_{name}"] = round(one * len(batch["jobs"]) / batch["makespan_s"], 2)
+        found[f"makespan_s_{name}"] = batch["makespan_s"]
+    if (batch := batches.get("16x1b")) and (rate := parts.get("limit")):
+        trains = [job["outcome"] for job in batch["jobs"]]
         tokens = sum(t["training"]["tokens"] for t in trains)
         slowest = max(t["time"]["train_s"] for t in trains)
         found["limit_ratio_16x1b"] = round(slowest / (6 * PARAMETERS["1b"] * tokens / (rate["tflops"] * 1e12)), 3)
-    if batch := parts.get("1x1b"):
+        found["job_step_ms_16x1b"] = round(job_step_ms(batch["jobs"], batch["steps"]), 1)
+    if batch := batches.get("1x1b"):
         found["first_step_with_spare_s"] = batch["first_step_s"][0]
+        (alone,) = batch["jobs"]
+        found["tokens_per_s_1x1b"] = alone["outcome"]["training"]["tokens_per_s"]
+        found["peak_gib_1x1b"] = round(alone["outcome"]["memory"]["peak_reserved_bytes"] / 2**30, 2)
+        if (many := batches.get("16x1b")) and many["steps"] == batch["steps"]:
+            found["max_loss_difference_side_by_side"] = furthest(alone, many["jobs"][0])
+    if stock := parts.get("stock"):
+        found["tokens_per_s_stock"] = round(stock["tokens"] / stock["train_s"], 1)
+        found["peak_gib_stock"] = round((stock["peak_reserved_bytes"] or 0) / 2**30, 2)
+    if batch := batches.get("16x1b"):
+        found["first_step_cold_s"] = max(filter(None, batch["first_step_s"]))
+    if at_once := parts.get("curve", {}).get("at_once"):
+        found |= {f"job_step_ms_{n}_at_once": ms for n, ms in at_once.items()}
+    if packed := parts.get("packing", {}).get("figures", {}).get("max_loss_difference_packed"):
+        found["max_loss_difference_packed"] = packed
     (out / "makespan.json").write_text(json.dumps({"figures": found, **parts}, indent=1))
     return found
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "limit": limit, "yardstick": yardstick, "stock": stock, "product": product, "curve": curve,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("limit", "yardstick", "product", "figures"):
+    for name in (*PARTS, "figures"):
         command = commands.add_parser(name)
-        if name in ("yardstick", "product"):
+        if name in ("yardstick", "stock", "product", "curve"):
             command.add_argument("model", type=Path)
             command.add_argument("rows", type=Path)
-            command.add_argument("--name", required=True)
-            command.add_argument("--steps", type=int, default=200)
-            command.add_argument("--jobs", type=int, default=2)
-        if name == "product":
-            command.add_argument("--warm", action="store_true")
+            command.add_argument("--steps", type=int, default={"stock": 60, "curve": 40}.get(name, 200))
             command.add_argument("--cpu", action="store_true")
             command.add_argument("--gpu", default="0")
+        if name in ("yardstick", "product"):
+            command.add_argument("--name", required=True)
+            command.add_argument("--jobs", type=int, default=2)
+        if name in ("product", "curve"):
+            command.add_argument("--share", default="auto")
+            command.add_argument("--length", type=int, default=2048)
+        if name == "product":
+            command.add_argument("--warm", action="store_true")
             command.add_argument("--slots", type=int)
             command.add_argument("--spares", type=int, default=1)
-            command.add_argument("--length", type=int, default=2048)
         command.add_argument("out", type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command == "figures":
         print(json.dumps(figures(options.out), indent=1))
         return
-    part = {"limit": limit, "yardstick": yardstick, "product": product}[options.command](options)
-    file = options.out / f"{getattr(options, 'name', 'limit')}.json"
+    file = options.out / f"{getattr(options, 'name', options.command)}.json"
+    if file.exists() and whole(json.loads(file.read_text()).get("jobs", [])):
+        print(f"{file} is there already")
+        return
+    part = PARTS[options.command](options)
     file.write_text(json.dumps(part, indent=1))
-    print({key: value for key, value in part.items() if key != "jobs"})
+    print({key: value for key, value in part.items() if key not in ("jobs", "losses")})
 
 
 if __name__ == "__main__":

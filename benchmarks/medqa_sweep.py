@@ -1,9 +1,12 @@
 """A sweep of four fine-tunes on MedQA, submitted to a real server and worked off by a real worker.
 
     python benchmarks/medqa_sweep.py MODEL_DIR TRAIN.jsonl.gz,VALIDATION.jsonl.gz TEST.jsonl.gz OUT_DIR [--steps 120]
+        [--slots 1] [--ask "A question"]
 
-Writes OUT_DIR/medqa_sweep.json (figures, machine, versions, every job) and OUT_DIR/medqa_sweep.txt (the table as
-`loraq results` prints it). Beside it, on the same machine, the picks of `plain_scores.py`.
+Writes OUT_DIR/medqa_sweep.json (figures, machine, versions, every job), OUT_DIR/medqa_sweep.txt (the table as
+`loraq results` prints it), OUT_DIR/report.json (for `ops/make_example.py`), and OUT_DIR/asked.txt (what base model and
+best trial answer to the question). Beside it, on the same machine, the picks of `plain_scores.py`. On a host of several
+GPUs, --gpu says which. With several slots trainings take longer each, and less together.
 """
 
 from __future__ import annotations
@@ -49,14 +52,19 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100_000)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gpu", default="0")
+    parser.add_argument("--slots", default="1")
+    parser.add_argument("--ask", metavar="QUESTION")
     options = parser.parse_args()
-    with Session(options.out, ["--cpu"] if options.cpu else ["--gpu", options.gpu, "--slots", "1"]) as session:
+    device = ["--cpu"] if options.cpu else ["--gpu", options.gpu, "--slots", options.slots]
+    with Session(options.out, device) as session:
         session.rows(options.train, "train.jsonl")
         test = session.rows(options.test, "test.jsonl")
         plain = session.folder / "plain.json"
         script = Path(__file__).with_name("plain_scores.py")
         # While the first trainer imports Unsloth: nothing is timed here.
-        yardstick = subprocess.Popen([sys.executable, script, options.model, test, plain])
+        seen = {} if options.cpu else {"CUDA_VISIBLE_DEVICES": options.gpu}
+        words = [sys.executable, script, options.model, test, plain]
+        yardstick = subprocess.Popen(words, env={**os.environ, **seen})
         started = time.time()
         values = {"model": options.model.absolute(), "steps": options.steps, "limit": options.limit}
         session.submit("medqa", SWEEP.format(**values))
@@ -70,12 +78,18 @@ def main() -> None:
         (options.out / "medqa_sweep.txt").write_text(table)
         jobs = session.jobs("medqa") + session.jobs("medqa-base")
         report = json.loads(session.loraq("results", "medqa", "--json"))
+        (options.out / "report.json").write_text(json.dumps(report, indent=1))
         bases = json.loads(session.loraq("results", "medqa-base", "--json"))
         if yardstick.wait() != 0:
             sys.exit("plain_scores.py failed, see above")
         result = collect(jobs, report, bases, json.loads(plain.read_text()), session.storage, minutes)
-    (options.out / "medqa_sweep.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps(result["figures"], indent=1))
+        (options.out / "medqa_sweep.json").write_text(json.dumps(result, indent=1))
+        print(json.dumps(result["figures"], indent=1), flush=True)
+        if options.ask:
+            best = report["trials"][0]["job"]  # medqa.2
+            asked = session.loraq("ask", best.replace(".", "/"), options.ask, COLUMNS="120")
+            (options.out / "asked.txt").write_text(asked)
+            print(asked)
 
 
 def collect(

@@ -3,7 +3,8 @@
     python benchmarks/packing.py MODEL_DIR ROWS OUT_DIR [--rows 64] [--steps 20] [--length 2048]
 
 Each way in a trainer of its own, with the same seed. Every optimizer step has all of the `--rows` rows, so that steps
-see the same in all ways, packing too, and their losses can be compared one by one. Writes OUT_DIR/packing.json.
+see the same in all ways, packing too, and their losses can be compared one by one. Writes OUT_DIR/packing.json after
+each way; those that are in it are not done again. The trainers import Unsloth together and train one after the other.
 Without a GPU it runs as well, to try it out.
 """
 
@@ -59,6 +60,8 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     from gpu_worker.protocol import Checkpoint, Progress, Request
     from gpu_worker.trainer.train import train
 
+    if not sys.stdin.readline():  # its turn; else whoever gives it has ended
+        sys.exit(1)
     speeds: list[float] = []
 
     def report(event: Progress | Checkpoint) -> None:
@@ -79,12 +82,12 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
 def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Speeds, each beside the padded one; the largest difference of a step's loss from the padded step's."""
     found: dict[str, Any] = {}
-    padded = next(run for run in runs if run["way"] == YARDSTICK)
+    padded = next((run for run in runs if run["way"] == YARDSTICK), None)
     for run in runs:
         found[f"tokens_per_s_{run['way']}"] = run["tokens_per_s"]
         found[f"peak_gib_{run['way']}"] = round(run["memory"]["peak_reserved_bytes"] / 2**30, 2)
     for run in runs:
-        if run is not padded:
+        if padded and run is not padded:
             differences = [abs(a - b) for a, b in zip(run["losses"], padded["losses"], strict=True)]
             name = "packed" if run["way"] == "packing" else run["way"]
             found[f"max_loss_difference_{name}"] = float(f"{max(differences):.2g}")
@@ -101,28 +104,43 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--ways", nargs="+", choices=ways(1), default=list(ways(1)))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    runs: list[dict[str, Any]] = []
-    for way in ways(options.rows):
-        with (options.out / "trainers.log").open("a") as log:
-            words = [sys.executable, *sys.argv, "--one", way]
-            done = subprocess.run(words, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    file = options.out / "packing.json"
+    runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
+    started = {way: start(way, options.out) for way in options.ways if way not in [run["way"] for run in runs]}
+    for way, process in started.items():
+        said, _ = process.communicate("go\n")
+        if process.returncode != 0:
+            print(f"{way} failed, see {options.out / 'trainers.log'}", flush=True)
+            continue
+        runs.append(json.loads(said.splitlines()[-1]))
+        write(runs, options, file)
         print(way, runs[-1]["tokens_per_s"], "tokens/s,", runs[-1]["training"], flush=True)
+    print(json.dumps(figures(runs), indent=1))
+
+
+def start(way: str, out: Path) -> subprocess.Popen[str]:
+    """A process that does it once it is told to."""
+    with (out / "trainers.log").open("a") as log:
+        words = [sys.executable, *sys.argv, "--one", way]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def write(runs: list[dict[str, Any]], options: argparse.Namespace, file: Path) -> None:
     written = {
         "figures": figures(runs),
         "machine": {"gpu": runs[0]["memory"]["gpu"], "python": platform.python_version(), "cores": os.cpu_count()},
         "versions": runs[0]["versions"],
         "options": {"model": options.model.name, "rows": options.rows, "length": options.length},
-        "runs": [{key: value for key, value in run.items() if key != "versions"} for run in runs],
+        "runs": runs,
     }
-    (options.out / "packing.json").write_text(json.dumps(written, indent=1))
-    print(json.dumps(written["figures"], indent=1))
+    file.write_text(json.dumps(written, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,30 @@
 """Fine-tunes and evaluations that are killed, beside the same left alone; and whether the GPU's memory comes back.
 
-    python benchmarks/resume.py MODEL_DIR TRAIN.jsonl.gz TEST.jsonl.gz OUT_DIR [--steps 100]
+    python benchmarks/resume.py MODEL_DIR TRAIN.jsonl.gz TEST.jsonl.gz OUT_DIR [--steps 100] [--gpu 0]
 
-Training: the job `broken` loses its trainer, later its worker, to kill -9. `whole` and `again` are the same job twice,
-undisturbed: what differs between these two is how far the machine repeats itself. Evaluation: the one of `whole` loses
-its trainer and its worker in the same way. Uses all GPUs of the machine. Writes OUT_DIR/resume.json.
+`training`: the job `broken` loses its trainer, later its worker, to kill -9. `whole` and `again` are the same job
+twice, undisturbed: what differs between these two is how far the machine repeats itself. `evaluation`: the base model's
+loses its trainer and its worker in the same way. Nothing else may use the GPU meanwhile, or its memory would count.
+
+Each part has a file in OUT_DIR; what is there is not done again. OUT_DIR/resume.json has the figures of both.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import platform
 import signal
+import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pynvml
 import torch
 from safetensors.torch import load_file
 from session import Session, arguments
@@ -39,21 +42,41 @@ training:
   save_steps: {save_steps}
   logging_steps: 1
 """
-EVALUATION = "evaluation: {source: test.jsonl, limit: 400, compare_with_base: false}"
+RUNS = ("broken", "whole", "again")
+EVALUATION = """\
+name: asked
+base_model: {model}
+evaluation: {{source: test.jsonl, limit: {questions}, per_device_eval_batch_size: 64, max_new_tokens: 40}}
+"""
 PATIENCE_S = 300.0
 BACK_S = 30.0  # for the memory to come back
+NEAR = 16 * 2**20  # bytes by which a card's own level changes once it has been used
 
 
 class Cards:
-    """Memory in use on each GPU, by NVML; the level is that of the start."""
+    """Memory in use on each GPU, by NVML; the level is that of the start. With `cpu` there is none to look at."""
 
-    def __init__(self) -> None:
-        pynvml.nvmlInit()
-        self._handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        self.before = [self.used(index) for index in range(len(self._handles))]
+    def __init__(self, *, cpu: bool) -> None:
+        self._handles: list[Any] = []
+        if not cpu:
+            import pynvml
 
-    def used(self, index: int) -> int:
+            pynvml.nvmlInit()
+            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        self._before = [self._used(index) for index in range(len(self._handles))]
+
+    def _used(self, index: int) -> int:
+        import pynvml
+
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._handles[index]).used)
+
+    def held(self, worker: str) -> int:
+        """Bytes above the level, of the GPU that the worker (host/gpu0) serves."""
+        label = worker.rpartition("/")[2]
+        if not self._handles:
+            return 0
+        index = int(label.removeprefix("gpu"))
+        return max(0, self._used(index) - self._before[index])
 
 
 def trainers(worker: psutil.Process) -> Iterator[psutil.Process]:
@@ -64,13 +87,16 @@ def trainers(worker: psutil.Process) -> Iterator[psutil.Process]:
                 yield process
 
 
-def worker_of(session: Session, index: int) -> psutil.Process:
-    """The Celery process of that GPU."""
+def process_of(session: Session, worker: str) -> psutil.Process:
+    """The Celery process of that worker (host/gpu0, host/cpu)."""
+    label = worker.rpartition("/")[2]
     for process in psutil.Process(session.worker.pid).children():
-        command = process.cmdline()
-        if "gpu" in command and command[command.index("--index") + 1] == str(index):
-            return process
-    raise SystemExit(f"there is no worker for GPU {index}")
+        with contextlib.suppress(psutil.NoSuchProcess, ValueError):  # one that has just ended has no command
+            command = process.cmdline()
+            kind, index = (command[command.index(option) + 1] for option in ("--kind", "--index"))
+            if label in (kind, kind + index):
+                return process
+    raise RuntimeError(f"there is no worker {worker}")
 
 
 def kill(
@@ -83,22 +109,23 @@ def kill(
         progress = job.progress if job.state == "running" and job.attempt == attempt else {}
         if progress.get("phase") == phase and progress.get("step", 0) >= step:
             break
-        if time.monotonic() > deadline or job.state.final:
-            raise SystemExit(f"{job_id} never came to {phase} {step}: {job.state} {job.message} {job.progress}")
+        if time.monotonic() > deadline or job.state.final or job.attempt > attempt:
+            raise RuntimeError(
+                f"attempt {attempt} of {job_id} never came to {phase} {step}: attempt {job.attempt} {job.state}, "
+                f"{job.message} {job.progress} {job.outcome.get('last_lines')}"
+            )
         time.sleep(0.1)
-    index = int(job.worker.rpartition("gpu")[2])
-    worker = worker_of(session, index)
+    worker = process_of(session, job.worker)
     victims = list(trainers(worker)) if victim == "trainer" else [worker]
-    before, held = cards.before[index], cards.used(index)
+    lowest = held = cards.held(job.worker)
     for process in victims:
         process.send_signal(signal.SIGKILL)
     began = time.monotonic()
-    lowest = held
-    while (lowest := min(lowest, cards.used(index))) > before and time.monotonic() < began + BACK_S:
+    while (lowest := min(lowest, cards.held(job.worker))) > NEAR and time.monotonic() < began + BACK_S:
         time.sleep(0.02)
     fault = {
         "job": job_id, "phase": phase, "step": progress["step"], "killed": victim, "processes": len(victims),
-        "gpu": index, "held_bytes": held - before, "left_bytes": max(0, lowest - before),
+        "worker": job.worker.rpartition("/")[2], "held_bytes": held, "left_bytes": lowest,
         "back_after_s": round(time.monotonic() - began, 2),
     }  # fmt: skip
     print(fault, flush=True)
@@ -121,61 +148,89 @@ def differences(one: dict[str, Any], other: dict[str, Any], storage: Path) -> di
     }
 
 
+def training(session: Session, cards: Cards, options: argparse.Namespace) -> dict[str, Any]:
+    session.rows(options.train, "train.jsonl")
+    save_steps = options.steps // 5
+    for name in RUNS:
+        values = {"name": name, "model": options.model.absolute(), "steps": options.steps, "save_steps": save_steps}
+        session.submit(name, SWEEP.format(**values))
+    faults = [
+        kill(session, cards, "broken.1", 1, "train", round(1.5 * save_steps), "trainer"),
+        kill(session, cards, "broken.1", 2, "train", round(3.5 * save_steps), "worker"),
+    ]
+    for name in RUNS:
+        session.wait(name)
+    jobs = {name: session.trains(name)[0] for name in RUNS}
+    killed = differences(jobs["again"], jobs["broken"], session.storage)
+    alone = differences(jobs["again"], jobs["whole"], session.storage)
+    undisturbed = {f"{name}_undisturbed": value for name, value in alone.items()}
+    return {"figures": killed | undisturbed, "faults": faults, "jobs": list(jobs.values())}
+
+
+def evaluation(session: Session, cards: Cards, options: argparse.Namespace) -> dict[str, Any]:
+    session.rows(options.test, "test.jsonl")
+    session.submit("asked", EVALUATION.format(model=options.model.absolute(), questions=options.questions))
+    job_id = next(job["id"] for job in session.jobs("asked") if job["kind"] == "evaluate")
+    faults = [
+        kill(session, cards, job_id, attempt, "evaluate", 1, victim)
+        for attempt, victim in enumerate(("trainer", "worker"), start=1)
+    ]
+    session.wait("asked")
+    jobs = [job for job in session.jobs("asked") if job["id"] == job_id]
+    return {"figures": {}, "faults": faults, "jobs": jobs}
+
+
+PARTS: dict[str, Callable[[Session, Cards, argparse.Namespace], dict[str, Any]]] = {
+    "training": training, "evaluation": evaluation,
+}  # fmt: skip
+
+
 def main() -> None:
     parser = arguments()
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--questions", type=int, default=800)
+    parser.add_argument("--gpu", default="0")
+    parser.add_argument("--cpu", action="store_true", help="to try it out: memory is not looked at")
     options = parser.parse_args()
-    cards, save_steps = Cards(), options.steps // 5
-    with Session(options.out, ["--slots", "1", "--spares", "0"], lease_s=15, renew_s=2) as session:
-        session.rows(options.train, "train.jsonl")
-        session.rows(options.test, "test.jsonl")
-        for name in ("broken", "whole", "again"):
-            values = {"name": name, "model": options.model.absolute(), "steps": options.steps, "save_steps": save_steps}
-            session.submit(name, SWEEP.format(**values) + (EVALUATION if name == "whole" else ""))
-
-        def training() -> list[dict[str, Any]]:
-            early, late = round(1.5 * save_steps), round(3.5 * save_steps)
-            return [
-                kill(session, cards, "broken.1", 1, "train", early, "trainer"),
-                kill(session, cards, "broken.1", 2, "train", late, "worker"),
-            ]
-
-        def evaluation() -> list[dict[str, Any]]:
-            return [
-                kill(session, cards, "whole.1.eval", attempt, "evaluate", 1, victim)
-                for attempt, victim in enumerate(("trainer", "worker"), start=1)
-            ]
-
-        with ThreadPoolExecutor() as pool:
-            chains = [pool.submit(training), pool.submit(evaluation)]
-        faults = [fault for chain in chains for fault in chain.result()]
-        for name in ("broken", "again", "whole"):
-            session.wait(name)
-            if name != "broken":  # once the trainings have ended, and again when all has
-                write(session, faults, options.out / "resume.json")
+    device = ["--cpu"] if options.cpu else ["--gpu", options.gpu]
+    cards, broke = Cards(cpu=options.cpu), []
+    # One slot: a worker that is killed takes no other job with it. No spares: their memory would stay.
+    with Session(options.out, [*device, "--slots", "1", "--spares", "0"], lease_s=15, renew_s=2) as session:
+        for name, part in PARTS.items():
+            file = options.out / f"{name}.json"
+            try:
+                if not file.exists():
+                    file.write_text(json.dumps(part(session, cards, options), indent=1))
+            except Exception:  # the other part may do
+                traceback.print_exc()
+                broke.append(name)
+            write(options.out)
+    if broke:
+        sys.exit(f"broke off: {', '.join(broke)}")
 
 
-def write(session: Session, faults: list[dict[str, Any]], file: Path) -> None:
-    jobs = {name: session.jobs(name) for name in ("broken", "whole", "again")}
-    broken, whole, again = (jobs[name][0] for name in ("broken", "whole", "again"))
-    killed, alone = differences(again, broken, session.storage), differences(again, whole, session.storage)
-    memory = whole["outcome"]["memory"]
+def write(out: Path) -> None:
+    files = [out / f"{name}.json" for name in PARTS]
+    parts = {file.stem: json.loads(file.read_text()) for file in files if file.exists()}
+    if not parts:
+        return
+    faults = [fault for part in parts.values() for fault in part["faults"]]
+    jobs = [job for part in parts.values() for job in part["jobs"]]
+    outcome = jobs[0]["outcome"]
     result = {
         "figures": {
-            **killed,
-            **{f"{name}_undisturbed": value for name, value in alone.items()},
+            **{name: value for part in parts.values() for name, value in part["figures"].items()},
             "kills": len(faults),
             "memory_left_bytes": max(fault["left_bytes"] for fault in faults),
             "memory_back_s": max(fault["back_after_s"] for fault in faults),
-            "jobs_succeeded": sum(job["state"] == "succeeded" for batch in jobs.values() for job in batch),
-            "jobs": sum(map(len, jobs.values())),
+            "jobs_succeeded": sum(job["state"] == "succeeded" for job in jobs),
+            "jobs": len(jobs),
         },
-        "faults": faults,
-        "machine": {"gpu": memory["gpu"], "python": platform.python_version(), "cores": os.cpu_count()},
-        "versions": whole["outcome"]["versions"],
-        "jobs": jobs,
+        "machine": {"gpu": outcome["memory"]["gpu"], "python": platform.python_version(), "cores": os.cpu_count()},
+        "versions": outcome["versions"],
+        **parts,
     }
-    file.write_text(json.dumps(result, indent=1))
+    (out / "resume.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result["figures"], indent=1), flush=True)
 
 

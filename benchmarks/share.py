@@ -1,14 +1,15 @@
 """Jobs side by side on one GPU, in turns and by MPS; and what a fault of one does to the others.
 
-    python benchmarks/share.py run MODEL_DIR ROWS OUT_DIR --share timeslice [--jobs 16] [--steps 100]
-    python benchmarks/share.py run MODEL_DIR ROWS OUT_DIR --share mps
-    python benchmarks/share.py fault MODEL_DIR ROWS OUT_DIR --share timeslice
-    python benchmarks/share.py fault MODEL_DIR ROWS OUT_DIR --share mps
+    python benchmarks/share.py run MODEL_DIR ROWS OUT_DIR --share timeslice|mps [--jobs 16] [--steps 100]
+    python benchmarks/share.py fault MODEL_DIR ROWS OUT_DIR --share timeslice|mps [--jobs 4] [--steps 200]
+    python benchmarks/share.py memory MODEL_DIR ROWS OUT_DIR --share timeslice|mps [--jobs 4] [--steps 200]
     python benchmarks/share.py figures OUT_DIR
 
 `fault`: once all jobs train, the one with seed 0 indexes a tensor out of its bounds on the GPU, and does so again in
 each of its attempts: a device-side assertion, for which MPS ends all clients. It must fail, the others must succeed and
-pay nothing. Each subcommand writes its own part into OUT_DIR; `figures` makes share.json of the parts.
+pay nothing. `memory`: there, it takes all the memory that it may have, and runs out of it in its first attempt; all
+must succeed, the others in theirs. Each subcommand writes its own part into OUT_DIR, unless it is there already;
+`figures` makes share.json of the parts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +45,26 @@ PATIENCE_S = 300.0
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """A batch of fine-tunes that differ in their seeds; with `fault`, the first of them brings the GPU down."""
+    """A batch of fine-tunes that differ in their seeds; the first of them does what the command says."""
     began, settings = time.perf_counter(), dict[str, object]()
     sign = options.out.absolute() / "fault.sign"
     sign.unlink(missing_ok=True)
-    if options.command == "fault":
+    if options.command in HARM:
         os.environ[FAULT] = str(sign)
-        settings["trainer_command"] = json.dumps([sys.executable, str(Path(__file__).absolute()), "trainer"])
+        command = [sys.executable, str(Path(__file__).absolute()), "trainer", options.command]
+        settings["trainer_command"] = json.dumps(command)
     worker = ["--gpu", options.gpu, "--slots", str(options.jobs), "--spares", "0", "--share", options.share]
     with Session(options.out / f"{options.command}-{options.share}", worker, **settings) as session:
         session.rows(str(options.rows), "rows.jsonl")
         values = {"model": options.model.absolute(), "steps": options.steps, "save_steps": options.steps // 4}
         session.submit("share", SWEEP.format(seeds=list(range(options.jobs)), **values))
-        if options.command == "fault":
+        if options.command in HARM:
             wait_until_all_train(session)
             sign.touch()
         session.wait("share")
         makespan_s = time.perf_counter() - began
-        trains = [job for job in session.jobs("share") if job["kind"] == "train"]
-        shares = [worker.share for worker in session.client.workers()]
+        trains = session.trains("share")
+        shares = [worker.share for worker in session.client.workers() if worker.device != "control"]
     return {
         "makespan_s": round(makespan_s, 2), "steps": options.steps, "workers": shares, "jobs": trains,
         "cores": os.cpu_count(), "python": platform.python_version(),
@@ -80,7 +83,7 @@ def wait_until_all_train(session: Session) -> None:
         time.sleep(0.5)
 
 
-def trainer() -> None:
+def trainer(harm: str) -> None:
     """loraq's own trainer, but that the job with seed 0 does harm when the sign is there."""
     from gpu_worker.trainer import child
 
@@ -88,20 +91,40 @@ def trainer() -> None:
 
     def work(request: Any, emit: Any) -> Any:
         if request.spec["training"]["seed"] == 0:
-            threading.Thread(target=do_harm, args=(Path(os.environ[FAULT]),), daemon=True).start()
+            threading.Thread(target=do_harm, args=(harm, request.rung), daemon=True).start()
         return works(request, emit)
 
     child._run = work
     child.main()
 
 
-def do_harm(sign: Path) -> None:
+def do_harm(harm: str, rung: int) -> None:
+    sign = Path(os.environ[FAULT])
     while not sign.exists():
         time.sleep(0.1)
+    HARM[harm](rung)
+
+
+def assert_on_device(rung: int) -> None:
     import torch
 
     there = torch.zeros(4, device="cuda")
     there[torch.tensor([1_000_000], device="cuda")].sum().item()
+
+
+def take_all_memory(rung: int) -> None:
+    import torch
+
+    held, size = [], 2**30
+    while rung == 0 and size > 2**16:
+        try:
+            held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    time.sleep(60)  # until the training has met it
+
+
+HARM: dict[str, Callable[[int], None]] = {"fault": assert_on_device, "memory": take_all_memory}
 
 
 def figures(out: Path) -> dict[str, Any]:
@@ -109,23 +132,25 @@ def figures(out: Path) -> dict[str, Any]:
     parts = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json")) if file.stem != "share"}
     found: dict[str, Any] = {}
     for share in ("timeslice", "mps"):
-        if part := parts.get(f"run-{share}"):
+        if (part := parts.get(f"run-{share}")) and all(job["state"] == "succeeded" for job in part["jobs"]):
             outcomes = [job["outcome"] for job in part["jobs"]]
             step_ms = 1000 * sum(o["time"]["train_s"] for o in outcomes) / len(outcomes) / part["steps"]
             found[f"step_ms_{share}"] = round(step_ms, 1)
             found[f"job_step_ms_{share}"] = round(step_ms / len(outcomes), 1)
             found[f"makespan_s_{share}"] = part["makespan_s"]
-        if part := parts.get(f"fault-{share}"):
-            culprit, *others = part["jobs"]
-            found |= {
-                f"culprit_{share}": f"{culprit['state']} ({culprit['reason']})",
-                f"culprit_attempts_{share}": culprit["attempt"],
-                f"others_succeeded_{share}": sum(job["state"] == "succeeded" for job in others),
-                f"others_{share}": len(others),
-                f"others_failures_{share}": sum(job["failures"] for job in others),
-                f"others_interrupted_{share}": sum(job["attempt"] > 1 for job in others),
-            }
-    if (turns := parts.get("run-timeslice")) and (mps := parts.get("run-mps")):
+        for harm in HARM:
+            if part := parts.get(f"{harm}-{share}"):
+                culprit, *others = part["jobs"]
+                found |= {
+                    f"{harm}_culprit_{share}": f"{culprit['state']} ({culprit['reason']})",
+                    f"{harm}_culprit_attempts_{share}": culprit["attempt"],
+                    f"{harm}_others_succeeded_{share}": sum(job["state"] == "succeeded" for job in others),
+                    f"{harm}_others_{share}": len(others),
+                    f"{harm}_others_failures_{share}": sum(job["failures"] for job in others),
+                    f"{harm}_others_interrupted_{share}": sum(job["attempt"] > 1 for job in others),
+                }
+    if {"step_ms_timeslice", "step_ms_mps"} <= found.keys():
+        turns, mps = parts["run-timeslice"], parts["run-mps"]
         found["mps_speedup"] = round(found["step_ms_timeslice"] / found["step_ms_mps"], 2)
         found["max_loss_difference"] = max(
             abs(one[1] - other[1])
@@ -139,27 +164,31 @@ def figures(out: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "fault"):
+    for name in ("run", *HARM):
         command = commands.add_parser(name)
         command.add_argument("model", type=Path)
         command.add_argument("rows", type=Path)
         command.add_argument("out", type=Path)
         command.add_argument("--share", choices=("timeslice", "mps"), required=True)
-        command.add_argument("--jobs", type=int, default=16)
-        command.add_argument("--steps", type=int, default=100 if name == "run" else 400)
+        command.add_argument("--jobs", type=int, default=16 if name == "run" else 4)
+        command.add_argument("--steps", type=int, default=100 if name == "run" else 200)
         command.add_argument("--gpu", default="0")
     commands.add_parser("figures").add_argument("out", type=Path)
-    commands.add_parser("trainer")
+    commands.add_parser("trainer").add_argument("harm", choices=HARM)
     options = parser.parse_args()
     if options.command == "trainer":
-        trainer()
+        trainer(options.harm)
         return
     if options.command == "figures":
         print(json.dumps(figures(options.out), indent=1))
         return
     options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"{options.command}-{options.share}.json"
+    if file.exists():
+        print(f"{file} is there already")
+        return
     part = run(options)
-    (options.out / f"{options.command}-{options.share}.json").write_text(json.dumps(part, indent=1))
+    file.write_text(json.dumps(part, indent=1))
     print({key: value for key, value in part.items() if key != "jobs"})
 
 

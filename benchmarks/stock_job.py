@@ -76,7 +76,7 @@ def main() -> None:
         optim="adamw_8bit" if on_gpu else "adamw_torch_fused", seed=SEED, data_seed=SEED, logging_steps=1,
         max_length=LENGTH, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         gradient_checkpointing=on_gpu, bf16=on_gpu, use_cpu=not on_gpu, report_to="none", save_strategy="no",
-        loss_type="nll", disable_tqdm=True,
+        loss_type="nll", disable_tqdm=True, include_num_input_tokens_seen="non_padding",
     )  # fmt: skip
     trainer = (SFTTrainer if on_gpu else OnCpu)(
         model=model, args=training, processing_class=tokenizer,
@@ -90,6 +90,7 @@ def main() -> None:
     result = {
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "train_s": time.perf_counter() - began,
+        "tokens": int(trainer.state.num_input_tokens_seen),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
     }
     options.out.write_text(json.dumps(result))

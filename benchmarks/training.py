@@ -12,7 +12,8 @@ MODEL_DIR is a small chat model, ROWS are multiple-choice rows of another kind t
 - `stopping`: few rows and many steps, which the validation loss ends.
 - `as-stock-fp16`: as `stock`, by trainers that believe the card to have no bf16 (`fp16_trainer.py`).
 
-Writes OUT_DIR/training.json after each batch, with the figures that are known by then.
+Writes OUT_DIR/training.json after each batch, with the figures that are known by then; batches that are in it are not
+run again. Jobs run side by side, so nothing of time is compared. On a host of several GPUs, --gpu says which.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,8 +36,17 @@ from session import Session
 from jobqueue.spec import Method, Optimizer
 
 DEMO = Path(__file__).parents[1] / "cli" / "demo"
-SHORT_JOBS = ("layouts", "methods", "templates", "optimizers")
 TEMPLATES = ("chatml", "llama-3", "gemma", "mistral", "alpaca")
+SHORT_JOBS = {  # batch -> what its jobs differ in
+    "layouts": ("data.source", [f"{layout}.jsonl" for layout in layouts.LAYOUTS]),
+    "methods": ("method", get_args(Method)),
+    "templates": ("chat_template", TEMPLATES),
+    "optimizers": ("training.optim", get_args(Optimizer)),
+}
+AFTER = {"forgetting": "learnable", "as-stock": "stock", "as-stock-again": "as-stock"}
+# An adapter that later batches begin with: where it is gone, all of them are run again.
+BEGIN_WITH = {"learned": ("learnable", "forgetting"), "start": ("stock", "as-stock", "as-stock-again", "as-stock-fp16")}
+SAY_S = 30.0  # how often it is said what is under way
 SHORT = """\
 name: {name}
 base_model: {model}
@@ -63,7 +76,7 @@ evaluation: {{source: test.jsonl, metrics: [likelihood]}}
 FORGETTING = """\
 name: forgetting
 base_model: {model}
-from_adapter: learnable/1
+from_adapter: {learned}
 data: {{source: rows.jsonl, replay: {{source: demo.jsonl}}}}
 training: {{per_device_train_batch_size: 16, gradient_accumulation_steps: 1, max_steps: {long}, learning_rate: {rate}}}
 evaluation: {{source: test.jsonl, metrics: [likelihood]}}
@@ -90,6 +103,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gpu", default="0")
+    parser.add_argument("--slots", type=int, default=16)
     options = parser.parse_args()
     study = Study(options)
     study.run()
@@ -98,69 +112,93 @@ def main() -> None:
 
 
 class Study:
-    """The batches, one after the other or side by side, and what they have told so far."""
+    """The batches, side by side as far as one does not need another, and what they have told so far."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.parts: dict[str, Any] = {}
+        self.options, self.file = options, options.out / "training.json"
+        self.parts: dict[str, Any] = json.loads(self.file.read_text())["parts"] if self.file.exists() else {}
+        for folder, batches in BEGIN_WITH.items():
+            if not (options.out / folder).exists() and not set(batches) <= set(self.parts):
+                self.parts = {name: part for name, part in self.parts.items() if name not in batches}
         self.values: dict[str, Any] = {
-            "model": options.model.absolute(), "start": (options.out / "start").absolute(), "limit": options.limit,
-            "steps": options.steps, "long": 2 * options.steps, "rate": options.learning_rate,
+            "model": options.model.absolute(), "limit": options.limit, "rate": options.learning_rate,
+            "steps": options.steps, "long": 2 * options.steps,
+            **{folder: (options.out / folder).absolute() for folder in BEGIN_WITH},
         }  # fmt: skip
 
     def run(self) -> None:
         with self._session() as session:
-            rows = session.rows(self.options.rows, "rows.jsonl")
             demo = session.rows(str(DEMO / "train.jsonl"), "demo.jsonl")
             session.rows(str(DEMO / "test.jsonl"), "test.jsonl")
-            files = layouts.write(map(json.loads, demo.read_text().splitlines()), session.folder)
-            self._submit(session, "learnable", LEARNABLE)
-            for name, key, values in (
-                ("layouts", "data.source", files),
-                ("methods", "method", get_args(Method)),
-                ("templates", "chat_template", TEMPLATES),
-                ("optimizers", "training.optim", get_args(Optimizer)),
-            ):
-                self._submit(session, name, SHORT, key=key, values=json.dumps(values))
-            self._submit(session, "stopping", STOPPING)
-            self.parts["stock"] = stock(self.options, rows, self.values["start"])
-            self._submit(session, "as-stock", AS_STOCK)
-            self._wait(session, "learnable")
-            self._submit(session, "forgetting", FORGETTING)
-            for name in (*SHORT_JOBS, "as-stock", "stopping"):
-                self._wait(session, name)
-            self._submit(session, "as-stock-again", AS_STOCK)
-            for name in ("as-stock-again", "forgetting"):
-                self._wait(session, name)
+            session.rows(self.options.rows, "rows.jsonl")
+            layouts.write(map(json.loads, demo.read_text().splitlines()), session.folder)
+            sweeps = {"learnable": LEARNABLE, "stopping": STOPPING}
+            sweeps |= {
+                name: SHORT.replace("{key}", key).replace("{values}", json.dumps(values))
+                for name, (key, values) in SHORT_JOBS.items()
+            }
+            sweeps |= {"as-stock": AS_STOCK, "as-stock-again": AS_STOCK, "forgetting": FORGETTING}
+            self._work_off(session, {name: sweep for name, sweep in sweeps.items() if name not in self.parts})
+
+    def _work_off(self, session: Session, sweeps: dict[str, str]) -> None:
+        """Submits each as soon as what it needs is there, and writes what each has told as soon as it has ended."""
+        stock = self._start_stock(session.folder / "rows.jsonl") if "stock" not in self.parts else None
+        running: list[str] = []
+        said_at = 0.0
+        while running or stock or any(self._may_begin(name) for name in sweeps):
+            for name in filter(self._may_begin, list(sweeps)):
+                session.submit(name, sweeps.pop(name).format(name=name, **self.values))
+                running.append(name)
+            for name in filter(session.ended, list(running)):
+                running.remove(name)
+                self._keep(session, name)
+            if stock and stock.poll() is not None:
+                if stock.returncode == 0:
+                    self.parts["stock"] = json.loads((self.options.out / "stock.json").read_text())
+                stock = None
+            if time.monotonic() - said_at > SAY_S:
+                said_at = time.monotonic()
+                states = {name: Counter(job.state.value for job in session.client.jobs(name)) for name in running}
+                print(time.strftime("%X"), {name: dict(found) for name, found in states.items()}, flush=True)
+            time.sleep(0.5)
+        if sweeps:
+            print(f"not run, as what they begin with failed: {', '.join(sweeps)}", flush=True)
+
+    def _may_begin(self, name: str) -> bool:
+        needed = self.parts.get(AFTER.get(name, ""), [])
+        return name not in AFTER or bool(needed and (AFTER[name] == "stock" or trained(needed)))
+
+    def _keep(self, session: Session, name: str) -> None:
+        self.parts[name] = session.jobs(name)
+        if name == "learnable":
+            for outcome in trained(self.parts[name]):
+                adapter = session.storage / outcome["folder"] / "adapter"
+                shutil.copytree(adapter, self.values["learned"], dirs_exist_ok=True)
+        write(self.parts, self.file)
+
+    def _start_stock(self, rows: Path) -> subprocess.Popen[bytes]:
+        """`stock_job.py`; it leaves the adapter that it began with in `start`."""
+        words = [self.options.model, rows, self.values["start"], self.options.out / "stock.json"]
+        limits = ["--steps", str(self.options.steps), "--limit", str(self.options.limit)]
+        seen = {} if self.options.cpu else {"CUDA_VISIBLE_DEVICES": self.options.gpu}  # TRL wants no more than one
+        script = Path(__file__).with_name("stock_job.py")
+        return subprocess.Popen([sys.executable, script, *words, *limits], env={**os.environ, **seen})
 
     def run_in_fp16(self) -> None:
+        name = "as-stock-fp16"
+        if name in self.parts or "stock" not in self.parts:
+            return
         command = [sys.executable, "-P", str(Path(__file__).with_name("fp16_trainer.py").absolute())]
         with self._session(trainer_command=json.dumps(command)) as session:
             session.rows(self.options.rows, "rows.jsonl")
-            self._submit(session, "as-stock-fp16", AS_STOCK)
-            self._wait(session, "as-stock-fp16")
+            session.submit(name, AS_STOCK.format(name=name, **self.values))
+            session.wait(name)
+            self._keep(session, name)
 
     def _session(self, **settings: object) -> Session:
-        worker = ["--cpu"] if self.options.cpu else ["--gpu", self.options.gpu]
-        return Session(self.options.out, worker, **settings)
-
-    def _submit(self, session: Session, name: str, sweep: str, **more: object) -> None:
-        session.submit(name, sweep.format(name=name, **self.values, **more))
-
-    def _wait(self, session: Session, name: str) -> None:
-        session.wait(name)
-        self.parts[name] = session.jobs(name)
-        write(self.parts, self.options.out / "training.json")
-
-
-def stock(options: argparse.Namespace, rows: Path, start: Path) -> dict[str, Any]:
-    """What `stock_job.py` found; it leaves the adapter that it began with in `start`."""
-    out = options.out / "stock.json"
-    script = Path(__file__).with_name("stock_job.py")
-    limits = ["--steps", str(options.steps), "--limit", str(options.limit)]
-    subprocess.run([sys.executable, script, options.model, rows, start, out, *limits], check=True)
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+        # In turns: what the kernels of one job do wrong harms no other.
+        on_gpu = ["--gpu", self.options.gpu, "--slots", str(self.options.slots), "--share", "timeslice"]
+        return Session(self.options.out, ["--cpu"] if self.options.cpu else on_gpu, **settings)
 
 
 def trained(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -168,14 +206,13 @@ def trained(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [job["outcome"] for job in jobs if job["kind"] == "train" and job["state"] == "succeeded"]
 
 
-def kept(jobs: list[dict[str, Any]], trial: int | None) -> float:
-    """Accuracy of a trial's adapter, or of the base model."""
+def kept(jobs: list[dict[str, Any]], trial: int | None) -> float | None:
+    """Accuracy of a trial's adapter, or of the base model; None where it was not asked."""
     for job in jobs:
-        if job["kind"] == "evaluate" and (
-            job["id"].startswith("base-") if trial is None else f".{trial}." in job["id"]
-        ):
+        wanted = job["id"].startswith("base-") if trial is None else f".{trial}." in job["id"]
+        if wanted and job["kind"] == "evaluate" and job["state"] == "succeeded":
             return float(job["outcome"]["likelihood"]["accuracy"])
-    raise KeyError(trial)
+    return None
 
 
 def furthest(one: list[list[float]], other: list[list[float]]) -> float:
@@ -190,38 +227,35 @@ def figures(parts: dict[str, Any]) -> dict[str, Any]:
     if "learnable" in parts:
         found["learnable_base_accuracy"] = kept(parts["learnable"], None)
         found["learnable_tuned_accuracy"] = kept(parts["learnable"], 1)
-    if "as-stock" in parts:
-        stock, (ours,) = parts["stock"], trained(parts["as-stock"])
-        found["max_loss_difference_vs_trl"] = furthest(stock["losses"], ours["losses"])
-        found["mean_loss"] = ours["training"]["mean_loss"]
-        found["seconds_vs_trl"] = round(ours["time"]["train_s"] / stock["train_s"], 3)
-        if stock["peak_reserved_bytes"]:
-            found["peak_memory_vs_trl"] = round(ours["memory"]["peak_reserved_bytes"] / stock["peak_reserved_bytes"], 3)
-    if "as-stock-again" in parts:
-        (ours,), (again,) = trained(parts["as-stock"]), trained(parts["as-stock-again"])
-        found["max_loss_difference_repeated"] = furthest(ours["losses"], again["losses"])
-    if "as-stock-fp16" in parts:
-        (ours,) = trained(parts["as-stock-fp16"])
-        found["max_loss_difference_fp16_vs_trl"] = furthest(parts["stock"]["losses"], ours["losses"])
     if "forgetting" in parts:
         found["no_replay_kept_accuracy"] = kept(parts["forgetting"], 1)
         found["replay_kept_accuracy"] = kept(parts["forgetting"], 2)
-    if "stopping" in parts:
-        (stopped,) = trained(parts["stopping"])
+    for stopped in trained(parts.get("stopping", [])):
         found["stopped_at_step"] = stopped["training"]["steps"]
         found["kept_step"] = stopped["validation"]["kept_step"]
+    for ours in trained(parts.get("as-stock", [])):
+        stock = parts["stock"]
+        found["max_loss_difference_vs_trl"] = furthest(stock["losses"], ours["losses"])
+        found["mean_loss"] = ours["training"]["mean_loss"]
+        if stock["peak_reserved_bytes"]:
+            found["peak_memory_vs_trl"] = round(ours["memory"]["peak_reserved_bytes"] / stock["peak_reserved_bytes"], 3)
+        for again in trained(parts.get("as-stock-again", [])):
+            found["max_loss_difference_repeated"] = furthest(ours["losses"], again["losses"])
+    for ours in trained(parts.get("as-stock-fp16", [])):
+        found["max_loss_difference_fp16_vs_trl"] = furthest(parts["stock"]["losses"], ours["losses"])
     return found
 
 
 def write(parts: dict[str, Any], file: Path) -> None:
-    some = next(outcome for name in ("learnable", "layouts") for outcome in trained(parts.get(name, [])))
+    outcomes = [outcome for name, part in parts.items() if name != "stock" for outcome in trained(part)]
+    some = outcomes[0] if outcomes else {"memory": {}, "versions": {}}
     result = {
         "figures": figures(parts),
         "machine": {
             "gpu": some["memory"].get("gpu"), "python": platform.python_version(), "cores": os.cpu_count()
         },
         "versions": some["versions"],
-        **parts,
+        "parts": parts,
     }  # fmt: skip
     file.write_text(json.dumps(result, indent=1))
     print(json.dumps(result["figures"], indent=1), flush=True)
