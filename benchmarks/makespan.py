@@ -211,10 +211,11 @@ def figures(out: Path) -> dict[str, Any]:
         found["tokens_per_s_stock"] = round(stock["tokens"] / stock["train_s"], 1)
         found["peak_gib_stock"] = round((stock["peak_reserved_bytes"] or 0) / 2**30, 2)
     if batch := batches.get("16x1b"):
-        found["first_step_cold_s"] = max(filter(None, batch["first_step_s"]))
+        found["first_step_cold_s"] = max(filter(None, batch["first_step_s"]), default=None)
     if at_once := parts.get("curve", {}).get("at_once"):
         found |= {f"job_step_ms_{n}_at_once": ms for n, ms in at_once.items()}
-    if packed := parts.get("packing", {}).get("figures", {}).get("max_loss_difference_packed"):
+    packed = parts.get("packing", {}).get("figures", {}).get("max_loss_difference_packed")
+    if packed is not None:
         found["max_loss_difference_packed"] = packed
     (out / "makespan.json").write_text(json.dumps({"figures": found, **parts}, indent=1))
     return found
