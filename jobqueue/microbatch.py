@@ -8,8 +8,11 @@ ran out of memory is followed by one further down.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean
 from typing import Any, Literal
 
 from jobqueue.job_spec import TrainSpec
@@ -27,6 +30,8 @@ class Split:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     use_gradient_checkpointing: bool | Literal["unsloth"]
+    spares_short: bool = False
+    """Micro-batches that are short enough to fit as they are do without checkpointing."""
 
     def of(self, spec: TrainSpec) -> TrainSpec:
         """The spec, done so."""
@@ -52,6 +57,7 @@ class Choice:
     tokens: int  # of a micro-batch, at most, padding included
     estimated_bytes: int  # peak on the GPU; 0 where it cannot be told
     last: bool  # nothing smaller is left
+    spared_tokens: int = 0  # a micro-batch of at most so many does without gradient checkpointing, where others need it
 
 
 def most_tokens(lengths: Sequence[int], rows: int, layout: Layout) -> int:
@@ -69,11 +75,9 @@ def ladder(spec: TrainSpec, lengths: Sequence[int], layout: Layout) -> list[Spli
         largest = next((size for size in divisors if most_tokens(lengths, size, layout) <= MOST_TOKENS), 1)
     sizes = list(_halved(largest, effective))
     if asked == "auto":
-        options: list[tuple[int, bool | Literal["unsloth"]]] = [(largest, False)]
-        options += [(size, "unsloth") for size in sizes]
-    else:
-        options = [(size, asked) for size in sizes]
-    return [Split(size, effective // size, checkpointing) for size, checkpointing in options]
+        first = [Split(largest, effective // largest, False), Split(largest, effective // largest, "unsloth", True)]
+        return [*first, *(Split(size, effective // size, "unsloth") for size in sizes)]
+    return [Split(size, effective // size, asked) for size in sizes]
 
 
 def choose(
@@ -103,12 +107,22 @@ def choose(
     splits = ladder(spec, longest, layout)
     for place, split in enumerate(splits[rung:], rung):
         tokens = most_tokens(longest, split.per_device_train_batch_size, layout)
-        needed = int(_estimate(split.of(spec), tokens, layout, config) * correction)
-        choice = Choice(place, split, tokens, needed, last=place == len(splits) - 1)
-        if needed and budget_bytes is not None:
-            fits = needed <= budget_bytes
-        else:
+
+        def needed(tokens: int, split: Split = split) -> int:
+            return int(_estimate(split.of(spec), tokens, layout, config) * correction)
+
+        choice = Choice(place, split, tokens, needed(tokens), last=place == len(splits) - 1)
+        if not choice.estimated_bytes or budget_bytes is None:
             fits = _asks_no_more(split, spec)
+        elif split.spares_short:
+            of_short = partial(needed, split=replace(split, use_gradient_checkpointing=False))
+            spared = bisect_right(range(1, tokens), budget_bytes, key=of_short)
+            estimated = max(choice.estimated_bytes, of_short(spared))
+            choice = replace(choice, spared_tokens=spared, estimated_bytes=estimated)
+            # Else it would hardly happen.
+            fits = spared >= fmean(lengths) * split.per_device_train_batch_size and estimated <= budget_bytes
+        else:
+            fits = choice.estimated_bytes <= budget_bytes
         if fits or choice.last:
             return choice
     return None
@@ -132,6 +146,8 @@ def _estimate(spec: TrainSpec, tokens: int, layout: Layout, config: Mapping[str,
 
 
 def _asks_no_more(split: Split, spec: TrainSpec) -> bool:
+    if split.spares_short:
+        return False
     own = spec.lora.use_gradient_checkpointing
     recomputes_as_asked = split.use_gradient_checkpointing == ("unsloth" if own == "auto" else own)
     return recomputes_as_asked and split.per_device_train_batch_size <= spec.training.per_device_train_batch_size

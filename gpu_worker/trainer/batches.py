@@ -29,6 +29,8 @@ class Batches:
     layout: Layout
     tokens: int
     """Of a micro-batch, at most, padding included."""
+    spared_tokens: int
+    """A micro-batch of at most so many does without gradient checkpointing, where others need it."""
 
     @property
     def validation_rows(self) -> int:

@@ -28,6 +28,7 @@ from gpu_worker.trainer.ewc import Ewc
 from gpu_worker.trainer.failures import JobFailure, bad_spec, nan_loss, on_rung, one_line
 from gpu_worker.trainer.finite import Finite
 from gpu_worker.trainer.padding_free import layout_of
+from gpu_worker.trainer.recompute import recompute_above
 from gpu_worker.trainer.watch import Report, Watch, mean_loss
 from jobqueue import replay, rows
 from jobqueue.chat import Chat
@@ -82,7 +83,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     choice = _choose(spec, request, batches.lengths(dataset), layout, base.model)
     most = limit(choice.estimated_bytes, request.budget_bytes, ran_out=request.ran_out)
     report(Progress("data", budget_bytes=usage.hold_to(most)))
-    through = batches.Batches(dataset, batches.for_validation(validation), layout, choice.tokens)
+    through = batches.Batches(dataset, batches.for_validation(validation), layout, choice.tokens, choice.spared_tokens)
     with (
         on_rung(choice.rung, last=choice.last),
         trackers.of(training.report_to, request.job_id, Path(request.output)) as report_to,
@@ -90,6 +91,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
         outcome = _fit(choice.split.of(spec), base, through, ewc, request, report, clock, report_to)
     outcome["memory"]["estimated_bytes"] = choice.estimated_bytes
     outcome["training"] |= asdict(choice.split) | {"padding_free": layout != "padded"}
+    outcome["training"]["spared_tokens"] = choice.spared_tokens
     outcome["training"]["from_adapter"] = spec.from_adapter
     of_data = {"replay": replayed, "sha256": fingerprint([*tokens, *validation])}
     return outcome | {"data": file.summary.report() | asdict(data) | of_data, "versions": usage.versions()}
@@ -117,11 +119,12 @@ def _choose(spec: TrainSpec, request: Request, lengths: list[int], layout: Layou
         raise JobFailure(FailureReason.OUT_OF_MEMORY, "memory ran out with one row at a time")
     split = choice.split
     log.info(
-        "each step: %d x %d %s, gradient checkpointing %s; about %.1f GiB",
+        "each step: %d x %d %s, gradient checkpointing %s%s; about %.1f GiB",
         split.gradient_accumulation_steps,
         split.per_device_train_batch_size,
         "packed sequences" if spec.training.packing else "rows",
         split.use_gradient_checkpointing or "off",
+        f" above {choice.spared_tokens:,} tokens" if choice.spared_tokens else "",
         choice.estimated_bytes / GIB,
     )
     return choice
@@ -174,6 +177,7 @@ def _fit(
         )
     finite.watch(trainer)
     models.for_training(model)
+    recompute_above(through.spared_tokens, trainer)
     ewc.watch(trainer, request.resume, report)
     reserved_at_start = usage.reserved()
     clock.lap("setup_s")

@@ -33,14 +33,19 @@ def train(checkpointing: Any = "auto", **training: Any) -> TrainSpec:
 
 def steps(spec: TrainSpec, row_tokens: int = ROW) -> list[tuple[int, int, Any]]:
     return [
-        (s.per_device_train_batch_size, s.gradient_accumulation_steps, s.use_gradient_checkpointing)
+        (
+            s.per_device_train_batch_size,
+            s.gradient_accumulation_steps,
+            "of long ones" if s.spares_short else s.use_gradient_checkpointing,
+        )
         for s in ladder(spec, [row_tokens], "padded")
     ]
 
 
 def test_the_article_s_batch_is_done_at_once_and_without_recomputation_first() -> None:
     assert steps(train()) == [
-        (8, 1, False), (8, 1, "unsloth"), (4, 2, "unsloth"), (2, 4, "unsloth"), (1, 8, "unsloth"),
+        (8, 1, False), (8, 1, "of long ones"), (8, 1, "unsloth"),
+        (4, 2, "unsloth"), (2, 4, "unsloth"), (1, 8, "unsloth"),
     ]  # fmt: skip
 
 
@@ -70,10 +75,31 @@ def test_every_split_keeps_the_rows_of_a_step_and_none_comes_twice(effective: tu
 def test_the_fastest_that_fits_is_taken() -> None:
     spec = train()
     for rung, split in enumerate(ladder(spec, [2048], "padded")):
+        if split.spares_short:  # all rows are equally long
+            continue
         budget = training_peak(LLAMA_1B, split.of(spec), split.per_device_train_batch_size * 2048, "padded")
         choice = choose(spec, [2048], 0, config=LLAMA_1B, budget_bytes=budget)
         assert choice is not None
         assert (choice.rung, choice.estimated_bytes) == (rung, budget)
+
+
+def test_where_only_the_longest_micro_batches_do_not_fit_the_others_are_not_recomputed() -> None:
+    spec, lengths = train(), [250] * 1000 + [900] * 8
+    without, split = ladder(spec, lengths, "flat")[:2]
+    short = training_peak(LLAMA_1B, without.of(spec), 2600)
+    assert short < training_peak(LLAMA_1B, without.of(spec), 8 * 900)
+
+    choice = choose(spec, lengths, 0, layout="flat", config=LLAMA_1B, budget_bytes=short)
+
+    assert choice is not None
+    assert (choice.rung, choice.split, choice.tokens, choice.spared_tokens) == (1, split, 7200, 2600)
+    assert choice.estimated_bytes == short, "more than the longest takes with checkpointing"
+    smaller = training_peak(LLAMA_1B, without.of(spec), 8 * 250)
+    hardly = choose(spec, lengths, 0, layout="flat", config=LLAMA_1B, budget_bytes=smaller)
+    again = choose(spec, lengths, choice.rung + 1, layout="flat", config=LLAMA_1B, budget_bytes=short)
+    for other in (hardly, again):  # it would be used for the shortest of all only; it has run out of memory
+        assert other is not None
+        assert (other.rung, other.spared_tokens) == (2, 0)
 
 
 def test_rows_end_to_end_count_with_their_own_tokens_the_longest_that_can_meet() -> None:
@@ -126,7 +152,7 @@ def test_what_was_measured_of_such_jobs_counts() -> None:
     corrected = choose(train(), [ROW], 0, config=LLAMA_1B, budget_bytes=budget, correction=1.2)
 
     assert corrected is not None
-    assert corrected.rung == 1
+    assert corrected.rung == 2
 
 
 @pytest.mark.parametrize(
