@@ -65,8 +65,8 @@ class LoraSpec(Part):
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = SEVEN_MODULES
     use_gradient_checkpointing: bool | Literal["unsloth", "auto"] = "auto"
-    """auto: "unsloth", or none for all micro-batches, or the shorter ones, that fit as they are: the same gradients, a third
-    fewer operations."""
+    """auto: "unsloth", or none for all micro-batches, or for the shorter ones, where these fit as they are: the same
+    gradients, a third fewer operations."""
     random_state: NonNegativeInt = 42
     use_rslora: bool = False
     loftq_config: LoftqSpec | None = None
