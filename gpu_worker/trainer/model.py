@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -117,7 +118,17 @@ def load_for_asking(base_model: str, load_in_4bit: bool, revision: str | None = 
         )
     with _refusals(f"{base_model} cannot be loaded"):
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+    _compute_as_loaded(model)
     return Loaded(model.eval(), tokenizer, name)
+
+
+def _compute_as_loaded(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights where a CPU has AVX512-BF16: it would then compute in bf16, and
+    round the weights when an adapter is put on, so that answers would depend on what was asked before.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 @contextmanager

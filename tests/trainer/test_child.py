@@ -231,6 +231,15 @@ def test_adapters_of_one_base_are_asked_on_one_loaded_base_with_the_same_scores(
     assert answers_of([*asked, asked[0]], "together") == ([*alone, alone[0]], 3)
 
 
+def test_in_four_bits_too_a_score_does_not_depend_on_what_was_asked_before(child: Child, trained: Done) -> None:
+    asked = evaluate_spec(method="qlora", load_in_4bit=True, evaluation={"limit": 8})
+    child.run(evaluate_spec(evaluation={"limit": 1}))  # in 32 bits: none in 4 bits stays loaded
+    alone = child.run(asked, trained.folder / "adapter")
+    child.run(asked)
+    after_the_base = child.run(asked, trained.folder / "adapter")
+    assert lines(after_the_base) == lines(alone)
+
+
 def test_a_base_that_an_adapter_has_changed_is_loaded_anew(child: Child, tmp_path: Path) -> None:
     biased = child.run(train_spec(lora={"bias": "lora_only"}, training={"max_steps": 1}))
     before = child.log.read_text().count("the base model is still loaded")
