@@ -76,7 +76,7 @@ class Attempt:
             self.sick = end.message if end.reason == FailureReason.STORAGE else ""
             self.succeeded = end.state is JobState.SUCCEEDED
             self._wake(self._lease.settle(end))
-            if self._claim.leaves_files and end.state in (JobState.SUCCEEDED, JobState.CANCELLED):
+            if self._claim.leaves_files and self.succeeded:  # whatever else ended may be retried
                 self._patience("remove checkpoints", self._keeper.forget, settled=True, hurry=True)
         except StaleAttemptError as error:
             log.warning("%s; its trainer was ended", error.what)

@@ -121,6 +121,19 @@ def test_a_job_is_cancelled_while_it_writes_a_checkpoint_without_end(here: Site,
     wait_for(lambda: not list(scratch.iterdir()), 5, "nothing half-written is left on the host")
 
 
+def test_a_cancelled_job_that_is_retried_goes_on_from_its_newest_checkpoint(here: Site, client: Client) -> None:
+    here.submit("stopped.1", "save/sleep:1/await:go on", submission="s1")
+    wait_for(lambda: here.storage.checkpoints("stopped.1", "stopped", "s1"), START_S, "a checkpoint is kept")
+    client.cancel("stopped.1")
+    assert here.ended("stopped.1").state is JobState.CANCELLED
+
+    (here.beats / "go on").write_text("")
+    client.retry("stopped.1")
+
+    assert here.ended("stopped.1").outcome["resumed"]
+    wait_for(lambda: not here.storage.checkpoints("stopped.1", "stopped", "s1"), START_S, "then none is needed")
+
+
 def test_a_job_that_waits_for_its_next_attempt_is_cancelled_at_once(here: Site, client: Client) -> None:
     here.submit("delayed.1", "sleep:0.1/exit:3")
     wait_for(lambda: here.store.job("delayed.1").failures == 1, START_S, "the first attempt fails")
