@@ -61,7 +61,7 @@ class SpecError(LoraqError):
         super().__init__(
             "\n".join(map(str, problems)),
             f"{count} problem{'s' if count > 1 else ''}; nothing was submitted. "
-            f"Correct {'them' if count > 1 else 'it'} and submit again (try --dry-run first).",
+            f"Correct {'them' if count > 1 else 'it'} and try again.",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -21,20 +21,33 @@ def mistakes(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[S
             yield loc, _message(model, details, loc)
 
 
-def _one_per_value(model: type[BaseModel], errors: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _one_per_value(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """One error for a value that may be of several kinds, not one for each: "must be true or false or 'unsloth'"."""
     merged: list[Mapping[str, Any]] = []
     for details in errors:
-        if details["type"] == "too_short" and details["input"]:
-            continue  # pydantic counts only what is right; what is wrong has an error of its own
         *value, kind = details["loc"] or ("",)
         is_kind = isinstance(kind, str) and kind not in _fields(model, value)  # pydantic names the kind last
-        if is_kind and merged and merged[-1]["loc"][:-1] == tuple(value) and details["type"] != "extra_forbidden":
-            other = details["msg"].removeprefix("Input should be ")
+        another = is_kind and bool(merged) and merged[-1]["loc"][:-1] == tuple(value)
+        if details["type"] == "too_short":
+            if details["ctx"]["actual_length"] < len(details["input"]):
+                continue  # pydantic counts only what is right; what is wrong has an error of its own
+        elif is_kind and isinstance(details["input"], list) and _is_list(value, errors):
+            continue  # it may be a list, and what is wrong with it as a list is said
+        if another and details["type"] != "extra_forbidden":
+            other = details["msg"].removeprefix("Input should be ").replace("String should match pattern", "match")
             merged[-1] = {**merged[-1], "msg": f"{merged[-1]['msg']} or {other}"}
         else:
             merged.append(details)
     return merged
+
+
+def _is_list(value: Sequence[str | int], errors: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one of the errors is about what a list at `value` holds, or how much."""
+    return any(
+        error["loc"][: len(value)] == tuple(value)
+        and (len(error["loc"]) > len(value) + 1 or error["type"] == "too_short")
+        for error in errors
+    )
 
 
 def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[str | int]) -> str:
@@ -54,6 +67,9 @@ def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[s
             return f"must be a size such as 12GiB{given}"
         case "none_required":
             return f"must be left empty{given}"
+        case "too_short":
+            least = details["ctx"]["min_length"]
+            return f"must have at least {least} value{'s' if least > 1 else ''}"
         case "string_pattern_mismatch" if loc and loc[-1] == "name":
             return f"must be letters, digits, '.', '_' and '-' only{given}"
     message = str(details["msg"]).replace("Input should be", "must be") + given

@@ -21,6 +21,7 @@ from jobqueue.mistakes import mistakes
 from jobqueue.spec import RunSpec, SweepFile, SweepSpec
 
 MAX_TRIALS = 10_000
+Places = Mapping[str, Sequence[str | int]]  # varied key -> where it came from
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def sweep_of_data(source: str, base_model: str, sets: Sequence[str] = ()) -> Swe
 def _checked(document: _Document, sets: Sequence[str]) -> Sweep:
     for item in sets:
         _set(document, item)
-    file = _validate(document, SweepFile, document.root, {})
+    file = _validate(document, SweepFile, *_with_first(document))
     trials = _trials(document) if file else []
     document.check()
     assert isinstance(file, SweepFile)  # else there was a problem
@@ -137,8 +138,10 @@ def _read(path: Path) -> _Document:
         root = _yaml().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpecError([Problem("there is no such file", str(path))]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError([Problem(f"cannot be read: {error}", str(path))]) from None
+    except UnicodeDecodeError:
+        raise SpecError([Problem("cannot be read: it is not UTF-8", str(path))]) from None
+    except OSError as error:
+        raise SpecError([Problem(f"cannot be read: {error.strerror}", str(path))]) from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         message = " ".join(str(error.problem or error.context).split())
@@ -180,10 +183,8 @@ def _put(root: Any, dotted: str, value: Any) -> bool:
     return True
 
 
-def _validate(
-    document: _Document, model: type[RunSpec], value: Any, places: Mapping[str, Sequence[str | int]]
-) -> RunSpec | None:
-    """`value` as a `model`, or None and its problems in the document; `places` says where a varied key came from."""
+def _validate(document: _Document, model: type[RunSpec], value: Any, places: Places) -> RunSpec | None:
+    """`value` as a `model`, or None and its problems in the document."""
     try:
         # By way of JSON: strictness then knows lists and tuples, and YAML's own classes are left behind.
         return model.model_validate_json(json.dumps(value, default=str))
@@ -219,17 +220,35 @@ def _trials(document: _Document) -> list[Trial]:
         return []
     trials = []
     for index, differs in _combinations(sweep):
-        run = json.loads(json.dumps(plain))
-        places: dict[str, Sequence[str | int]] = {}
-        for key, value in differs.items():
-            at = ("sweep", "grid", key) if key in sweep.grid else ("sweep", "list", index, key)
-            places[key] = at
-            if key in ("name", "sweep", "ensembles") or not _put(run, key, value):
-                document.report("cannot be varied", at)
-        checked = _validate(document, RunSpec, run, places)
+        checked = _validate(document, RunSpec, *_varied(document, plain, sweep, index, differs))
         if checked is not None:
             trials.append(Trial(_label(differs), differs, checked))
     return trials
+
+
+def _with_first(document: _Document) -> tuple[Any, Places]:
+    """The file with the values of its first configuration: what it needs may be among what is varied."""
+    try:
+        plain = json.loads(json.dumps(document.root, default=str))
+        sweep = SweepSpec.model_validate(plain.get("sweep") or {})
+    except (TypeError, ValueError):  # the check of the whole file says why
+        return document.root, {}
+    return _varied(document, plain, sweep, *next(_combinations(sweep)))
+
+
+def _varied(
+    document: _Document, plain: Any, sweep: SweepSpec, index: int, differs: Mapping[str, Any]
+) -> tuple[Any, Places]:
+    """A copy of `plain` with what differs in it."""
+    run = json.loads(json.dumps(plain))
+    places: dict[str, Sequence[str | int]] = {}
+    for key, value in differs.items():
+        at = ("sweep", "grid", key) if key in sweep.grid else ("sweep", "list", index, key)
+        if key not in ("name", "sweep", "ensembles") and _put(run, key, value):
+            places[key] = at
+        else:
+            document.report("cannot be varied", at)
+    return run, places
 
 
 def _combinations(sweep: SweepSpec) -> Iterator[tuple[int, dict[str, Any]]]:

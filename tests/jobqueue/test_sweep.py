@@ -209,6 +209,13 @@ def test_set_of_a_key_in_a_wrong_section_is_told_apart_from_the_file(problems: P
         ("lora: 8", "must be a section, not 8"),
         ("training: {report_to: 3}", f"must be {TRACKERS} or a list, not 3"),
         ("training: {learning_rate: '2e-4'}", "must be a number, not '2e-4'"),
+        ("evaluation: {source: q, metrics: []}", "must have at least 1 value"),
+        ("ensembles: [{name: a, method: vote, trials: [7]}]", "must have at least 2 values"),
+        ("ensembles: [{name: a, method: vote, trials: [1, x]}]", "must be an integer, not 'x'"),
+        (
+            "ensembles: [{name: a, method: vote, trials: best}]",
+            "must be 'all' or match '^best:[1-9][0-9]*$' or a list, not 'best'",
+        ),
     ],
 )
 def test_one_plain_message_per_value(problems: Problems, text: str, message: str) -> None:
@@ -309,6 +316,19 @@ def test_all_that_does_not_go_together_is_told_at_once_each_in_its_line(problems
     ]
 
 
+def test_what_one_key_needs_may_be_among_what_is_varied(read: Read) -> None:
+    text = "name: medqa\ndata: {source: q, validation_split: 0.1}\ntraining: {early_stopping_patience: 3}\n"
+    trials = read(text + "sweep: {grid: {base_model: [a/b, c/d], training.eval_steps: [5]}}\n").trials
+
+    assert [(trial.run.base_model, trial.run.training.eval_steps) for trial in trials] == [("a/b", 5), ("c/d", 5)]
+
+
+def test_a_wrong_key_of_a_grid_is_told_together_with_what_else_is_wrong(problems: Problems) -> None:
+    found = problems(GOOD + "training: {max_step: 3}\nsweep:\n  grid:\n    lora.rr: [8]\n")
+
+    assert [(line, key) for line, key, _ in found] == [(4, "training.max_step"), (7, "sweep.grid.lora.rr")]
+
+
 def test_nothing_to_do(problems: Problems) -> None:
     ((_, _, message),) = problems(HEAD)
 
@@ -337,6 +357,12 @@ def test_mistakes_in_a_sweep(problems: Problems, sweep: str, line: int, key: str
 
     assert [(at, path) for at, path, _ in found] == [(line, key)]
     assert words in found[0][2]
+
+
+def test_a_grid_below_what_is_no_section_is_told_with_the_line_of_either(problems: Problems) -> None:
+    found = problems(GOOD + "lora: 7\nsweep:\n  grid:\n    lora.r: [8]\n")
+
+    assert [(line, key) for line, key, _ in found] == [(4, "lora"), (7, "sweep.grid.lora.r")]
 
 
 def test_a_sweep_of_too_many(problems: Problems, monkeypatch: pytest.MonkeyPatch) -> None:
