@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +30,31 @@ class Lookups:
     checked: dict[tuple[Any, ...], rows.Checked] = field(default_factory=dict)
     advice: dict[str, list[str]] = field(default_factory=dict)  # what is said, of which trials
     asked_before: dict[str, str] = field(default_factory=dict)  # evaluation of an earlier adapter -> its job
+
+    def all_named(self) -> None:
+        """Looks up all that the sweep names, so that everything wrong is said at once. Raises SpecError, DataError."""
+        problems: dict[Problem, None] = {}
+        of_data: dict[str, str] = {}  # what is wrong with it -> what to do
+        for look_up in (look_up for trial in self.sweep.trials for look_up in self._named(trial.run)):
+            try:
+                look_up()
+            except SpecError as error:
+                problems |= dict.fromkeys(error.problems)
+            except DataError as error:
+                of_data[error.what] = error.do
+        if problems:
+            raise SpecError([*problems, *(Problem(what, str(self.sweep.file)) for what in of_data)])
+        if of_data:
+            raise DataError("\n".join(of_data), "\n".join(dict.fromkeys(of_data.values())))
+
+    def _named(self, run: RunSpec) -> Iterator[Callable[[], object]]:
+        yield partial(self.model, run.base_model)
+        yield partial(sources.chat_template, run.chat_template, self.sweep.file)
+        yield partial(self.adapter, run.from_adapter)
+        sections = (run.data, run.data and run.data.replay, run.ewc and run.ewc.data, run.evaluation, run.original_task)
+        for section in filter(None, sections):
+            alone = section.model_copy(update={"replay": None}) if isinstance(section, DataSpec) else section
+            yield partial(self.data, alone)
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:

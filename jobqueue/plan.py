@@ -82,6 +82,7 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
         SpecError, DataError: before anything was sent.
     """
     look = Lookups(sweep, workers_are_here)
+    look.all_named()
     jobs: dict[str, PlannedJob] = {}
     for number, trial in enumerate(sweep.trials, start=1):
         for job in _trial_jobs(str(number), trial, look):

@@ -215,6 +215,23 @@ def test_a_data_file_that_cannot_be_used_is_refused(
     assert error.value.do
 
 
+def test_all_data_that_cannot_be_used_is_told_at_once(folder: Path) -> None:
+    (folder / "odd.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(DataError) as error:
+        plan(folder, data={"source": "gone.csv", "replay": {"source": "odd.jsonl"}}, evaluation={"source": "no.json"})
+    for words in ("no data file", "gone.csv", "odd.jsonl has the columns a", "no.json"):
+        assert words in error.value.what
+    assert "`source: gone.csv`" in error.value.do
+    assert "`columns`" in error.value.do
+
+
+def test_what_the_file_has_wrong_and_what_its_data_has_wrong_are_told_together(folder: Path) -> None:
+    with pytest.raises(SpecError) as error:
+        plan(folder, base_model="./gone", chat_template="nothing", evaluation={"source": "gone.json"})
+    assert [problem.path for problem in error.value.problems] == ["base_model", "chat_template", ""]
+    assert "gone.json" in error.value.problems[2].message
+
+
 def test_a_file_that_is_read_in_two_ways_is_checked_in_both(folder: Path) -> None:
     with pytest.raises(DataError, match="has no column frage"):
         plan(folder, evaluation={"source": "train.jsonl", "columns": {"question": "frage"}})
