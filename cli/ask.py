@@ -44,12 +44,12 @@ SIDE_BY_SIDE = 100  # columns of a terminal from which on answers stand beside e
     help="0: the likeliest token each time; above: drawn.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=3407, show_default=True, help="Of what is drawn.")
-@click.option("--base-only", "asked", flag_value="base", help="Ask the base model alone.")
-@click.option("--adapter-only", "asked", flag_value="adapter", help="Ask the adapter alone.")
+@click.option("--base-only", is_flag=True, help="Ask the base model alone.")
+@click.option("--adapter-only", is_flag=True, help="Ask the adapter alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, at the end.")
 def ask(
-    trial: str, prompt: str | None, file: IO[str] | None, system: str | None, asked: str | None, as_json: bool,
-    **options: Any,
+    trial: str, prompt: str | None, file: IO[str] | None, system: str | None, base_only: bool, adapter_only: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Ask a trial's base model and its adapter the same, and show both answers.
 
@@ -64,11 +64,13 @@ def ask(
 
     if (prompt is None) == (file is None):
         raise click.UsageError("Give a prompt, or a --file of them.")
+    if base_only and adapter_only:
+        raise click.UsageError("--base-only and --adapter-only leave nobody to ask.")
     prompts = [prompt] if prompt is not None else _prompts(file) if file else []
     if system is not None:
         options["system_prompt"] = system or None
-    if asked:
-        options["asked"] = (asked,)
+    if base_only or adapter_only:
+        options["asked"] = ("base" if base_only else "adapter",)
     client = connect()
     job = client.ask(trial, prompts, **options)
     try:

@@ -39,6 +39,8 @@ def logs(job: str, follow: bool, lines: int | None) -> None:
     past = list(_stored(client, job))
     for event in past[_start(past, lines) :]:
         printer.print(event)
+    if not past:
+        click.echo(f"{job} is {client.job(job).state}: it has printed nothing.", err=True)
     if follow:
         for event in coming(client, job, past[-1].id if past else "0", Patience(console(stderr=True))):
             printer.print(event)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
@@ -26,10 +26,10 @@ Format = Literal["table", "json", "csv", "markdown", "plot"]
 
 @click.command()
 @click.argument("batches", nargs=-1, required=True, metavar="BATCH...")
-@click.option("--json", "form", flag_value="json", help="Print one JSON document; of several batches, a list.")
-@click.option("--csv", "form", flag_value="csv", help="Print plain numbers in base units, a line for each trial.")
-@click.option("--markdown", "form", flag_value="markdown", help="Print the table for a README or a pull request.")
-@click.option("--plot", "form", flag_value="plot", help="Draw loss curves and accuracies in the terminal.")
+@click.option("--json", "json_", is_flag=True, help="Print one JSON document; of several batches, a list.")
+@click.option("--csv", is_flag=True, help="Print plain numbers in base units, a line for each trial.")
+@click.option("--markdown", is_flag=True, help="Print the table for a README or a pull request.")
+@click.option("--plot", is_flag=True, help="Draw loss curves and accuracies in the terminal.")
 @click.option(
     "--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a page of all of it."
 )
@@ -39,12 +39,12 @@ Format = Literal["table", "json", "csv", "markdown", "plot"]
 @click.option("--memory", is_flag=True, help="Also show every figure of memory and time.")
 def results(
     batches: tuple[str, ...],
-    form: Format | None,
     html: Path | None,
     sort: str,
     reverse: bool,
     filters: tuple[str, ...],
     memory: bool,
+    **forms: bool,
 ) -> None:
     """Show which trial is better, by how much, and what it cost.
 
@@ -62,6 +62,7 @@ def results(
     """
     from cli.trials import rows_of, selected
 
+    form = _one_of(forms)
     client = connect()
     reports = [report for batch in dict.fromkeys(batches) for report in _reports(client, batch)]
     rows = selected(rows_of(reports), filters, sort, reverse)
@@ -76,6 +77,14 @@ def results(
         if form is None:
             return
     print_results(reports, rows, form or "table", memory=memory)
+
+
+def _one_of(forms: Mapping[str, bool]) -> Format | None:
+    """The form that was asked for. Raises UsageError where there are two."""
+    asked = [name.rstrip("_") for name, wanted in forms.items() if wanted]
+    if len(asked) > 1:
+        raise click.UsageError(f"--{asked[0]} and --{asked[1]} are two forms; print one at a time.")
+    return cast(Format, asked[0]) if asked else None
 
 
 def _reports(client: Client, batch: str) -> list[BatchReport]:

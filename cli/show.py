@@ -187,7 +187,8 @@ def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
         gpu, capacity = used.get("gpu") or "", f"({memory(total)})" if total else ""
         pairs = {"GPU": f"{gpu} {capacity}".strip()}
         for key in ("reserved_at_start", "peak_reserved", "peak_for_training", "peak_allocated"):
-            pairs[key.replace("_", " ")] = share(used.get(f"{key}_bytes"))
+            name = key if training else key.replace("for_training", "above_the_start")
+            pairs[name.replace("_", " ")] = share(used.get(f"{key}_bytes"))
         facts(out, pairs)
     if time:
         _title(out, "Time")
@@ -196,7 +197,8 @@ def _print_outcome(out: Console, outcome: Mapping[str, Any]) -> None:
         facts(out, {names.get(key, key.removesuffix("_s")): _seconds(value) for key, value in spans.items()})
     if training:
         _title(out, "Training")
-        facts(out, {key.replace("_", " "): _plain(value) for key, value in training.items() if value is not None})
+        known = {key: value for key, value in training.items() if value is not None}
+        facts(out, {key.replace("_", " "): str(v) if key == "seed" else _plain(v) for key, v in known.items()})
     validation = outcome.get("validation") or {}
     if validation.get("losses"):
         _title(out, f"Validation loss on {counted(validation['rows'], 'row')}")
@@ -222,6 +224,8 @@ def _seconds(value: float) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

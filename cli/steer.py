@@ -21,7 +21,7 @@ Target = TypeVar("Target")
 
 
 def each(targets: Sequence[str], act: Callable[[str], Target]) -> Iterator[tuple[str, Target]]:
-    """Does the same to each target; what there is not is said at the end, when the others are done."""
+    """Does the same to each target; all that there is not is said at the end, when the others are done."""
     from jobqueue.errors import NotFoundError
 
     unknown: list[NotFoundError] = []
@@ -31,7 +31,7 @@ def each(targets: Sequence[str], act: Callable[[str], Target]) -> Iterator[tuple
         except NotFoundError as error:
             unknown.append(error)
     if unknown:
-        raise unknown[0]
+        raise NotFoundError("\n".join(error.what for error in unknown), unknown[0].do)
 
 
 def _jobs(targets: Sequence[str], act: Callable[[str], list[Job]], done: str, nothing: str, as_json: bool) -> None:

@@ -51,7 +51,8 @@ class Lookups:
         yield partial(self.model, run.base_model)
         yield partial(sources.chat_template, run.chat_template, self.sweep.file)
         yield partial(self.adapter, run.from_adapter)
-        sections = (run.data, run.data and run.data.replay, run.ewc and run.ewc.data, run.evaluation, run.original_task)
+        of_ewc, replay = run.ewc.data if run.ewc else None, run.data.replay if run.data else None
+        sections: tuple[RowsSpec | None, ...] = (run.data, replay, of_ewc, run.evaluation, run.original_task)
         for section in filter(None, sections):
             alone = section.model_copy(update={"replay": None}) if isinstance(section, DataSpec) else section
             yield partial(self.data, alone)

@@ -192,7 +192,11 @@ class Client:
         return self.store.jobs(self.batch(batch).jobs)
 
     def job(self, job_id: str) -> Job:
-        return self.store.job(job_id)
+        try:
+            return self.store.job(job_id)
+        except NotFoundError as error:
+            batch = f"It is a batch: `loraq ls {job_id}` lists its jobs." if job_id in self.store.batch_names() else ""
+            raise NotFoundError(error.what, batch or error.do) from None
 
     def workers(self) -> list[WorkerInfo]:
         return self.store.workers()

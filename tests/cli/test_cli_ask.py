@@ -147,3 +147,10 @@ def test_ctrl_c_cancels_the_job(command: Command, client: FakeClient, monkeypatc
 def test_a_prompt_or_a_file_of_them_and_not_both(command: Command, client: FakeClient) -> None:
     assert command("ask", "medqa/2").exit_code == 2
     assert command("ask", "medqa/2", "Which?", "--file", "-").exit_code == 2
+
+
+def test_of_base_and_adapter_one_alone_can_be_asked_or_both(command: Command, client: FakeClient) -> None:
+    result = command("ask", "medqa/2", "Which?", "--base-only", "--adapter-only")
+
+    assert (result.exit_code, client.asked) == (2, ())
+    assert "leave nobody to ask" in result.stderr

@@ -85,6 +85,7 @@ def test_show_of_a_job_has_attempts_memory_time_and_spec(command: Command, clien
     assert "peak reserved 3.0 GiB (3.8% of the GPU)" in lines
     assert "training 150.0 s (2.5 min)" in lines
     assert "max_steps: 20" in lines
+    assert {"seed 3407", "padding free no", "trained parameters 11,000,000"} <= set(lines)
     validation = lines.index("Validation loss on 40 rows")
     assert lines[validation + 1 : validation + 3] == ["step 10 1.2500 (best, kept)", "step 20 1.3750"]
     assert any("queued again out_of_memory: needed [2 GiB] more" in line and "1 min 5 s" in line for line in lines)

@@ -199,13 +199,14 @@ def test_sort_and_filter(command: Command, arguments: list[str], expected: list[
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--csv", "--json"], "--csv and --json are two forms"),
         (["--filter", "r"], "write KEY=VALUE"),
         (["--filter", "learning_rat=1"], "training.learning_rate"),
         (["--sort", "nothing"], "accuracy, likelihood"),
         (["--sort", "limit"], "data.limit or evaluation.limit"),
     ],
 )
-def test_sort_and_filter_refuse_what_means_nothing(
+def test_options_that_mean_nothing_are_refused(
     command: Command, client: FakeClient, arguments: list[str], said: str
 ) -> None:
     client.known["medqa"][0].spec["data"] = {"limit": 1}

@@ -151,3 +151,9 @@ def test_a_name_that_there_is_not_ends_with_exit_code_6_and_what_to_do(run: Run,
 
     assert result.exit_code == 6
     assert len(result.stderr.splitlines()) == 2
+
+
+def test_every_name_that_there_is_not_is_told(run: Run) -> None:
+    said = run("drain", "nobody", "no one").stderr.splitlines()
+
+    assert ["nobody" in said[0], "no one" in said[1], len(said)] == [True, True, 3]

@@ -196,5 +196,13 @@ def test_following_outlives_the_server_without_gap_or_repeat(command: Command, c
     assert result.stderr.count("answers again") == 1
 
 
+def test_logs_of_a_job_that_has_printed_nothing_say_why(command: Command, client: FakeClient) -> None:
+    client.known["medqa"] = [make_job("medqa.1", JobState.QUEUED)]
+
+    result = command("logs", "medqa.1")
+
+    assert (result.stdout, result.stderr) == ("", "medqa.1 is queued: it has printed nothing.\n")
+
+
 def test_logs_of_no_job_is_an_error(command: Command, client: FakeClient) -> None:
     assert command("logs", "nothing.1").exit_code == 6

@@ -203,6 +203,9 @@ def test_a_name_that_was_misspelt_is_answered_with_the_right_one(client: Client,
     with pytest.raises(NotFoundError) as error:
         client.batch("medqa-rnak")
     assert error.value.do == "Did you mean medqa-rank?"
+    with pytest.raises(NotFoundError) as error:
+        client.job("medqa-rank")
+    assert error.value.do == "It is a batch: `loraq ls medqa-rank` lists its jobs."
 
 
 # -- the sweeper's round
