@@ -134,7 +134,7 @@ def print_results(reports: Sequence[BatchReport], rows: Sequence[Row], form: For
             said = f"{report.batch}: {ratings.title(found)}" if len(reports) > 1 else ratings.title(found)
             parts += [f"{said}:", tables.as_markdown(*ratings.cells(found)), *ratings.notes(found)]
         parts += [*tables.failures(rows), *(problem for report in reports for problem in report.problems)]
-        click.echo("\n\n".join([*parts, *tables.exports(rows), *(report.verdict for report in reports)]))
+        click.echo("\n\n".join([*parts, *tables.exports(rows), *_verdicts(reports), *notes(reports, rows)]))
     elif form == "plot":
         from cli.plot import plot
 
@@ -165,13 +165,17 @@ def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bo
         out.print(line, style="red")
     for line in tables.exports(rows):
         out.print(line, soft_wrap=True)
-    for report in reports:
-        out.print(f"{report.batch}: {report.verdict}" if len(reports) > 1 else report.verdict, style="bold")
+    for verdict in _verdicts(reports):
+        out.print(verdict, style="bold")
     for note in notes(reports, rows):
         out.print(note, style="dim")
     for report in reports:
         if not report.complete:
             out.print(f"The batch is still at work: `loraq watch {report.batch}`.", style="dim")
+
+
+def _verdicts(reports: Sequence[BatchReport]) -> list[str]:
+    return [f"{report.batch}: {report.verdict}" if len(reports) > 1 else report.verdict for report in reports]
 
 
 def print_ratings(out: Console, found: Ratings, batch: str) -> None:

@@ -194,11 +194,26 @@ def varied(rows: Sequence[Row]) -> list[str]:
     return [key for key in names if any(shown(have.get(key)) != shown(settings[0].get(key)) for have in settings)]
 
 
+def _telling(keys: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Without what varies only because some rows lack its whole section: of that, the first key is enough."""
+    kept: dict[str, str] = {}  # key -> its section
+    for key in keys:
+        section = key.rpartition(".")[0]
+        values = {shown(value) for row in rows if (value := row.settings.get(key)) is not None}
+        if len(values) > 1 or section not in kept.values() or all(_has(row, section) for row in rows):
+            kept[key] = section
+    return list(kept)
+
+
+def _has(row: Row, section: str) -> bool:
+    return any(value is not None and key.startswith(f"{section}.") for key, value in row.settings.items())
+
+
 def labels(rows: Sequence[Row]) -> list[str]:
     """What tells each row from the others: within a batch its label, else what differs between the batches too."""
     if len({row.report.batch for row in rows}) <= 1:
         return [row.trial.label or "the only trial" for row in rows]
-    keys = varied(rows)
+    keys = _telling(varied(rows), [row for row in rows if not row.trial.members])
     last = [key.rpartition(".")[2] for key in keys]
     names = [short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)]
     return [

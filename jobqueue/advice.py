@@ -49,7 +49,7 @@ def on_training(run: RunSpec, rows: int | None) -> Iterator[str]:
         epochs = seen / rows
     if epochs > MOST_EPOCHS:
         remedy = "" if training.early_stopping_patience else "; early_stopping_patience stops when it does"
-        yield f"{epochs:.1f} epochs: after {MOST_EPOCHS:g} a model mostly learns its rows by heart{remedy}"
+        yield f"{round(epochs, 1):g} epochs: after {MOST_EPOCHS:g} a model mostly learns its rows by heart{remedy}"
     elif epochs < 1 and seen and rows:
         yield f"{training.steps} steps of {training.effective_batch} see {seen:,} of {rows:,} rows"
     if rows is not None and rows < FEW_ROWS:

@@ -96,7 +96,7 @@ def test_what_is_unusual_is_pointed_out(command: Command, folder: Path) -> None:
     warnings = document(command, folder / "sweep.yaml", *(x for item in sets for x in ("--set", item)))["warnings"]
     assert warnings == [
         "learning_rate 0.1 is above the usual range for method qlora (5e-06 to 0.0005)",
-        "160.0 epochs: after 3 a model mostly learns its rows by heart; early_stopping_patience stops when it does",
+        "160 epochs: after 3 a model mostly learns its rows by heart; early_stopping_patience stops when it does",
         "5 rows are few: some hundreds are usual",
         "nothing will tell whether it helps: set evaluation, or data.validation_split",
         "1 of 5 rows read the same as an earlier one",

@@ -242,6 +242,29 @@ def test_several_batches_are_ranked_together(command: Command, client: FakeClien
     ]
 
 
+def test_a_section_that_one_batch_has_alone_is_one_word_of_a_label(command: Command, client: FakeClient) -> None:
+    client.known["other"] = two_trials("other")
+    for job in client.known["other"]:
+        job.spec["ewc"] = {"ewc_lambda": 10.0 if job.id.startswith("other.1") else 20.0, "samples": 256, "seed": 3407}
+
+    rows = command("results", "medqa", "other", "--markdown").stdout.splitlines()
+    labels = [row.split(" | ")[1] for row in rows if row.startswith(("| medqa", "| other"))]
+
+    assert labels[:2] == ["learning_rate=0.0002 ewc_lambda=none", "learning_rate=0.0002 ewc_lambda=20"]
+
+
+def test_markdown_says_which_batch_a_verdict_is_of_and_what_the_numbers_are(
+    command: Command, client: FakeClient
+) -> None:
+    client.known["other"], client.answers = two_trials("other"), two_trials_answers()
+    alone = command("results", "medqa", "--markdown").stdout
+    both = command("results", "medqa", "other", "--markdown").stdout.splitlines()
+
+    assert "\nBest: " in alone
+    assert "McNemar" in alone
+    assert [line.split(":")[0] for line in both if ": Best: " in line] == ["medqa", "other"]
+
+
 def test_batches_with_other_questions_are_not_to_be_compared(command: Command, client: FakeClient) -> None:
     client.known["other"] = two_trials("other")
     for job in client.known["other"]:
