@@ -12,7 +12,8 @@ worker, one line at a time:
 At half of the time to a deadline the trainer is asked for a checkpoint too: the renewal is overdue by then.
 At the end of file (the worker is dead) and at the deadline (the worker could not renew the job's lease) everything is
 killed at once: whoever claims the job next must find no one else at work on it. The guardian is a session leader and a
-subreaper, so that children which left the session are still its own.
+subreaper, so that children which left the session are still its own. What they leave in the folder for temporary files,
+which is theirs alone, goes when they are gone.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import ctypes
 import math
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -113,7 +116,14 @@ def main() -> int:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # lasts over exec: no trainer that still starts dies of it
         die_with(me)
 
-    trainer = subprocess.Popen(command, stdin=int(request_fd), pass_fds=[int(events_fd)], preexec_fn=in_child)
+    temporary = tempfile.mkdtemp(prefix="loraq-trainer-")
+    trainer = subprocess.Popen(
+        command,
+        stdin=int(request_fd),
+        pass_fds=[int(events_fd)],
+        env={**os.environ, "TMPDIR": temporary},
+        preexec_fn=in_child,
+    )
     os.close(int(request_fd))
     os.close(int(events_fd))  # so that the worker sees the end of file when the trainer ends
     lifeline, kill_at = Lifeline(), math.inf
@@ -128,6 +138,7 @@ def main() -> int:
         if not lifeline.open or now() >= min(lifeline.deadline, kill_at):
             break
     kill_all()
+    shutil.rmtree(temporary, ignore_errors=True)
     code = trainer.returncode if trainer.returncode is not None else -signal.SIGKILL
     return code if code >= 0 else 128 - code
 

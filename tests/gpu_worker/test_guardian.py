@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -195,6 +197,19 @@ def test_the_trainers_end_is_passed_on_and_what_it_left_behind_is_killed(
 
     assert guarded.end() == expected
     assert guarded.left() == []
+
+
+def test_a_trainer_that_was_killed_leaves_no_temporary_files(guard: Guard) -> None:
+    guarded = guard(f"import os, tempfile; print(tempfile.mkdtemp(), flush=True)\n{WAIT}")
+    left = Path(guarded.process.stdout.readline().decode().strip())
+    guarded.up()
+    assert left.is_dir()
+    guarded.let_go()
+    guarded.end()
+
+    assert not left.exists()
+    assert left.parent != Path(tempfile.gettempdir())
+    assert not left.parent.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -241,7 +241,7 @@ def test_kill_ends_a_deaf_trainer_and_its_child_and_may_be_said_twice(start: Sta
         time.sleep(600)
     """)
     hear(trainer, Ready)
-    assert len(marked(trainer.mark)) == 3
+    wait_for(lambda: len(marked(trainer.mark)) == 3, 10, "the guardian, the trainer and its child are seen")
     descriptors = len(os.listdir("/proc/self/fd"))
 
     assert trainer.kill() == 137
