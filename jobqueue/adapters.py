@@ -28,13 +28,14 @@ SHARED = ("r", "lora_alpha", "use_rslora", "bias")
 
 
 def locate(name: str, folder: Path) -> str:
-    """A trial as the id of its training, a folder made absolute (relative to `folder`), a URL or hub id as it is.
+    """A trial as the id of its training, a folder made absolute (relative to `folder`), a URL, a hub id or a folder of
+    the storage as it is.
 
     Raises ValueError with a message for the user where it can be none of them.
     """
     path = Path(name).expanduser()
     path = path if path.is_absolute() else folder / path
-    if "://" in name:
+    if "://" in name or name.startswith(STORED):
         return name
     if (path / CONFIG).is_file():
         return str(path.resolve())

@@ -146,7 +146,7 @@ def _ask(
     if spec.members:
         outcome["members"] = list(request.members)
     return outcome | {
-        "commit": getattr(model.config, "_commit_hash", None),  # of a hub model
+        "commit": models.commit_of(model),
         "memory": memory | {"estimated_bytes": estimated},
         "data": file.summary.report() | {"too_long": too_long, "dropped": refused | dropped},
     }

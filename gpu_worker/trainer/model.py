@@ -131,6 +131,11 @@ def _compute_as_loaded(model: Any) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def commit_of(model: Any) -> str | None:
+    """Of a hub model, which version of it was loaded."""
+    return getattr(model.config, "_commit_hash", None)
+
+
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
     """Turn the exceptions with which libraries refuse a model or an option into bad_spec; let others pass."""

@@ -94,7 +94,8 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     outcome["training"]["spared_tokens"] = choice.spared_tokens
     outcome["training"]["from_adapter"] = spec.from_adapter
     of_data = {"replay": replayed, "sha256": fingerprint([*tokens, *validation])}
-    return outcome | {"data": file.summary.report() | asdict(data) | of_data, "versions": usage.versions()}
+    outcome["data"] = file.summary.report() | asdict(data) | of_data
+    return outcome | {"commit": models.commit_of(base.model), "versions": usage.versions()}
 
 
 def _replay(data: DataSpec, chat: Chat, own: int, max_seq_length: int) -> tuple[list[Tokens], dict[str, Any] | None]:

@@ -16,7 +16,7 @@ from jobqueue.memory import CONTEXT
 
 PACKAGES = (
     "loraq", "unsloth", "unsloth_zoo", "torch", "triton", "transformers", "tokenizers", "trl", "peft", "datasets",
-    "bitsandbytes", "accelerate", "xformers",
+    "bitsandbytes", "accelerate", "xformers", "flash_attn",
 )  # fmt: skip
 
 

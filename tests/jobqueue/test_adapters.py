@@ -123,6 +123,8 @@ def test_folders_urls_and_hub_ids_are_known_by_how_they_look(tmp_path: Path) -> 
     assert locate("s3://bucket/adapter", tmp_path) == "s3://bucket/adapter"
     assert locate("owner/adapter", tmp_path) == "owner/adapter"
     assert locate("my.batch-2/12", tmp_path) == "my.batch-2.12"
+    stored = "storage:batches/medqa/medqa.2/1-ab/adapter"  # as the spec in a manifest has it
+    assert locate(stored, tmp_path) == stored
     for wrong in ("./gone", "adapter", "a/b/c"):
         with pytest.raises(ValueError, match="neither a trial"):
             locate(wrong, tmp_path)

@@ -41,7 +41,7 @@ def lines(done: Done) -> list[dict[str, Any]]:
 def test_training_reports_memory_time_losses_and_data(trained: Done) -> None:
     """trl#6168, unsloth#10785: SFTTrainer refused tokenizer= and max_seq_length=; it is given what this TRL takes."""
     outcome = trained.outcome
-    assert outcome.keys() == {"memory", "time", "training", "losses", "ewc", "validation", "data", "versions"}
+    assert outcome.keys() == {"memory", "time", "training", "losses", "ewc", "validation", "data", "versions", "commit"}
     memory, spent, training = outcome["memory"], outcome["time"], outcome["training"]
     assert (memory["kind"], memory["gpu"]) == ("ram", "cpu")
     assert 0 < memory["reserved_at_start_bytes"] <= memory["peak_reserved_bytes"] < memory["total_bytes"]
@@ -125,6 +125,21 @@ def test_the_same_job_in_the_same_process_gives_the_same_losses(child: Child, tr
     assert again.outcome["versions"] == trained.outcome["versions"]
     shorter = child.run(train_spec(training={"max_steps": 1}, data={"limit": 63}))
     assert shorter.outcome["data"]["sha256"] != trained.outcome["data"]["sha256"]
+
+
+def test_which_commit_of_a_hub_model_was_trained_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached, commit = tmp_path / "hub" / "models--org--tiny", "0123456789abcdef" * 2 + "01234567"
+    shutil.copytree(DEMO / "model", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    trainer = Child(tmp_path)
+    try:
+        assert isinstance(trainer.next_event(), Ready)
+        done = trainer.run(train_spec(base_model="org/tiny", training={"max_steps": 1}))
+        assert done.outcome["commit"] == commit
+    finally:
+        trainer.close()
 
 
 def test_a_loss_that_is_no_number_ends_the_job_within_a_few_steps(child: Child) -> None:
