@@ -232,6 +232,16 @@ def test_what_the_file_has_wrong_and_what_its_data_has_wrong_are_told_together(f
     assert "gone.json" in error.value.problems[2].message
 
 
+def test_the_spec_of_a_training_is_a_sweep_file_of_the_same_training(folder: Path) -> None:
+    """As docs/reproduce.md has it."""
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    first = plan(folder, chat_template=template, lora={"use_gradient_checkpointing": "unsloth"}).jobs[0].spec
+    (folder / "train.jsonl").unlink()
+    fields = first.model_dump(mode="json", exclude={"kind"})
+
+    assert plan(folder, evaluation=None, **fields).jobs[0].spec == first
+
+
 def test_a_file_that_is_read_in_two_ways_is_checked_in_both(folder: Path) -> None:
     with pytest.raises(DataError, match="has no column frage"):
         plan(folder, evaluation={"source": "train.jsonl", "columns": {"question": "frage"}})

@@ -118,8 +118,10 @@ def test_an_adapter_folder_holds_the_adapter_its_tokenizer_and_no_base_model(tra
     assert [path.name for path in trained.folder.iterdir()] == ["adapter"]
 
 
-def test_the_same_job_in_the_same_process_gives_the_same_losses(child: Child, trained: Done) -> None:
+def test_the_same_job_in_the_same_process_gives_the_same_adapter(child: Child, trained: Done) -> None:
     again = child.run(train_spec(training={"max_steps": 12}))
+    first, second = ((done.folder / "adapter" / "adapter_model.safetensors").read_bytes() for done in (trained, again))
+    assert first == second
     assert again.outcome["losses"] == trained.outcome["losses"]
     assert again.outcome["data"]["sha256"] == trained.outcome["data"]["sha256"]
     assert again.outcome["versions"] == trained.outcome["versions"]
