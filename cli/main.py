@@ -9,7 +9,7 @@ import difflib
 import errno
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -131,16 +131,35 @@ def connect() -> Client:
     from jobqueue.service import Client
     from jobqueue.settings import Settings, config_file
 
+    wrong = list(_misspelt([*Settings.model_fields, "config"]))
     try:
         settings = Settings()
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise LoraqError(
-            f"The settings are wrong: {wrong}", f"Correct {config_file()} or the variables LORAQ_*."
-        ) from None
+        wrong += [_mistake(details) for details in error.errors()]
     except ValueError as error:  # of tomllib
         raise LoraqError(f"{config_file()} is not valid TOML: {error}", "Correct it.") from None
+    if wrong:
+        do = f"Correct {config_file()} or the variables LORAQ_*."
+        raise LoraqError(f"The settings are wrong: {'; '.join(wrong)}", do)
     return Client(settings)
+
+
+def _misspelt(settings: Sequence[str]) -> Iterator[str]:
+    """Variables that do nothing, and look like one that does."""
+    known = [f"LORAQ_{name.upper()}" for name in settings]
+    for name in os.environ:
+        if name.startswith("LORAQ_") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            yield from (f"{name} is none; did you mean {other}?" for other in close)
+
+
+def _mistake(details: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in a few words."""
+    name = ".".join(map(str, details["loc"]))
+    if details["type"] == "extra_forbidden":
+        return f"{name} is none"
+    message = str(details["msg"]).removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

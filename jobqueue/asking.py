@@ -43,7 +43,7 @@ def question(store: Store, trial: str, prompts: Sequence[str], owner: str, optio
     workers = store.workers()
     if not any(worker.alive and worker.device != "control" for worker in workers):
         raise CapacityError("no worker is alive to answer", "Start one: `loraq worker` on a GPU host, or `loraq up`.")
-    check_capacity(job.need, workers)
+    check_capacity(job.need, job.device, workers)
     return job
 
 

@@ -107,7 +107,7 @@ class Client:
         submission.check_keeping(self.store)
         plan = submission.corrected(plan, self.store)
         if not force:
-            submission.check_capacity(max(job.need_bytes for job in plan.jobs), self.workers())
+            submission.check_capacities(plan, self.workers())
         key = "" if again else self._key(plan)
         plan = adapters.in_storage(plan, self.store.job)
         self._upload(plan.files, progress or (lambda file, arrived, size: None))

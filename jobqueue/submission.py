@@ -126,9 +126,28 @@ def _named(spec: JobSpec, batch: str) -> JobSpec:
     return spec
 
 
-def check_capacity(need: int, workers: Sequence[WorkerInfo]) -> None:
-    """Refuses what would wait for ever: workers are alive, and none of them could hold a job of `need` bytes."""
-    usable = [worker.usable_bytes for worker in workers if worker.alive and worker.usable_bytes]
+def check_capacities(plan: Plan, workers: Sequence[WorkerInfo]) -> None:
+    """As `check_capacity`, of the largest job for each kind of device."""
+    needs: dict[str, int] = {}
+    for job in plan.jobs:
+        if not isinstance(job.spec, ControlSpec):
+            device = job.spec.resources.device
+            needs[device] = max(job.need_bytes, needs.get(device, 0))
+    for asked, need in needs.items():
+        check_capacity(need, asked, workers)
+
+
+def check_capacity(need: int, device: str, workers: Sequence[WorkerInfo]) -> None:
+    """Refuses what would wait for ever: workers are alive, and none of them could hold a job of `need` bytes, or none
+    is of the kind that it asks for (`resources.device`).
+    """
+    alive = [worker for worker in workers if worker.alive and worker.usable_bytes]
+    usable = [w.usable_bytes for w in alive if device == "auto" or (w.device == "cpu") == (device == "cpu")]
+    if alive and not usable:
+        raise CapacityError(
+            f"a job asks for a {device.upper()} (resources.device), and no living worker has one",
+            "Leave resources.device out, start such a worker, or submit with --force to let it wait for one.",
+        )
     if usable and need > max(usable):
         raise CapacityError(
             f"a job needs about {need / GIB:.1f} GiB, and the largest worker has {max(usable) / GIB:.1f} GiB",

@@ -140,6 +140,27 @@ def test_wrong_settings_are_an_error_with_a_remedy(command: Command, monkeypatch
     assert "config.toml" in result.stderr
 
 
+def test_a_variable_that_is_misspelt_is_told_with_whatever_else_is_wrong(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text("leese_s = 30\n")
+    monkeypatch.setenv("LORAQ_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.setenv("LORAQ_STORGE", "/mnt/team")
+
+    result = command("ls")
+
+    what = "The settings are wrong: LORAQ_STORGE is none; did you mean LORAQ_STORAGE?; leese_s is none"
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (1, what)
+
+
+def test_a_variable_of_something_else_may_begin_like_a_setting(
+    command: Command, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAQ_CACHE_DIR", "/tmp")  # of a trainer
+
+    assert command("ls").exit_code == 0
+
+
 def test_config_file_that_is_no_toml(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("lease_s = = 3")
     monkeypatch.setenv("LORAQ_CONFIG", str(tmp_path / "config.toml"))

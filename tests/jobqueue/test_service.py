@@ -150,6 +150,14 @@ def test_a_job_that_no_living_worker_can_hold_is_refused_before_anything_is_writ
     assert send(client, tmp_path, force=True).name == "b"
 
 
+def test_a_job_for_a_gpu_is_refused_where_cpus_alone_are_alive(client: Client, tmp_path: Path) -> None:
+    client.store.heartbeat("h/cpu", "cpu", {**WORKER, "device": "cpu", "usable_bytes": 80 * GIB})
+
+    with pytest.raises(CapacityError, match="asks for a GPU"):
+        send(client, tmp_path, resources={"memory": "4GiB", "device": "gpu"})
+    assert send(client, tmp_path, resources={"memory": "4GiB", "device": "cpu"}).name == "b"
+
+
 @pytest.mark.parametrize("usable", [None, 4 * GIB])
 def test_a_job_is_taken_where_a_worker_holds_it_or_none_is_there_yet(
     client: Client, tmp_path: Path, usable: int | None
