@@ -188,12 +188,17 @@ def progress(event: Mapping[str, Any]) -> str:
 
 def facts(out: Console, pairs: Mapping[str, Any]) -> None:
     """Names and values, one line each; what is not known is left out."""
+    known = {name: Text(value) if isinstance(value, str) else value for name, value in pairs.items() if value}
+    if not out.is_terminal:  # a grid fills each line up to its longest
+        width = max(map(len, known), default=0) + GAP
+        for name, value in known.items():
+            out.print(Text(name.ljust(width)) + value, soft_wrap=True)
+        return
     grid = Table.grid(padding=(0, GAP, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, value in pairs.items():
-        if value:
-            grid.add_row(name, Text(value) if isinstance(value, str) else value)
+    for name, value in known.items():
+        grid.add_row(name, value)
     out.print(grid)
 
 

@@ -82,6 +82,7 @@ def test_show_of_a_job_has_attempts_memory_time_and_spec(command: Command, clien
     text = command("show", "medqa.1").stdout
     lines = [" ".join(line.split()) for line in text.splitlines()]
 
+    assert not any(line.endswith(" ") for line in text.partition("Attempts")[0].splitlines())
     assert "peak reserved 3.0 GiB (3.8% of the GPU)" in lines
     assert "training 150.0 s (2.5 min)" in lines
     assert "max_steps: 20" in lines
