@@ -50,6 +50,8 @@ def export(
     Of a trial that has succeeded. A worker merges it into its base model in 16 bits, writes the result into the
     storage, loads it anew, and keeps it only if it answers as the adapter does.
     """
+    if quantization_method and "gguf" not in formats:
+        raise click.UsageError("--quantization-method is of gguf: add --format gguf.")
     from pydantic import ValidationError
 
     from cli.render import console, print_json

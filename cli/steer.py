@@ -59,7 +59,8 @@ def _jobs(targets: Sequence[str], act: Callable[[str], list[Job]], done: str, no
 def hold(targets: tuple[str, ...], as_json: bool) -> None:
     """Keep jobs, batches or a memory class from being started.
 
-    Until they are released. What runs goes on. CLASS is one of gpu8, gpu16, gpu24, gpu48, gpu80, gpu141, cpu.
+    Until they are released. What runs goes on. CLASS is one of gpu8, gpu16, gpu24, gpu48, gpu80, gpu141, gpu-large
+    and cpu.
     """
     _jobs(targets, connect().hold, "held", "nothing is left to hold", as_json)
 

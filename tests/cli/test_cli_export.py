@@ -73,7 +73,7 @@ def test_one_that_failed_ends_with_its_reason_and_a_code(command: Command, clien
     [
         (("medqa/2",), 6, "medqa.2 has nothing to export yet: it is running"),
         (("medqa",), 6, "'medqa' is no trial"),
-        (("medqa/1", "--quantization-method", "f16"), 2, "quantization_method is of gguf"),
+        (("medqa/1", "--quantization-method", "f16"), 2, "--quantization-method is of gguf: add --format gguf"),
         (("medqa/1", "--format", "lora"), 2, "'lora' is not one of 'merged_16bit', 'gguf'"),
     ],
 )
