@@ -57,7 +57,7 @@ def ask(
     trained with. Nothing of it is kept but the answers, for a day. Ctrl-C stops it.
 
     \b
-    loraq ask medqa-rank/2 "A 23-year-old pregnant woman has burning upon urination. Which drug?"
+    loraq ask medqa-rank/2 "Which drug for a urinary tract infection?"
     loraq ask medqa-rank/2 --file prompts.txt > answers.txt
     """
     from cli.render import console

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from cli_fakes import (
 )
 from click import unstyle
 
+from cli.trials import FIELDS
 from jobqueue.job import FailureReason, Job, JobState
 from jobqueue.results import BatchReport
 
@@ -216,6 +218,11 @@ def test_options_that_mean_nothing_are_refused(
 
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+def test_help_names_all_that_trials_can_be_sorted_and_filtered_by(command: Command) -> None:
+    words = set(re.findall(r"\w+", command("results", "--help").stdout))
+    assert set(FIELDS) <= words
 
 
 def test_several_batches_are_ranked_together(command: Command, client: FakeClient) -> None:
