@@ -61,6 +61,8 @@ def submit(
         retry = f"`loraq retry {batch.name}` runs again what did not succeed, " if batch.state in RETRIED else ""
         advice = f"{retry}--again makes another batch."
         notes.print(f"{batch.name} is that already ({batch.state}); {advice}", style="yellow", soft_wrap=True)
+    if not batch.ended and not any(w.alive and w.device != "control" for w in client.workers()):
+        notes.print("warning: no worker that trains is alive; the jobs wait for one", style="yellow", soft_wrap=True)
     if wait:
         _wait(client, batch.name, as_json)
     elif as_json:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli_fakes import Command, FakeClient, two_trials
+from cli_fakes import Command, FakeClient, make_job, two_trials
 
-from jobqueue.job import JobState
+from jobqueue.job import JobState, WorkerInfo
 
 SWEEP = """\
 name: medqa
@@ -70,6 +71,19 @@ def test_warnings_go_to_stderr(command: Command, client: FakeClient, tmp_path: P
 
     assert json.loads(result.stdout)["name"] == "medqa"
     assert result.stderr.startswith("warning: /no/such/model")
+
+
+def test_that_nobody_is_there_to_train_is_said(command: Command, client: FakeClient, sweep_file: str) -> None:
+    client.known["medqa"] = [make_job("medqa.1", JobState.QUEUED)]
+    worker = WorkerInfo("h/gpu0", "h", "NVIDIA", "", 2**34, 1, (), 0.0, alive=False)
+    client.present = [worker, replace(worker, id="h/control", device="control", alive=True)]
+    alone = command("submit", sweep_file)
+    client.present = [replace(worker, alive=True)]
+    with_one = command("submit", sweep_file)
+
+    assert (alone.exit_code, with_one.exit_code) == (0, 0)
+    assert "no worker that trains is alive" in alone.stderr
+    assert "no worker" not in with_one.stderr
 
 
 def test_what_was_submitted_before_is_said_and_not_submitted_again(
