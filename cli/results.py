@@ -154,7 +154,8 @@ def _print_table(reports: Sequence[BatchReport], rows: Sequence[Row], memory: bo
         out.print(f"{report.batch}: {report.base_model}{asked}", style="bold", soft_wrap=True)
     out.print()
     if not rows:
-        out.print("There is no such trial.")
+        instead = [f"`loraq show {report.batch}` has what {report.batch} did." for report in reports]
+        out.print("There is no such trial." if any(report.trials for report in reports) else "\n".join(instead))
     else:
         for columns, cells in [tables.cells(rows), *([tables.memory_cells(rows)] if memory else [])]:
             out.print(table(out, columns, cells))

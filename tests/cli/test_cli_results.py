@@ -220,6 +220,13 @@ def test_options_that_mean_nothing_are_refused(
     assert said in result.stderr
 
 
+def test_a_batch_without_trials_is_referred_to_show(command: Command, client: FakeClient) -> None:
+    client.known["medqa-export"] = [make_job("medqa-export.1.export", outcome=exported())]
+    lines = command("results", "medqa-export").stdout.splitlines()
+    assert lines[2:4] == ["`loraq show medqa-export` has what medqa-export did.", "There is no trial."]
+    assert "There is no such trial." in command("results", "medqa", "--filter", "accuracy>99").stdout
+
+
 def test_help_names_all_that_trials_can_be_sorted_and_filtered_by(command: Command) -> None:
     words = set(re.findall(r"\w+", command("results", "--help").stdout))
     assert set(FIELDS) <= words
