@@ -144,11 +144,14 @@ def connect() -> Client:
     return Client(settings)
 
 
+OF_COMPOSE = ("LORAQ_STORAGE_DIR",)  # it looks like LORAQ_STORAGE
+
+
 def _misspelt(settings: Sequence[str]) -> Iterator[str]:
     """Variables that do nothing, and look like one that does."""
     known = [f"LORAQ_{name.upper()}" for name in settings]
     for name in os.environ:
-        if name.startswith("LORAQ_") and name not in known:
+        if name.startswith("LORAQ_") and name not in (*known, *OF_COMPOSE):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
             yield from (f"{name} is none; did you mean {other}?" for other in close)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,8 @@ def test_a_variable_of_something_else_may_begin_like_a_setting(
     command: Command, client: FakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAQ_CACHE_DIR", "/tmp")  # of a trainer
+    for name in re.findall(r"\$\{(LORAQ_\w+)", (ROOT / "compose.yaml").read_text()):
+        monkeypatch.setenv(name, "redis://localhost:1/0" if name == "LORAQ_REDIS_URL" else "/mnt")
 
     assert command("ls").exit_code == 0
 
