@@ -72,6 +72,9 @@ class Sheet:
             return
         self.cards[card] = line
         self.scores[card] = {}
+        if not any(row.get(name) for name in CRITERIA):
+            self.problems.append(f"{place}: {card} has no scores")
+            return
         for name in CRITERIA:
             text = row.get(name, "")
             score = _score(text)

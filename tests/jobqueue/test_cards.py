@@ -168,6 +168,7 @@ def test_every_fault_is_named_at_once_with_file_and_line(deck: Deck, storage: St
     rows = filled(deck, "Dan", relevance="6", fluency="")
     rows[1]["accuracy"] = "good"
     rows[2]["card"] = second
+    rows[5] |= dict.fromkeys(("relevance", "accuracy", "fluency"), "")
     rows[11]["card"] = "card-000000-001"
 
     found = problems(three(deck, Dan=saved(rows)), storage)
@@ -178,6 +179,7 @@ def test_every_fault_is_named_at_once_with_file_and_line(deck: Deck, storage: St
         f"Dan.csv:{lines[0]}: fluency of {deck.cards[0].id}: is missing",
         f"Dan.csv:{lines[1]}: accuracy of {second}: 'good' is not a whole number from 1 to 5",
         f"Dan.csv:{lines[2]}: {second} is there twice, first in line {lines[1]}",
+        f"Dan.csv:{lines[5]}: {deck.cards[5].id} has no scores",
         f"Dan.csv:{lines[11]}: card-000000-001 is not of this sheet",
         f"Dan.csv: cards are missing: {third}, {last}",
     ]
