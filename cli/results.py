@@ -53,8 +53,8 @@ def results(
 
     KEY is a setting by its dotted key or the last part of it (lora.r, learning_rate), or one of accuracy, likelihood,
     likelihood_normalised, generated, perplexity, bleu, judge, people, vs_base, p, finding, original, kept (points),
-    memory (GiB), minutes, tokens, cost, loss, attempts, batch, trial, job, state, reason, gpu, worker. Besides = a
-    filter takes != < > <= and >=.
+    memory (GiB), minutes, tokens, cost, loss, validation_loss, attempts, batch, trial, job, state, reason, gpu, worker.
+    Besides = a filter takes != < > <= and >=.
 
     \b
     loraq results medqa --filter lora.r=8 --sort memory

@@ -45,6 +45,7 @@ def cells(rows: Sequence[Row]) -> Cells:
         "tokens": Column("tokens/s", right=True, rank=7),
         "cost": Column("cost", right=True, rank=3),
         "loss": Column("loss", right=True, rank=9),
+        "validation": Column("validation loss", right=True, rank=8),
         "attempts": Column("attempts", right=True, rank=12),
         "gpu": Column("GPU", rank=13),
     }
@@ -133,6 +134,7 @@ def _trial_cells(row: Row, label: str) -> dict[str, str]:
         "tokens": render.number(trial.tokens_per_s),
         "cost": render.number(trial.cost, 2),
         "loss": render.number(trial.final_loss, 3),
+        "validation": render.number(trial.validation_loss, 3),
         "attempts": str(trial.attempts),
         "gpu": trial.gpu,
     }

@@ -96,6 +96,7 @@ FIELDS: Mapping[str, _Field] = {
     "tokens": _Field(lambda row: row.trial.tokens_per_s, True),
     "cost": _Field(lambda row: row.trial.cost),
     "loss": _Field(lambda row: row.trial.final_loss),
+    "validation_loss": _Field(lambda row: row.trial.validation_loss),
     "attempts": _Field(lambda row: row.trial.attempts),
     "batch": _Field(lambda row: row.report.batch),
     "trial": _Field(lambda row: row.trial.label),

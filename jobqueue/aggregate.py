@@ -161,6 +161,7 @@ def _trial(
         measures=measures_of(asked),
         losses=thinned([(step, loss) for step, loss, *_ in job.outcome.get("losses") or ()], MOST_POINTS),
         export=_export(export) if export else None,
+        validation_loss=finite(ensembles.validation_loss(job)),
     )
 
 

@@ -110,11 +110,13 @@ class TrialResult:
     members: tuple[str, ...] = ()  # of an ensemble: the labels of its trials
     versus_single: Comparison | None = None  # of an ensemble, against the best trial
     original: OriginalTask | None = None  # where the batch has an original task
+    validation_loss: float | None = None  # of the weights that were kept, on the rows that were kept back
 
     @property
-    def by_measure(self) -> tuple[float, float]:
-        """Sorts the best first: a low perplexity, then a high BLEU."""
-        return (self.measures.get("perplexity", math.inf), -self.measures.get("bleu", -math.inf))
+    def by_measure(self) -> tuple[float, ...]:
+        """Sorts the best first: a low perplexity, then a high BLEU, then a low validation loss."""
+        loss = math.inf if self.validation_loss is None else self.validation_loss
+        return (self.measures.get("perplexity", math.inf), -self.measures.get("bleu", -math.inf), loss)
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,15 @@ def _verdict_without_scores(trials: Sequence[TrialResult], complete: bool) -> st
     if not complete:
         return "Nothing has been evaluated yet."
     said = "Nothing was evaluated, so it is not known which trial is better"
-    losses = [(trial.final_loss, trial.label or trial.job) for trial in trials if trial.final_loss is not None]
-    if not losses:
+    names = [(trial, trial.label or trial.job) for trial in trials]
+    validated = [(trial.validation_loss, name) for trial, name in names if trial.validation_loss is not None]
+    if any(key.startswith("data.") for trial in trials for key in trial.differs):
+        validated = []  # on other rows
+    trained = [(trial.final_loss, name) for trial, name in names if trial.final_loss is not None]
+    if not (validated or trained):
         return said + "."
-    lowest, name = min(losses)
-    return f"{said}. The lowest training loss, {lowest:.3f}, has {name}."
+    lowest, name = min(validated or trained)
+    return f"{said}. The lowest {'validation' if validated else 'training'} loss, {lowest:.3f}, has {name}."
 
 
 def _against(comparison: Comparison, other: str) -> str:

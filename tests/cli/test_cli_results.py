@@ -183,6 +183,7 @@ def trials(command: Command, *arguments: str) -> list[str]:
         (["--sort", "training.learning_rate"], ["0.0001", "0.0002", "0.1"]),
         (["--sort", "learning_rate", "--reverse"], ["0.1", "0.0002", "0.0001"]),
         (["--sort", "loss"], ["0.0002", "0.0001", "0.1"]),
+        (["--filter", "validation_loss<1.4"], ["0.0002", "0.0001"]),
         (["--sort", "generated", "--reverse"], ["0.0001", "0.0002", "0.1"]),
         (["--filter", "state=failed"], ["0.1"]),
         (["--filter", "reason=nan_loss"], ["0.1"]),

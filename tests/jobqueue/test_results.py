@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,6 +223,21 @@ def test_batch_without_evaluation_keeps_the_order_of_the_file() -> None:
         "Nothing was evaluated, so it is not known which trial is better. "
         "The lowest training loss, 1.200, has rate=0.0002."
     )
+
+
+def test_a_batch_without_evaluation_is_ordered_by_the_validation_loss_where_the_rows_are_the_same() -> None:
+    def validated(number: int, loss: float, validation: float, split: float = 0.1) -> Job:
+        made = train(number, rate=number * 1e-4, loss=loss)
+        of_validation = {"losses": [[5, 9.0], [10, validation]], "kept_step": 10}
+        spec = {**made.spec, "data": {"source": "s", "validation_split": split}}
+        return replace(made, outcome={**made.outcome, "validation": of_validation}, spec=spec)
+
+    found = report([validated(1, 1.5, 1.9), validated(2, 1.2, 2.1), train(3, rate=3e-4)])
+    assert [(trial.job, trial.validation_loss) for trial in found.trials] == [("b.1", 1.9), ("b.2", 2.1), ("b.3", None)]
+    same_rows = report([validated(1, 1.5, 1.9), validated(2, 1.2, 2.1)])
+    assert same_rows.verdict.endswith("The lowest validation loss, 1.900, has rate=0.0001.")
+    other_rows = report([validated(1, 1.5, 1.9), validated(2, 1.2, 2.1, split=0.2)])
+    assert other_rows.verdict.endswith("The lowest training loss, 1.200, has rate=0.0002.")
 
 
 def test_batch_without_training_ranks_the_base_models() -> None:
