@@ -85,15 +85,3 @@ def test_a_checkpoint_without_its_manifest_or_of_another_submit_is_not_gone_on_f
 
     assert job.state is JobState.SUCCEEDED
     assert job.outcome["resumed"] is None
-
-
-def test_a_cancelled_job_is_ended_at_once_and_keeps_no_checkpoint(here: Site) -> None:
-    here.start()
-    job = begin(here, "save/sleep:60")
-    wait_for(lambda: kept(here, job), START_S, "a checkpoint is in the storage")
-    here.store.cancel(["b.1"])
-
-    job = here.ended("b.1")
-
-    assert job.state is JobState.CANCELLED
-    wait_for(lambda: kept(here, job) == [], 5, "no checkpoint is left")

@@ -82,7 +82,7 @@ def test_its_prompts_are_of_the_rows_that_were_trained_on_unless_the_user_has_so
         ),
         ({"export": {"quantization_method": "q8_0"}}, "export.quantization_method", "is of gguf; add it"),
         ({"export": {"formats": ["lora"]}}, "export.formats", "must be 'merged_16bit' or 'gguf', not 'lora'"),
-        ({"export": {"formats": []}}, "export.formats", "at least 1 item"),
+        ({"export": {"formats": []}}, "export.formats", "must have at least 1 value"),
         (
             {"export": BOTH | {"quantization_method": "q4_k_m"}},
             "export.quantization_method",
