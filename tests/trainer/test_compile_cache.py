@@ -12,6 +12,7 @@ from pathlib import Path
 from trainer_child import DEADLINE_S, ROOT
 
 TRAINERS, TIMES = 3, 40
+SET = ("LORAQ_", "UNSLOTH_", "TORCHINDUCTOR_", "TRITON_")  # torch sets its own where another test has used it
 
 # Modules of one name whose code differs, as the settings of jobs make it differ; each says whose it is.
 COMPILES = f"""
@@ -42,7 +43,7 @@ print(json.dumps({{"said": said, "kept": kept.read_text()}}))
 def test_trainers_that_compile_at_once_neither_wipe_one_cache_nor_run_each_others_code(tmp_path: Path) -> None:
     """unsloth#8457, unsloth-zoo#967: processes wiped the compiled cache, or raced on its files."""
     cache = tmp_path / "cache"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LORAQ_", "UNSLOTH_"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(SET)}
     environment |= {"LORAQ_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     compiled = cache / "unsloth" / version("unsloth")
     compiled.mkdir(parents=True)
