@@ -77,7 +77,7 @@ class Lookups:
 
     def check(self, spec: RowsSpec, path: Path) -> rows.Checked:
         """What a local file holds, read once for each way of reading it. Raises DataError."""
-        reading = (path, type(spec), spec.model_dump_json(exclude={"source", "replay"}))
+        reading = (path, type(spec), spec.model_dump_json(exclude={"source", "replay", "judge"}))
         if reading in self.checked:
             return self.checked[reading]
         summary = self.checked[reading] = rows.check_file(spec.model_copy(update={"source": str(path)}))

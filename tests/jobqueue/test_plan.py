@@ -490,3 +490,10 @@ def test_a_training_that_goes_on_from_an_adapter_may_forget(folder: Path) -> Non
     words = "from_adapter may forget what it was trained on: ewc or data.replay hold on to that; original_task shows it"
     assert advised(folder, **goes_on) == (words,)
     assert advised(folder, **goes_on, ewc={"ewc_lambda": 1.0, "data": {"source": "train.jsonl"}}) == ()
+
+
+def test_a_file_that_a_judge_is_asked_about_is_read_once(folder: Path) -> None:
+    with (folder / "test.jsonl").open("a") as rows:
+        rows.write('{"question": "?"}\n')
+    made = plan(folder, evaluation={"source": "test.jsonl", "metrics": ["generated"], "judge": {"model": "grader"}})
+    assert len([warning for warning in made.warnings if "cannot be used" in warning]) == 1
