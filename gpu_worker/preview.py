@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,11 +22,6 @@ from jobqueue.sources import AnyData
 from jobqueue.spec import RunSpec
 from jobqueue.storage import Storage
 from jobqueue.sweep import Sweep, Trial
-
-
-def possible() -> bool:
-    """Whether this host has what it takes: `loraq[control]` alone has not."""
-    return find_spec("tokenizers") is not None and find_spec("datasets") is not None
 
 
 def make_preview(claim: Claim, storage: Storage, settings: Settings, patience: Patience) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import shutil
 import socket
 import threading
 import time
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Literal
 
 from gpu_worker import guardian
@@ -19,14 +20,12 @@ from gpu_worker.gpu import Device
 from gpu_worker.health import watch
 from gpu_worker.mps import mps_of
 from gpu_worker.pool import TrainerPool
-from gpu_worker.preview import possible
 from gpu_worker.storage_watch import StorageWatch
 from gpu_worker.trainer_process import trainer_environment, worker_cache
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.errors import ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
-from jobqueue.memory import CONTEXT, GIB, classes_for
-from jobqueue.previewing import QUEUE
+from jobqueue.memory import CONTEXT, GIB, PREVIEW, classes_for
 from jobqueue.settings import Settings
 from jobqueue.storage import Storage
 from jobqueue.store import Store
@@ -89,7 +88,7 @@ class Worker:
         """The memory classes whose wake-ups it listens to."""
         if self.device.kind == "gpu":
             return classes_for(self._watch.health.usable_bytes)
-        return [self.device.kind, *([QUEUE] if self.device.kind == "control" and possible() else [])]
+        return [self.device.kind, *([PREVIEW] if self.device.kind == "control" and _can_preview() else [])]
 
     def well(self) -> bool:
         return not (self._storage_watch.problem or self._watch.health.sick) and time.monotonic() >= self._well_at
@@ -282,3 +281,9 @@ class Worker:
             self.store.leave(self.id)
         except ServerError as error:
             log.warning("left without a word: %s", error.what)
+
+
+@cache
+def _can_preview() -> bool:
+    """Whether this host has what it takes: `loraq[control]` alone has not."""
+    return find_spec("tokenizers") is not None and find_spec("datasets") is not None

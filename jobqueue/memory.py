@@ -25,9 +25,13 @@ MERGED_BYTES = 10  # per weight of a layer that is merged: the sum, what is adde
 FRAGMENTS, ROUNDING = 1.03, int(0.1 * GIB)  # what the allocator holds over what is in tensors
 
 
+PREVIEW = "preview"
+"""The class of control workers that can read tokenizers and hub data sets."""
+
+
 def all_classes() -> list[str]:
     """Every class that a job can wait in."""
-    return [*(f"gpu{size}" for size in CLASSES), "gpu-large", "cpu", "control", "preview"]
+    return [*(f"gpu{size}" for size in CLASSES), "gpu-large", "cpu", "control", PREVIEW]
 
 
 def memory_class(need_bytes: int) -> str:

@@ -9,9 +9,9 @@ import pytest
 from helpers import wait_for
 from worker_process import START_S, Site
 
-from jobqueue import previewing
 from jobqueue.errors import CapacityError, LoraqError
 from jobqueue.job import JobKind, JobState
+from jobqueue.memory import PREVIEW
 from jobqueue.preview import Preview, preview
 from jobqueue.service import Client
 from jobqueue.sweep import Sweep, read_sweep
@@ -81,4 +81,4 @@ def test_nobody_waits_for_ever(here: Site, sweep: Sweep) -> None:
         client.preview(sweep, timeout_s=0.0)
     [job_id] = previews(here)
     job = client.job(job_id)
-    assert (job.state, job.queue) == (JobState.CANCELLED, previewing.QUEUE)
+    assert (job.state, job.queue) == (JobState.CANCELLED, PREVIEW)
