@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from cli.main import connect
-from jobqueue.errors import DataError, LoraqError
+from jobqueue.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -61,6 +61,7 @@ def ask(
     loraq ask medqa-rank/2 --file prompts.txt > answers.txt
     """
     from cli.render import console
+    from jobqueue.retry import check_succeeded
 
     if (prompt is None) == (file is None):
         raise click.UsageError("Give a prompt, or a --file of them.")
@@ -79,7 +80,7 @@ def ask(
         client.cancel(job.id)
         click.echo(f"{job.id} is cancelled.", err=True)
         raise
-    _check(job, trial)
+    check_succeeded(job, f"{trial} has not answered")
 
 
 def _prompts(file: IO[str]) -> list[str]:
@@ -99,16 +100,6 @@ def _prompts(file: IO[str]) -> list[str]:
             raise DataError(f"{file.name}:{number}: there is no prompt", do)
         prompts.append(prompt)
     return prompts
-
-
-def _check(job: Job, trial: str) -> None:
-    """Raises LoraqError where the job has not succeeded."""
-    from jobqueue.job import JobState
-    from jobqueue.retry import TABLE
-
-    if job.state is not JobState.SUCCEEDED:
-        do = TABLE[job.reason].remedy if job.reason else ""
-        raise LoraqError(f"{trial} has not answered: {job.id} {job.state}: {job.message}", do)
 
 
 def _json(client: Client, job: Job) -> Job:

@@ -16,7 +16,7 @@ from gpu_worker.lease import Lease
 from gpu_worker.patience import Patience
 from gpu_worker.protocol import Progress
 from jobqueue.evaluations import of_task
-from jobqueue.job import Claim, FailureReason, JobKind, JobState
+from jobqueue.job import Claim, FailureReason, JobState
 from jobqueue.job_spec import RateSpec
 from jobqueue.judge_spec import JudgeSpec
 from jobqueue.ratings import CRITERIA, JUDGEMENTS, Criterion, JudgeUsage, average
@@ -61,8 +61,7 @@ def judge_batch(
     spec = task.judge
     key = api_key(spec, settings.judge_urls)
     jobs = lease.insist(lambda: store.jobs(store.batch(task.batch).jobs))
-    asked = of_task(job for job in jobs if job.kind is JobKind.EVALUATE)
-    evaluations = [job for job in asked if job.state is JobState.SUCCEEDED]
+    evaluations = [job for job in of_task(jobs) if job.state is JobState.SUCCEEDED]
     rows = patience(
         "read the answers",
         lambda: [(job.id, row) for job in evaluations for row in drawn(of_job(job, storage), spec.limit, spec.seed)],

@@ -41,7 +41,7 @@ def build_report(
         answers: per evaluation job; without them differences are shown but not tested.
     """
     work = [job for job in jobs if job.kind is not JobKind.REPORT]
-    of_the_task = of_task(job for job in work if job.kind is JobKind.EVALUATE)
+    of_the_task = of_task(work)
     evaluations = {job.spec["adapter_job"]: job for job in of_the_task if job.spec.get("adapter_job")}
     originals = {job.spec["adapter_job"]: job for job in work if job.spec.get("original_task")}
     exports = {job.spec["adapter_job"]: job for job in work if job.kind is JobKind.EXPORT}

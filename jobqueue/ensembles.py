@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jobqueue.answers import Answer, Answers
 from jobqueue.ensemble_spec import SAME_RANK, EnsembleSpec, Members
-from jobqueue.job import OF_NO_BATCH, FailureReason, Job, JobKind, JobState
+from jobqueue.evaluations import of_task
+from jobqueue.job import OF_NO_BATCH, FailureReason, Job, JobState
 from jobqueue.spec import BY_QUESTION, RunSpec
 
 if TYPE_CHECKING:
@@ -166,8 +167,7 @@ def voted(jobs: Sequence[Job], answers: Mapping[str, Answers]) -> list[tuple[Job
 def _evaluation(
     members: Mapping[str, Any], jobs: Mapping[str, Job], answers: Mapping[str, Answers]
 ) -> tuple[Job, Answers]:
-    asked = [job for job in jobs.values() if job.kind is JobKind.EVALUATE and not job.spec.get("original_task")]
-    by_train = {job.spec.get("adapter_job"): job for job in asked}
+    by_train = {job.spec.get("adapter_job"): job for job in of_task(jobs.values())}
     trains = [jobs[train] for train in members["trains"]]
     evaluations = [by_train[train.id] for train in trains]
     ended = all(job.state.final for job in (*trains, *evaluations))

@@ -11,9 +11,9 @@ from jobqueue.results import MEASURES, METRICS, Measure, Metric, Score
 from jobqueue.statistics import wilson
 
 
-def of_task(evaluations: Iterable[Job]) -> list[Job]:
-    """Those of what was trained for; the others, some base models' among them, are of the original task."""
-    every = list(evaluations)
+def of_task(jobs: Iterable[Job]) -> list[Job]:
+    """The evaluations of what was trained for; the others, some base models' among them, are of the original task."""
+    every = [job for job in jobs if job.kind is JobKind.EVALUATE]
     found = [job for job in every if not (job.spec.get("original_task") or job.spec.get("from_adapter"))]
     wanted = [questions_of(job) for job in found if not is_base(job)]
     return found if len(found) == len(every) else [job for job in found if questions_of(job) in wanted]

@@ -11,16 +11,16 @@ from typing import Literal
 from pydantic import PositiveInt, TypeAdapter
 
 from jobqueue.data_spec import Part
-from jobqueue.errors import CapacityError, LoraqError
-from jobqueue.job import Job, JobKind, JobState
+from jobqueue.errors import CapacityError
+from jobqueue.job import Job, JobKind
+from jobqueue.memory import PREVIEW
 from jobqueue.plan import located
 from jobqueue.preview import Preview
-from jobqueue.retry import TABLE
+from jobqueue.retry import check_succeeded
 from jobqueue.spec import RunSpec
 from jobqueue.store import NewJob, Store
 from jobqueue.sweep import Sweep
 
-QUEUE = "preview"  # of control workers that can read tokenizers and hub data sets
 LOOK_S = 0.2
 PRIORITY = 101  # as of a question: somebody waits for it
 
@@ -56,7 +56,7 @@ def job_of(
         spec=spec.model_dump_json(),
         device="control",
         priority=PRIORITY,
-        queue=QUEUE,
+        queue=PREVIEW,
         need=0,
         needs=(),
         follows=(),
@@ -90,9 +90,7 @@ def ended(store: Store, job_id: str, timeout_s: float) -> Job:
 
 def preview_of(job: Job, sweep: Sweep) -> Preview:
     """What the job has made, in the words of the user's file. Raises LoraqError where it has not succeeded."""
-    if job.state is not JobState.SUCCEEDED:
-        remedy = TABLE[job.reason].remedy if job.reason else ""
-        raise LoraqError(f"no worker has made the preview: {job.id} {job.state}: {job.message}", remedy)
+    check_succeeded(job, "no worker has made the preview")
     run = sweep.trials[0].run
     assert run.data is not None, "else there is no such job"
     made = TypeAdapter(Preview).validate_python(job.outcome)

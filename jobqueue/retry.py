@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from jobqueue.errors import LoraqError
 from jobqueue.job import FailureReason as R
-from jobqueue.job import JobState, Settlement
+from jobqueue.job import Job, JobState, Settlement
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,13 @@ class Decision:
     again: bool
     delay_s: float = 0.0
     counts: bool = True
+
+
+def check_succeeded(job: Job, otherwise: str) -> None:
+    """Raises LoraqError with the remedy where a job that somebody waited for has not succeeded."""
+    if job.state is not JobState.SUCCEEDED:
+        remedy = TABLE[job.reason].remedy if job.reason else ""
+        raise LoraqError(f"{otherwise}: {job.id} {job.state}: {job.message}", remedy)
 
 
 def decide(reason: R, failures: int, max_failures: int, jitter: float | None = None, *, in_a_row: int = 1) -> Decision:
