@@ -1,12 +1,14 @@
 """Fine-tunes and evaluations that are killed, beside the same left alone; and whether the GPU's memory comes back.
 
-    python benchmarks/resume.py MODEL_DIR TRAIN.jsonl.gz TEST.jsonl.gz OUT_DIR [--steps 100] [--gpu 0]
+    python benchmarks/resume.py MODEL_DIR TRAIN.jsonl.gz TEST.jsonl.gz OUT_DIR [--steps 100] [--gpu 0] [--parts ...]
 
-`training`: the job `broken` loses its trainer, later its worker, to kill -9. `whole` and `again` are the same job
-twice, undisturbed: what differs between these two is how far the machine repeats itself. `evaluation`: the base model's
-loses its trainer and its worker in the same way. Nothing else may use the GPU meanwhile, or its memory would count.
+- `training`: the job `broken` loses its trainer, later its worker, to kill -9.
+- `evaluation`: the base model's loses its trainer and its worker in the same way.
+- `undisturbed`: `whole` and `again` are the job of `training` twice, left alone: what differs between these two is how
+  far the machine repeats itself.
 
-Each part has a file in OUT_DIR; what is there is not done again. OUT_DIR/resume.json has the figures of both.
+Nothing else may use the GPU during the first two, or its memory would count. Each part has a file in OUT_DIR; what is
+there is not done again. OUT_DIR/resume.json has the figures of all.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -42,7 +45,8 @@ training:
   save_steps: {save_steps}
   logging_steps: 1
 """
-RUNS = ("broken", "whole", "again")
+UNDISTURBED = ("whole", "again")
+ADAPTER = "adapter_model.safetensors"
 EVALUATION = """\
 name: asked
 base_model: {model}
@@ -132,12 +136,32 @@ def kill(
     return fault
 
 
-def differences(one: dict[str, Any], other: dict[str, Any], storage: Path) -> dict[str, float]:
+def trained(session: Session, options: argparse.Namespace, *names: str) -> list[dict[str, Any]]:
+    """The trainings of these names once they have ended; their adapters are kept in OUT_DIR."""
+    for name in names:
+        session.wait(name)
+    jobs = [session.trains(name)[0] for name in names]
+    for name, job in zip(names, jobs, strict=True):
+        shutil.copy(session.storage / job["outcome"]["folder"] / "adapter" / ADAPTER, kept_adapter(options.out, name))
+    return jobs
+
+
+def kept_adapter(out: Path, name: str) -> Path:
+    return out / f"{name}.safetensors"
+
+
+def submit(session: Session, options: argparse.Namespace, *names: str) -> None:
+    session.rows(options.train, "train.jsonl")
+    values = {"model": options.model.absolute(), "steps": options.steps, "save_steps": options.steps // 5}
+    for name in names:
+        session.submit(name, SWEEP.format(name=name, **values))
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], out: Path) -> dict[str, float]:
     """Between two train jobs: losses by step, and the adapters' weights (norm of the difference over the norm)."""
     losses = [{step: loss for step, loss, _ in job["outcome"]["losses"]} for job in (one, other)]
     assert losses[0].keys() == losses[1].keys(), "steps are missing"
-    files = [storage / job["outcome"]["folder"] / "adapter" / "adapter_model.safetensors" for job in (one, other)]
-    weights = [load_file(file) for file in files]
+    weights = [load_file(kept_adapter(out, job["batch"])) for job in (one, other)]
     flat = [torch.cat([w[name].flatten().double() for name in sorted(w)]) for w in weights]
     return {
         "max_loss_difference": max(abs(losses[0][step] - losses[1][step]) for step in losses[0]),
@@ -149,22 +173,21 @@ def differences(one: dict[str, Any], other: dict[str, Any], storage: Path) -> di
 
 
 def training(session: Session, cards: Cards, options: argparse.Namespace) -> dict[str, Any]:
-    session.rows(options.train, "train.jsonl")
+    submit(session, options, "broken")
     save_steps = options.steps // 5
-    for name in RUNS:
-        values = {"name": name, "model": options.model.absolute(), "steps": options.steps, "save_steps": save_steps}
-        session.submit(name, SWEEP.format(**values))
     faults = [
         kill(session, cards, "broken.1", 1, "train", round(1.5 * save_steps), "trainer"),
         kill(session, cards, "broken.1", 2, "train", round(3.5 * save_steps), "worker"),
     ]
-    for name in RUNS:
-        session.wait(name)
-    jobs = {name: session.trains(name)[0] for name in RUNS}
-    killed = differences(jobs["again"], jobs["broken"], session.storage)
-    alone = differences(jobs["again"], jobs["whole"], session.storage)
-    undisturbed = {f"{name}_undisturbed": value for name, value in alone.items()}
-    return {"figures": killed | undisturbed, "faults": faults, "jobs": list(jobs.values())}
+    return {"figures": {}, "faults": faults, "jobs": trained(session, options, "broken")}
+
+
+def undisturbed(session: Session, cards: Cards, options: argparse.Namespace) -> dict[str, Any]:
+    (broken,) = json.loads((options.out / "training.json").read_text())["jobs"]
+    submit(session, options, *UNDISTURBED)
+    whole, again = trained(session, options, *UNDISTURBED)
+    alone = {f"{name}_undisturbed": value for name, value in differences(again, whole, options.out).items()}
+    return {"figures": differences(again, broken, options.out) | alone, "faults": [], "jobs": [whole, again]}
 
 
 def evaluation(session: Session, cards: Cards, options: argparse.Namespace) -> dict[str, Any]:
@@ -181,7 +204,7 @@ def evaluation(session: Session, cards: Cards, options: argparse.Namespace) -> d
 
 
 PARTS: dict[str, Callable[[Session, Cards, argparse.Namespace], dict[str, Any]]] = {
-    "training": training, "evaluation": evaluation,
+    "training": training, "evaluation": evaluation, "undisturbed": undisturbed,
 }  # fmt: skip
 
 
@@ -190,18 +213,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--questions", type=int, default=800)
     parser.add_argument("--gpu", default="0")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--cpu", action="store_true", help="to try it out: memory is not looked at")
     options = parser.parse_args()
     device = ["--cpu"] if options.cpu else ["--gpu", options.gpu]
     cards, broke = Cards(cpu=options.cpu), []
     # One slot: a worker that is killed takes no other job with it. No spares: their memory would stay.
     with Session(options.out, [*device, "--slots", "1", "--spares", "0"], lease_s=15, renew_s=2) as session:
-        for name, part in PARTS.items():
+        for name in options.parts:
             file = options.out / f"{name}.json"
             try:
                 if not file.exists():
-                    file.write_text(json.dumps(part(session, cards, options), indent=1))
-            except Exception:  # the other part may do
+                    file.write_text(json.dumps(PARTS[name](session, cards, options), indent=1))
+            except Exception:  # the other parts may do
                 traceback.print_exc()
                 broke.append(name)
             write(options.out)

@@ -4,11 +4,12 @@
 
 MODEL_DIR is a small chat model, ROWS are multiple-choice rows of another kind than the demo's questions.
 
-- `layouts`, `methods`, `templates`, `optimizers`: a short job for each.
+- `layouts`, `methods`, `templates`, `optimizers`, `options`: a short job for each.
 - `stock`: the losses of `stock_job.py`, and of the same training by loraq, from the same adapter, rows and seed; and
   again, for how far this machine repeats itself.
 - `learnable`: the demo's questions, before and after.
-- `forgetting`: that adapter trained on ROWS, with and without replay of the demo's questions, and scored on these.
+- `forgetting`: that adapter trained on ROWS, with and without replay of the demo's questions, and held by EWC instead;
+  scored on these questions.
 - `stopping`: few rows and many steps, which the validation loss ends.
 - `as-stock-fp16`: as `stock`, by trainers that believe the card to have no bf16 (`fp16_trainer.py`).
 
@@ -37,11 +38,26 @@ from jobqueue.spec import Method, Optimizer
 
 DEMO = Path(__file__).parents[1] / "cli" / "demo"
 TEMPLATES = ("chatml", "llama-3", "gemma", "mistral", "alpaca")
-SHORT_JOBS = {  # batch -> what its jobs differ in
-    "layouts": ("data.source", [f"{layout}.jsonl" for layout in layouts.LAYOUTS]),
-    "methods": ("method", get_args(Method)),
-    "templates": ("chat_template", TEMPLATES),
-    "optimizers": ("training.optim", get_args(Optimizer)),
+SHORT_JOBS: dict[str, dict[str, Any]] = {  # batch -> what its jobs differ in
+    "layouts": {"grid": {"data.source": [f"{layout}.jsonl" for layout in layouts.LAYOUTS]}},
+    "methods": {"grid": {"method": get_args(Method)}},
+    "templates": {"grid": {"chat_template": TEMPLATES}},
+    "optimizers": {"grid": {"training.optim": get_args(Optimizer)}},
+    "options": {
+        "list": [
+            {"training.packing": True},
+            {"training.padding_free": False},
+            {"lora.use_rslora": True},
+            {"lora.bias": "all"},
+            {"lora.lora_dropout": 0.1},
+            {"lora.target_modules": "all-linear"},
+            {"lora.use_gradient_checkpointing": True},
+            {"lora.use_gradient_checkpointing": "unsloth"},
+            {"method": "lora", "lora.loftq_config.loftq_bits": 4},
+            {"method": "lora", "export.formats": ["merged_16bit"]},
+            {"method": "full", "export.formats": ["merged_16bit"]},
+        ]
+    },
 }
 AFTER = {"forgetting": "learnable", "as-stock": "stock", "as-stock-again": "as-stock"}
 # An adapter that later batches begin with: where it is gone, all of them are run again.
@@ -52,8 +68,7 @@ name: {name}
 base_model: {model}
 data: {{source: messages.jsonl, limit: 64}}
 training: {{per_device_train_batch_size: 8, gradient_accumulation_steps: 1, max_steps: 10, logging_steps: 1}}
-sweep:
-  grid: {{{key}: {values}}}
+sweep: {sweep}
 """
 AS_STOCK = """\
 name: {name}
@@ -81,7 +96,10 @@ data: {{source: rows.jsonl, replay: {{source: demo.jsonl}}}}
 training: {{per_device_train_batch_size: 16, gradient_accumulation_steps: 1, max_steps: {long}, learning_rate: {rate}}}
 evaluation: {{source: test.jsonl, metrics: [likelihood]}}
 sweep:
-  grid: {{data.replay.fraction: [0.0, 0.2]}}
+  list:
+    - {{data.replay.fraction: 0.0}}
+    - {{data.replay.fraction: 0.2}}
+    - {{data.replay.fraction: 0.0, ewc.ewc_lambda: 1000, ewc.data.source: demo.jsonl}}
 """
 STOPPING = """\
 name: stopping
@@ -133,10 +151,7 @@ class Study:
             session.rows(self.options.rows, "rows.jsonl")
             layouts.write(map(json.loads, demo.read_text().splitlines()), session.folder)
             sweeps = {"learnable": LEARNABLE, "stopping": STOPPING}
-            sweeps |= {
-                name: SHORT.replace("{key}", key).replace("{values}", json.dumps(values))
-                for name, (key, values) in SHORT_JOBS.items()
-            }
+            sweeps |= dict.fromkeys(SHORT_JOBS, SHORT)
             sweeps |= {"as-stock": AS_STOCK, "as-stock-again": AS_STOCK, "forgetting": FORGETTING}
             self._work_off(session, {name: sweep for name, sweep in sweeps.items() if name not in self.parts})
 
@@ -147,7 +162,9 @@ class Study:
         said_at = 0.0
         while running or stock or any(self._may_begin(name) for name in sweeps):
             for name in filter(self._may_begin, list(sweeps)):
-                session.submit(name, sweeps.pop(name).format(name=name, **self.values))
+                session.submit(
+                    name, sweeps.pop(name).format(name=name, sweep=json.dumps(SHORT_JOBS.get(name)), **self.values)
+                )
                 running.append(name)
             for name in filter(session.ended, list(running)):
                 running.remove(name)
@@ -230,6 +247,7 @@ def figures(parts: dict[str, Any]) -> dict[str, Any]:
     if "forgetting" in parts:
         found["no_replay_kept_accuracy"] = kept(parts["forgetting"], 1)
         found["replay_kept_accuracy"] = kept(parts["forgetting"], 2)
+        found["ewc_kept_accuracy"] = kept(parts["forgetting"], 3)
     for stopped in trained(parts.get("stopping", [])):
         found["stopped_at_step"] = stopped["training"]["steps"]
         found["kept_step"] = stopped["validation"]["kept_step"]
