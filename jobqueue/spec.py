@@ -91,6 +91,8 @@ class TrainingSpec(Part):
     logging_steps: PositiveInt = 10
     optim: Optimizer = "adamw_8bit"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients of a step that are longer together are shortened to this; 0: none are."""
     lr_scheduler_type: Scheduler = "linear"
     seed: NonNegativeInt = 3407
     max_seq_length: Annotated[int, Field(ge=16)] = 2048

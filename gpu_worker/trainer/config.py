@@ -45,7 +45,7 @@ def config_of(spec: TrainSpec, request: Request, validation_rows: int, report_to
             adam_beta1=0.9,
             adam_beta2=0.999,
             adam_epsilon=1e-8,
-            max_grad_norm=1.0,
+            max_grad_norm=training.max_grad_norm,
             label_smoothing_factor=0.0,
             # numbers
             bf16=bf16,
