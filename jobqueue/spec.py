@@ -94,6 +94,9 @@ class TrainingSpec(Part):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients of a step that are longer together are shortened to this; 0: none are."""
     lr_scheduler_type: Scheduler = "linear"
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Noise on the embeddings while training, which may keep answers from repeating the data's words (NEFTune; its
+    authors took 5, 10 and 15): uniform, up to this / sqrt(tokens of the row x dimensions). None: no noise."""
     seed: NonNegativeInt = 3407
     max_seq_length: Annotated[int, Field(ge=16)] = 2048
     packing: bool = False

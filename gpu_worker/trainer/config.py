@@ -47,6 +47,7 @@ def config_of(spec: TrainSpec, request: Request, validation_rows: int, report_to
             adam_epsilon=1e-8,
             max_grad_norm=training.max_grad_norm,
             label_smoothing_factor=0.0,
+            neftune_noise_alpha=None,  # neftune.py adds it
             # numbers
             bf16=bf16,
             fp16=on_gpu and not bf16,

@@ -27,6 +27,7 @@ from gpu_worker.trainer.data import chat_of
 from gpu_worker.trainer.ewc import Ewc
 from gpu_worker.trainer.failures import JobFailure, bad_spec, nan_loss, on_rung, one_line
 from gpu_worker.trainer.finite import Finite
+from gpu_worker.trainer.neftune import noise
 from gpu_worker.trainer.padding_free import layout_of
 from gpu_worker.trainer.recompute import recompute_above
 from gpu_worker.trainer.watch import Report, Watch, mean_loss
@@ -187,7 +188,8 @@ def _fit(
         watch.go_on(counts_of(request.resume))
         best.go_on(Path(request.resume))
         log.info("going on from %s", request.resume)
-    result = trainer.train(resume_from_checkpoint=request.resume)
+    with noise(training.neftune_noise_alpha, trainer):
+        result = trainer.train(resume_from_checkpoint=request.resume)
     clock.lap("train_s")
     clock.move("train_s", "validation_s", best.seconds)
     if not math.isfinite(result.training_loss):

@@ -209,6 +209,8 @@ def test_set_of_a_key_in_a_wrong_section_is_told_apart_from_the_file(problems: P
         ("lora: 8", "must be a section, not 8"),
         ("training: {report_to: 3}", f"must be {TRACKERS} or a list, not 3"),
         ("training: {learning_rate: '2e-4'}", "must be a number, not '2e-4'"),
+        ("training: {neftune_noise_alpha: 0}", "must be greater than 0, not 0"),
+        ("training: {neftune_noise_alpha: five}", "must be a number, not 'five'"),
         ("training: {max_grad_norm: -1}", "must be greater than or equal to 0, not -1"),
         ("evaluation: {source: q, metrics: []}", "must have at least 1 value"),
         ("ensembles: [{name: a, method: vote, trials: [7]}]", "must have at least 2 values"),

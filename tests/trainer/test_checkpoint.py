@@ -13,13 +13,21 @@ from trainer_child import Child, Done, train_spec
 from gpu_worker.protocol import Checkpoint, Progress, Result
 
 STEPS = {"max_steps": 12, "save_steps": 5, "logging_steps": 1}
-DROPOUT = {"lora_dropout": 0.1}  # so that the random numbers matter too
+RANDOM: dict[str, dict[str, Any]] = {  # so that the random numbers matter too
+    "dropout": {"training": STEPS, "lora": {"lora_dropout": 0.1}},
+    "noise": {"training": STEPS | {"neftune_noise_alpha": 15.0}},
+}
+
+
+@pytest.fixture(scope="module", params=RANDOM)
+def spec(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Twelve steps of eight rows out of forty: the data is gone through more than twice."""
+    return train_spec(method="qlora", data={"limit": 40}, **RANDOM[request.param])
 
 
 @pytest.fixture(scope="module")
-def whole(child: Child) -> Done:
-    """Twelve steps of eight rows out of forty: the data is gone through more than twice."""
-    return child.run(train_spec(method="qlora", training=STEPS, lora=DROPOUT, data={"limit": 40}))
+def whole(child: Child, spec: dict[str, Any]) -> Done:
+    return child.run(spec)
 
 
 def weights(done: Done) -> dict[str, Any]:
@@ -32,9 +40,10 @@ def test_checkpoints_are_written_every_so_many_steps(whole: Done) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_losses_weights_and_counts_are_those_of_the_uninterrupted_run(child: Child, whole: Done, place: int) -> None:
+def test_losses_weights_and_counts_are_those_of_the_uninterrupted_run(
+    child: Child, spec: dict[str, Any], whole: Done, place: int
+) -> None:
     """transformers#40500: a resume failed at the state of the random numbers, under weights_only."""
-    spec = train_spec(method="qlora", training=STEPS, lora=DROPOUT, data={"limit": 40})
     resumed = child.run(spec, resume=whole.checkpoints[place])
 
     training = resumed.outcome["training"]
