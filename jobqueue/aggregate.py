@@ -217,6 +217,7 @@ def _base(job: Job, scores: Mapping[Metric, Score]) -> BaseResult:
         scores=scores,
         gpu_minutes=_minutes(job),
         measures=measures_of(job),
+        dtype=job.spec.get("dtype"),
     )
 
 

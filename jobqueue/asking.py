@@ -31,7 +31,8 @@ def question(store: Store, trial: str, prompts: Sequence[str], owner: str, optio
     _check(prompts)
     made_by = _trained(store, trial)
     made = made_by.spec
-    as_trained = {name: made.get(name) for name in ("base_model", "revision", "method", "chat_template")} | {
+    of_model = ("base_model", "revision", "method", "dtype", "chat_template")
+    as_trained = {name: made.get(name) for name in of_model} | {
         "load_in_4bit": made["method"] == "qlora",
         "max_seq_length": (made.get("training") or made)["max_seq_length"],
         "system_prompt": (made.get("data") or made["evaluation"]).get("system_prompt"),

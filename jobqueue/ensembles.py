@@ -57,7 +57,7 @@ def problems(ensemble: EnsembleSpec, trials: Sequence[Trial]) -> Iterator[tuple[
 def _differing(ensemble: EnsembleSpec, runs: Sequence[RunSpec]) -> Iterator[str]:
     same = ["evaluation"]
     if ensemble.method != "vote":
-        same += ["base_model", "revision", "method", "chat_template"]
+        same += ["base_model", "revision", "method", "dtype", "chat_template"]
     for key in same:
         if any(getattr(run, key) != getattr(runs[0], key) for run in runs):
             yield f"{key} must be the same in all members" + ("; a vote can be over several" if len(same) > 1 else "")
@@ -181,7 +181,8 @@ def _evaluation(
     except ValueError as error:
         state, message = (JobState.CANCELLED, str(error)) if ended else (state, "")
     first = evaluations[0]
-    models = [[job.spec.get(key) for key in ("base_model", "revision", "load_in_4bit")] for job in evaluations]
+    of_model = ("base_model", "revision", "dtype", "load_in_4bit")
+    models = [[job.spec.get(key) for key in of_model] for job in evaluations]
     job = replace(
         first,
         id=f"{first.batch}.{members['name']}",

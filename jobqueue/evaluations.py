@@ -37,10 +37,11 @@ def base_for(evaluation: Job, bases: Sequence[Job]) -> Job | None:
     def same(base: Job, key: str) -> bool:
         return bool(base.spec.get(key) == evaluation.spec.get(key))
 
+    model = ("base_model", "load_in_4bit", "dtype")
     fitting = [
         base
         for base in bases
-        if same(base, "base_model") and same(base, "load_in_4bit") and questions_of(base) == questions_of(evaluation)
+        if all(same(base, key) for key in model) and questions_of(base) == questions_of(evaluation)
     ]
     alike = ("revision", "max_seq_length", "method")  # one commit may have been asked for under several names
     return max(fitting, key=lambda base: [same(base, key) for key in alike], default=None)

@@ -10,7 +10,7 @@ from jobqueue.data_spec import DataSpec, EwcSpec, Part
 from jobqueue.ensemble_spec import Members
 from jobqueue.export_spec import ExportOptions
 from jobqueue.judge_spec import JudgeSpec
-from jobqueue.spec import Asked, EvaluationSpec, LoraSpec, Method, ResourcesSpec, TrainingSpec
+from jobqueue.spec import Asked, Dtype, EvaluationSpec, LoraSpec, Method, ResourcesSpec, TrainingSpec
 
 
 class _OfModel(Part):
@@ -19,6 +19,7 @@ class _OfModel(Part):
     base_model: str
     revision: str | None = None
     method: Method
+    dtype: Dtype | None = None
     chat_template: str | None = None
 
 
@@ -72,6 +73,7 @@ class ExportSpec(_OfModel):
             base_model=train.base_model,
             revision=train.revision,
             method=train.method,
+            dtype=train.dtype,
             chat_template=train.chat_template,
             adapter_job=adapter_job,
             data=None if export.prompts else train.data.model_copy(update={"validation_split": None, "replay": None}),

@@ -146,9 +146,12 @@ def training_peak(
         tokens = spec.training.per_device_train_batch_size * spec.training.max_seq_length
     state = 2 if "8bit" in spec.training.optim else 8  # Adam's two moments, bytes per weight
     if spec.method == "full":
-        weights = float((shape.linear_weights + shape.embedding_weights) * (2 + 2 + state))
+        # Of a weight, and of its gradient. For float16 (not measured) Unsloth keeps both in 32 bits, as gradients that
+        # are scaled must be, and autocast holds the weights in 16 bits beside them.
+        size, cast = (4, 2) if spec.dtype == "float16" else (2, 0)
+        weights = float((shape.linear_weights + shape.embedding_weights) * (size + size + cast + state))
         # transformers keeps the moments of embeddings in 32 bits; and their gradient comes from both ends
-        weights += shape.embedding_weights * (8 - state + 2)
+        weights += shape.embedding_weights * (8 - state + size)
     else:
         # LoRA weights are kept in 32 bits: weight, gradient, moments
         held = 8 if spec.ewc else 0  # its weights before and their Fisher information, in 32 bits too

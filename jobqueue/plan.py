@@ -140,6 +140,7 @@ def _trial_jobs(number: str, trial: Trial, look: Lookups) -> list[PlannedJob]:
             base_model=model,
             revision=run.revision,
             method=run.method,
+            dtype=run.dtype,
             chat_template=sources.chat_template(run.chat_template, look.sweep.file),
             data=look.data(run.data),
             from_adapter=look.adapter(run.from_adapter),
@@ -212,6 +213,7 @@ def _evaluation(run: RunSpec, asked: EvaluationSpec, model: str, look: Lookups) 
         base_model=model,
         revision=run.revision,
         method=run.method,
+        dtype=run.dtype,
         chat_template=sources.chat_template(run.chat_template, look.sweep.file),
         adapter_job=None,
         load_in_4bit=run.loads_in_4bit(asked),
@@ -228,6 +230,7 @@ def _base_id(spec: EvaluateSpec, model: str) -> str:
         exclude={"compare_with_base", "per_device_eval_batch_size", "load_in_4bit"}, exclude_none=True
     )
     key = [EVALUATOR, model, spec.chat_template or "", spec.load_in_4bit, spec.max_seq_length, asked]
+    key += [spec.dtype] if spec.dtype else []  # nothing where it is left out: such scores are known by what came before
     return f"base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 

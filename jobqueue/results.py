@@ -44,6 +44,13 @@ class BaseResult:
     scores: Mapping[Metric, Score]
     gpu_minutes: float = 0.0  # once, for all batches that are compared with it
     measures: Mapping[Measure, float] = field(default_factory=dict)  # perplexity; BLEU, 0 to 100
+    dtype: str | None = None
+
+    @property
+    def label(self) -> str:
+        """As tables show it."""
+        precision = ["4-bit" if self.load_in_4bit else "16-bit", *([self.dtype] if self.dtype else [])]
+        return f"base model ({', '.join(precision)})"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ BY_QUESTION: tuple[Metric, ...] = ("likelihood", "generated")
 WRITING: tuple[Metric, ...] = ("generated", "bleu")
 """Metrics for which a model writes answers."""
 Method = Literal["qlora", "lora", "full"]
+Dtype = Literal["bfloat16", "float16"]
 Asked = Literal["base", "adapter"]
 Optimizer = Literal[
     "adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused",
@@ -206,6 +207,8 @@ class RunSpec(Part):
     revision: Revision | None = None
     """Branch, tag or commit of a hub model; None: its main branch."""
     method: Method = "qlora"
+    dtype: Dtype | None = None
+    """What is computed in; None: bfloat16 where the GPU has it, else float16. A CPU computes in 32 bits."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     """Instead of the base model's own: alpaca, chatml, gemma, llama-3, mistral, a .jinja file, or Jinja itself."""
     data: DataSpec | None = None

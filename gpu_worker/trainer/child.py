@@ -121,9 +121,11 @@ def _run(request: Request, emit: Emit) -> Result | Failed:
 
 
 def _outcome(request: Request, emit: Emit) -> dict[str, Any]:
+    from gpu_worker.trainer import model as models
     from gpu_worker.trainer import usage
 
     spec = _spec(request)
+    models.check_dtype(spec.dtype)
     usage.hold_to(request.budget_bytes)
     if isinstance(spec, TrainSpec):
         from gpu_worker.trainer import parked

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from gpu_worker.trainer import model as models  # first: it imports Unsloth
+
+# isort: split
 import torch
 from trl import SFTConfig
 
@@ -22,8 +25,7 @@ def config_of(spec: TrainSpec, request: Request, validation_rows: int, report_to
     is refused.
     """
     training = spec.training
-    on_gpu = torch.cuda.is_available()
-    bf16 = on_gpu and torch.cuda.is_bf16_supported()
+    on_gpu, computed_in = models.ON_GPU, models.dtype(spec.dtype)
     optim = training.optim
     if not on_gpu and ("8bit" in optim or "paged" in optim):
         optim = "adamw_torch_fused"
@@ -49,8 +51,8 @@ def config_of(spec: TrainSpec, request: Request, validation_rows: int, report_to
             label_smoothing_factor=0.0,
             neftune_noise_alpha=None,  # neftune.py adds it
             # numbers
-            bf16=bf16,
-            fp16=on_gpu and not bf16,
+            bf16=computed_in is torch.bfloat16,
+            fp16=computed_in is torch.float16,
             use_cpu=not on_gpu,
             gradient_checkpointing=bool(spec.lora.use_gradient_checkpointing),
             loss_type="nll",

@@ -33,6 +33,7 @@ from jobqueue.example import Message
 from jobqueue.job import FailureReason
 from jobqueue.job_spec import ExportSpec
 from jobqueue.memory import COMPARED_TOKENS, export_peak
+from jobqueue.spec import Dtype
 
 log = logging.getLogger("loraq.trainer")
 MERGED = "merged_16bit"
@@ -70,7 +71,7 @@ def export(spec: ExportSpec, request: Request, report: Report) -> dict[str, Any]
     clock.lap("merge_s")
 
     report(Progress("evaluate"))
-    made = [_checked(MERGED, merged, reference) | {"path": MERGED}]
+    made = [_checked(MERGED, merged, reference, spec.dtype) | {"path": MERGED}]
     models.free()
     clock.lap("check_s")
 
@@ -84,7 +85,7 @@ def export(spec: ExportSpec, request: Request, report: Report) -> dict[str, Any]
         report(Progress("evaluate"))
         with TemporaryDirectory(dir=output) as folder:
             gguf.read(file, Path(folder))
-            checked = _checked(f"gguf {outtype}", Path(folder), reference)
+            checked = _checked(f"gguf {outtype}", Path(folder), reference, spec.dtype)
         made.append(checked | {"path": f"gguf/{file.name}"})
         clock.lap("check_s")
     if MERGED not in options.formats:
@@ -108,7 +109,7 @@ def _merge(spec: ExportSpec, request: Request, prompts: list[Prompt], folder: Pa
             "train it on the model that this was made from (method qlora loads that in 4 bits)"
         )
     with stock.classes(config):
-        base = models.load_for_asking(name, False, revision)
+        base = models.load_for_asking(name, False, revision, spec.dtype)
         model, tokenizer = base.model, base.tokenizer
         reserved_at_start = usage.reserved()
         chat = chat_of(tokenizer, spec.chat_template)
@@ -128,17 +129,19 @@ def _merge(spec: ExportSpec, request: Request, prompts: list[Prompt], folder: Pa
             except ValueError as error:  # NaN
                 raise _wrong(f"the adapter cannot be merged: {error}") from error
         model.generation_config.eos_token_id = ends  # the chat template's end of turn may not be the model's own
-        model.to(config.dtype if config.dtype in SIXTEEN_BITS else torch.bfloat16).save_pretrained(folder)
+        # Method full saves what float16 was computed with in 32 bits.
+        stored = config.dtype if config.dtype in SIXTEEN_BITS else getattr(torch, spec.dtype or "bfloat16")
+        model.to(stored).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     memory = usage.memory(reserved_at_start) | {"estimated_bytes": _estimated(spec, config, request.correction)}
     return Reference([prompt for prompt, _ in asked], answers, base_difference), memory
 
 
-def _checked(what: str, folder: Path, reference: Reference) -> dict[str, Any]:
+def _checked(what: str, folder: Path, reference: Reference, computed_in: Dtype | None) -> dict[str, Any]:
     """The outcome's word of a model that was written. Raises JobFailure (wrong_export)."""
     name = str(folder)
     with stock.classes(models.config_of(name, None)):
-        written = models.load_for_asking(name, False)
+        written = models.load_for_asking(name, False, computed_in=computed_in)
         chat = chat_of(written.tokenizer)
         read = [_ids(chat, prompt) for prompt in reference.prompts]
         if read != [one.prompt for one in reference.answers]:

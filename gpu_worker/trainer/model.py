@@ -7,6 +7,7 @@ import unsloth
 # isort: split
 import gc
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from gpu_worker.trainer import gguf, stock
 from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
 from jobqueue.job import FailureReason
-from jobqueue.spec import LoraSpec, Method
+from jobqueue.spec import Dtype, LoraSpec, Method
 
+log = logging.getLogger("loraq.trainer")
 ON_GPU = torch.cuda.is_available()
 
 
@@ -39,9 +41,15 @@ class Loaded:
 
 
 def load(
-    base_model: str, method: Method, max_seq_length: int, load_in_4bit: bool, revision: str | None = None
+    base_model: str,
+    method: Method,
+    max_seq_length: int,
+    load_in_4bit: bool,
+    revision: str | None = None,
+    computed_in: Dtype | None = None,
 ) -> Loaded:
-    """Load a base model: 4 bits, 16 bits, or all weights trainable (`method` full). `revision`: of a hub model.
+    """Load a base model: 4 bits, 16 bits, or all weights trainable (`method` full, whose weights Unsloth keeps in 32
+    bits where float16 is computed in). `revision`: of a hub model.
 
     Raises JobFailure: bad_spec where there is no such model or it cannot be trained here.
     """
@@ -54,7 +62,7 @@ def load(
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=name,
             max_seq_length=max_seq_length,
-            dtype=dtype(),
+            dtype=dtype(computed_in),
             load_in_4bit=load_in_4bit and method != "full",
             load_in_8bit=False,
             full_finetuning=method == "full",
@@ -94,7 +102,9 @@ def add_lora(model: Any, lora: LoraSpec, max_seq_length: int) -> Any:
         )
 
 
-def load_for_asking(base_model: str, load_in_4bit: bool, revision: str | None = None) -> Loaded:
+def load_for_asking(
+    base_model: str, load_in_4bit: bool, revision: str | None = None, computed_in: Dtype | None = None
+) -> Loaded:
     """Load a model as transformers itself runs it.
 
     Without Unsloth's kernels: they round differently in 16 bits, which turns the pick of one question in a
@@ -106,7 +116,7 @@ def load_for_asking(base_model: str, load_in_4bit: bool, revision: str | None = 
     config = config_of(name, revision)
     options: dict[str, Any] = {
         "revision": revision or "main",
-        "dtype": dtype(),
+        "dtype": dtype(computed_in),
         "device_map": {"": 0 if ON_GPU else "cpu"},
     }
     if load_in_4bit and not getattr(config, "quantization_config", None):
@@ -114,7 +124,7 @@ def load_for_asking(base_model: str, load_in_4bit: bool, revision: str | None = 
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype(),
+            bnb_4bit_compute_dtype=dtype(computed_in),
         )
     with _refusals(f"{base_model} cannot be loaded"):
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
@@ -153,11 +163,28 @@ def _refusals(what: str) -> Iterator[None]:
         raise
 
 
-def dtype() -> torch.dtype:
-    """What is computed in: bf16 where the card has it, else fp16; a CPU computes in 32 bits."""
+def dtype(asked: Dtype | None) -> torch.dtype:
+    """What a job computes in: as asked, else bf16 where the card has it, else fp16; a CPU computes in 32 bits.
+
+    Raises JobFailure (bad_spec) where the card has no bf16 and it is asked for.
+    """
     if not ON_GPU:
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    has_bf16 = torch.cuda.is_bf16_supported()
+    if asked == "bfloat16" and not has_bf16:
+        # Unsloth would take float16 instead, with a warning.
+        raise bad_spec(
+            f"dtype: {torch.cuda.get_device_name()} does not compute in bfloat16; set dtype: float16, or leave it out"
+        )
+    if asked is None:
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return torch.bfloat16 if asked == "bfloat16" else torch.float16
+
+
+def check_dtype(asked: Dtype | None) -> None:
+    """Before anything is loaded: raises as `dtype`, and says once in a job's log what a CPU makes of it."""
+    if asked and dtype(asked) is torch.float32:
+        log.info("dtype: a CPU computes in 32 bits, not in %s", asked)
 
 
 def attends_by_row(model: Any) -> bool:

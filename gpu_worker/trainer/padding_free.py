@@ -9,12 +9,12 @@ from gpu_worker.trainer import model as models
 from gpu_worker.trainer.apart import why_not
 from gpu_worker.trainer.failures import bad_spec
 from jobqueue.memory import Layout
-from jobqueue.spec import TrainingSpec
+from jobqueue.spec import Dtype, TrainingSpec
 
 log = logging.getLogger("loraq.trainer")
 
 
-def layout_of(training: TrainingSpec, model: Any) -> Layout:
+def layout_of(training: TrainingSpec, model: Any, computed_in: Dtype | None = None) -> Layout:
     """How rows are to lie in a micro-batch of this job.
 
     Raises JobFailure (bad_spec) where the job asks for rows end to end and the model lets them see each other.
@@ -24,7 +24,7 @@ def layout_of(training: TrainingSpec, model: Any) -> Layout:
         return "padded"
     by_unsloth = models.attends_by_row(model)
     before = models.packed_attention_calls()
-    obstacle = why_not(model, models.dtype())
+    obstacle = why_not(model, models.dtype(computed_in))
     by_row, masked = (now - then for now, then in zip(models.packed_attention_calls(), before, strict=True))
     if obstacle and asked is True:
         option = "packing" if training.packing else "padding_free"

@@ -69,12 +69,13 @@ def _loaded(
 ) -> Iterator[models.Loaded]:
     """When the block is done, the base model is parked if it can be."""
     global _parked
-    key = (name, revision, spec.load_in_4bit, base_model.fingerprint(name) if base_model.is_path(name) else "")
+    version = base_model.fingerprint(name) if base_model.is_path(name) else ""
+    key = (name, revision, spec.load_in_4bit, models.dtype(spec.dtype), version)
     parked, _parked = _parked, None  # one that is not wanted now is not kept either
     model = _unpark(parked.model) if parked and parked.key == key else None
     del parked
     if model is None:
-        base = models.load_for_asking(name, spec.load_in_4bit, revision)
+        base = models.load_for_asking(name, spec.load_in_4bit, revision, spec.dtype)
     else:
         log.info("the base model is still loaded")
         base = models.Loaded(model, models.tokenizer_of(name, revision), name)

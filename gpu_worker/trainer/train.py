@@ -57,7 +57,10 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     trackers.check(training.report_to)
     file = rows.load(spec.data)  # before the model: a bad file costs seconds, not minutes
     clock.lap("data_s")
-    base = models.load(spec.base_model, spec.method, training.max_seq_length, spec.method == "qlora", spec.revision)
+    in_4bit = spec.method == "qlora"
+    base = models.load(
+        spec.base_model, spec.method, training.max_seq_length, in_4bit, spec.revision, computed_in=spec.dtype
+    )
     clock.lap("load_s")
 
     report(Progress("data"))
@@ -79,7 +82,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
         log.info("dataset_num_proc: not needed, rows are tokenised by threads of the tokenizers library")
     clock.lap("data_s")
 
-    layout = layout_of(training, base.model)
+    layout = layout_of(training, base.model, spec.dtype)
     dataset = batches.packed(tokens, training.max_seq_length) if training.packing else batches.for_training(tokens)
     choice = _choose(spec, request, batches.lengths(dataset), layout, base.model)
     most = limit(choice.estimated_bytes, request.budget_bytes, ran_out=request.ran_out)

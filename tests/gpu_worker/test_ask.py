@@ -101,13 +101,14 @@ def test_it_is_asked_as_it_was_trained(here: Site) -> None:
     client = Client(here.settings)
     here.start()
     spec = json.loads(train_job("b.1", "x").spec)
-    spec |= {"method": "qlora", "chat_template": "chatml"}
+    spec |= {"method": "qlora", "dtype": "float16", "chat_template": "chatml"}
     spec["data"]["system_prompt"] = "Be kind."
     spec["training"]["max_seq_length"] = 512
     here.submit("b.1", "x", spec=spec)
     here.ended("b.1")
     made = AskSpec.model_validate_json(json.dumps(asked(here, client).spec))
     assert (made.load_in_4bit, made.chat_template, made.max_seq_length) == (True, "chatml", 512)
+    assert made.dtype == "float16"
     assert made.system_prompt == "Be kind."
     assert client.job(client.ask("b/1", ["?"], system_prompt=None).id).spec["system_prompt"] is None
 

@@ -94,6 +94,7 @@ def test_the_validation_loss_is_that_of_the_weights_that_were_kept() -> None:
         ({"method": "cat"}, {"method": "full"}, "method full trains no adapters to merge"),
         ({"method": "cat"}, {"lora": {"bias": "all"}}, "lora.bias must be none"),
         ({"method": "cat"}, {"sweep": {"grid": {"base_model": ["org/m", "org/n"]}}}, "base_model must be the same"),
+        ({"method": "cat"}, {"sweep": {"grid": {"dtype": ["bfloat16", "float16"]}}}, "dtype must be the same"),
         ({"method": "vote"}, {"sweep": {"grid": {"evaluation.limit": [1, 2]}}}, "evaluation must be the same"),
         (
             {"method": "vote", "trials": "best:2"},
@@ -270,6 +271,14 @@ def test_the_best_by_validation_loss_vote() -> None:
     assert poll.trial == "poll (vote of the best 2)"
     expected = vote([answers(RIGHT["b.1.eval"]), answers(RIGHT["b.3.eval"])])
     assert counted == expected
+
+
+def test_a_vote_over_several_dtypes_has_no_base_model_to_compare_it_with() -> None:
+    known = {name: answers(right) for name, right in RIGHT.items()}
+    other = evaluation("b.2.eval", list(RIGHT["b.2.eval"]))
+    other.spec["dtype"] = "float16"
+    found = [voted(jobs, known)[0][0].spec["base_model"] for jobs in (batch(), batch(b_2_eval=other))]
+    assert found == ["org/m", "several"]
 
 
 def test_a_vote_without_all_of_its_members_says_so_and_one_of_a_batch_at_work_waits() -> None:

@@ -103,6 +103,9 @@ def test_more_of_anything_needs_more() -> None:
     held = train().model_copy(update={"ewc": EwcSpec(ewc_lambda=1.0)})
     assert estimate(LLAMA_1B, held) - least > 8 * 11_272_192, "two more numbers of 32 bits for each weight"
     assert estimate(LLAMA_1B, train("full")) > estimate(LLAMA_1B, train("lora"))
+    half = train("full").model_copy(update={"dtype": "float16"})
+    assert estimate(LLAMA_1B, half) - estimate(LLAMA_1B, train("full")) > 6 * 1.2358e9, "weights, gradients, and a copy"
+    assert estimate(LLAMA_1B, train().model_copy(update={"dtype": "float16"})) == least
     assert estimate(LLAMA_1B, evaluate(load_in_4bit=False)) > estimate(LLAMA_1B, evaluate()) > CONTEXT
 
 

@@ -14,7 +14,7 @@ import pytest
 from jobqueue.base_model import commit, fingerprint
 from jobqueue.errors import DataError, SpecError
 from jobqueue.job import JobKind
-from jobqueue.job_spec import EvaluateSpec, RateSpec, TrainSpec
+from jobqueue.job_spec import EvaluateSpec, ExportSpec, RateSpec, TrainSpec
 from jobqueue.memory import GIB
 from jobqueue.plan import Plan, make_plan
 from jobqueue.storage import file_hash
@@ -148,6 +148,7 @@ def test_what_does_not_change_the_scores_does_not_change_the_base_evaluation(
         {"evaluation": {"source": "test.jsonl", "load_in_4bit": False}},
         {"base_model": "owner/name"},
         {"base_model": "owner/name", "revision": "v2"},
+        {"dtype": "bfloat16"},
         {"chat_template": "chatml"},
         {"evaluation": {"source": "test.jsonl", "system_prompt": "Be brief"}},
     ],
@@ -316,6 +317,20 @@ def test_a_revision_goes_to_every_job_and_is_refused_for_a_path(folder: Path) ->
     assert [spec.revision for spec in specs] == ["v2"] * 3
     with pytest.raises(SpecError, match="only a hub model has one"):
         plan(folder, revision="v2")
+
+
+def test_a_dtype_goes_to_every_job_that_loads_a_model(folder: Path) -> None:
+    made = plan(
+        folder, dtype="float16", export={}, original_task={"source": "test.jsonl", "limit": 1}, base_model="owner/name",
+        ensembles=[{"name": "mean", "method": "cat"}], sweep={"grid": {"lora.r": [8, 16]}},
+    )  # fmt: skip
+    specs = {job.id: job.spec for job in made.jobs if isinstance(job.spec, (TrainSpec, EvaluateSpec, ExportSpec))}
+    assert {"1", "1.export", "1.eval", "1.original", "mean"} < set(specs)
+    assert {name: spec.dtype for name, spec in specs.items()} == dict.fromkeys(specs, "float16")
+
+
+def test_base_evaluations_differ_by_dtype(folder: Path) -> None:
+    assert len({base_id(plan(folder, dtype=dtype)) for dtype in (None, "bfloat16", "float16")}) == 3
 
 
 def test_base_evaluations_differ_by_revision(folder: Path) -> None:

@@ -175,6 +175,20 @@ def test_each_trial_is_compared_with_the_base_model_in_its_precision() -> None:
     assert [(base.job, base.load_in_4bit) for base in found.bases] == [("base-4", True), ("base-16", False)]
 
 
+def test_each_trial_is_compared_with_the_base_model_in_its_dtype() -> None:
+    half = {"dtype": "float16"}
+    jobs = [
+        train(1), evaluate("b.1.eval", 50), train(2), evaluate("b.2.eval", 50, spec=half),
+        evaluate("base-1", 30, spec={"dtype": None}), evaluate("base-2", 40, spec=half),
+    ]  # fmt: skip
+
+    found = report(jobs)
+
+    assert [trial.base for trial in found.trials] == ["base-1", "base-2"]
+    assert [base.label for base in found.bases] == ["base model (4-bit)", "base model (4-bit, float16)"]
+    assert report(jobs[:-1]).trials[1].base is None, "not the base model in another dtype"
+
+
 def test_base_model_with_the_same_sequence_length_is_preferred() -> None:
     jobs = [
         train(1),

@@ -66,6 +66,13 @@ def test_defaults_are_those_of_the_notebook(read: Read) -> None:
     assert (trial.run.training.steps, trial.run.training.effective_batch) == (200, 8)
 
 
+def test_a_dtype_is_one_of_two_and_null_as_the_notebook_has_it(read: Read) -> None:
+    assert values(read(GOOD), "dtype") == values(read(GOOD + "dtype: null\n"), "dtype") == [None]
+    swept = read(GOOD + "sweep: {grid: {dtype: [null, bfloat16, float16]}}\n")
+    assert values(swept, "dtype") == [None, "bfloat16", "float16"]
+    assert [trial.label for trial in swept.trials][1:] == ["dtype=bfloat16", "dtype=float16"]
+
+
 def test_grid_makes_every_combination_in_order(read: Read) -> None:
     found = read(GOOD + "sweep:\n  grid: {training.learning_rate: [1e-4, 2e-4], lora.r: [8, 16]}\n")
 
@@ -198,6 +205,7 @@ def test_set_of_a_key_in_a_wrong_section_is_told_apart_from_the_file(problems: P
     ("text", "message"),
     [
         ("lora: {use_gradient_checkpointing: maybe}", "must be true or false or 'unsloth' or 'auto', not 'maybe'"),
+        ("dtype: float32", "must be 'bfloat16' or 'float16', not 'float32'"),
         ("lora: {target_modules: q_proj}", "must be a list or 'all-linear', not 'q_proj'"),
         ("lora: {r: [8, 16]}", "must be an integer; several values to try belong under sweep.grid"),
         (

@@ -173,7 +173,7 @@ def layout_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str
         seen = iter([(7, 7), (7 + calls[0], 7 + calls[1])])
         fake = SimpleNamespace(
             ON_GPU=True, attends_by_row=lambda _: by_unsloth, packed_attention_calls=lambda: next(seen),
-            dtype=lambda: torch.float32,
+            dtype=lambda _: torch.float32,
         )  # fmt: skip
         monkeypatch.setitem(sys.modules, "gpu_worker.trainer.model", fake)
         monkeypatch.delitem(sys.modules, "gpu_worker.trainer.padding_free", raising=False)
