@@ -11,7 +11,7 @@ MODEL_DIR is a small chat model, ROWS are multiple-choice rows of another kind t
 - `forgetting`: that adapter trained on ROWS, with and without replay of the demo's questions, and held by EWC instead;
   scored on these questions.
 - `stopping`: few rows and many steps, which the validation loss ends.
-- `as-stock-fp16`: as `stock`, by trainers that believe the card to have no bf16 (`fp16_trainer.py`).
+- `as-stock-fp16`: as `stock`, with `dtype: float16`.
 
 Writes OUT_DIR/training.json after each batch, with the figures that are known by then; batches that are in it are not
 run again. Jobs run side by side, so nothing of time is compared. On a host of several GPUs, --gpu says which.
@@ -59,7 +59,7 @@ SHORT_JOBS: dict[str, dict[str, Any]] = {  # batch -> what its jobs differ in
         ]
     },
 }
-AFTER = {"forgetting": "learnable", "as-stock": "stock", "as-stock-again": "as-stock"}
+AFTER = {"forgetting": "learnable", "as-stock": "stock", "as-stock-again": "as-stock", "as-stock-fp16": "stock"}
 # An adapter that later batches begin with: where it is gone, all of them are run again.
 BEGIN_WITH = {"learned": ("learnable", "forgetting"), "start": ("stock", "as-stock", "as-stock-again", "as-stock-fp16")}
 SAY_S = 30.0  # how often it is said what is under way
@@ -123,10 +123,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="0")
     parser.add_argument("--slots", type=int, default=16)
     options = parser.parse_args()
-    study = Study(options)
-    study.run()
-    if not options.cpu:
-        study.run_in_fp16()
+    Study(options).run()
 
 
 class Study:
@@ -153,6 +150,8 @@ class Study:
             sweeps = {"learnable": LEARNABLE, "stopping": STOPPING}
             sweeps |= dict.fromkeys(SHORT_JOBS, SHORT)
             sweeps |= {"as-stock": AS_STOCK, "as-stock-again": AS_STOCK, "forgetting": FORGETTING}
+            if not self.options.cpu:  # which computes in 32 bits, whatever is asked for
+                sweeps["as-stock-fp16"] = f"dtype: float16\n{AS_STOCK}"
             self._work_off(session, {name: sweep for name, sweep in sweeps.items() if name not in self.parts})
 
     def _work_off(self, session: Session, sweeps: dict[str, str]) -> None:
@@ -201,21 +200,10 @@ class Study:
         script = Path(__file__).with_name("stock_job.py")
         return subprocess.Popen([sys.executable, script, *words, *limits], env={**os.environ, **seen})
 
-    def run_in_fp16(self) -> None:
-        name = "as-stock-fp16"
-        if name in self.parts or "stock" not in self.parts:
-            return
-        command = [sys.executable, "-P", str(Path(__file__).with_name("fp16_trainer.py").absolute())]
-        with self._session(trainer_command=json.dumps(command)) as session:
-            session.rows(self.options.rows, "rows.jsonl")
-            session.submit(name, AS_STOCK.format(name=name, **self.values))
-            session.wait(name)
-            self._keep(session, name)
-
-    def _session(self, **settings: object) -> Session:
+    def _session(self) -> Session:
         # In turns: what the kernels of one job do wrong harms no other.
         on_gpu = ["--gpu", self.options.gpu, "--slots", str(self.options.slots), "--share", "timeslice"]
-        return Session(self.options.out, ["--cpu"] if self.options.cpu else on_gpu, **settings)
+        return Session(self.options.out, ["--cpu"] if self.options.cpu else on_gpu)
 
 
 def trained(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
