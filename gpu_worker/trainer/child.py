@@ -48,9 +48,12 @@ def main() -> None:
 
     checkpoint.listen()
 
-    start = usage.allocated()
+    start, environment = usage.allocated(), dict(os.environ)
     emit(Ready(usage.versions()))
     for line in requests:
+        # What Unsloth and accelerate note there of one job, they read in the next: that all weights are trained, say.
+        os.environ.clear()
+        os.environ.update(environment)
         end = _run(Request(**json.loads(line)), emit)
         models.free()
         usage.hold_to(None)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -86,7 +87,7 @@ def add_lora(model: Any, lora: LoraSpec, max_seq_length: int) -> Any:
         raise bad_spec("lora.loftq_config needs a GPU: PEFT computes it there; leave it out on this worker")
     modules = lora.target_modules
     with _refusals("this base model refuses the adapter"):
-        return unsloth.FastLanguageModel.get_peft_model(
+        adapted = unsloth.FastLanguageModel.get_peft_model(
             model,
             r=lora.r,
             target_modules=modules if isinstance(modules, str) else list(modules),
@@ -100,6 +101,9 @@ def add_lora(model: Any, lora: LoraSpec, max_seq_length: int) -> Any:
             init_lora_weights="loftq" if lora.loftq_config else True,
             loftq_config=lora.loftq_config.model_dump() if lora.loftq_config else {},
         )
+    if not isinstance(adapted, PeftModel):  # all weights would be trained, and nobody told
+        raise RuntimeError("Unsloth has put no adapter on the model")
+    return adapted
 
 
 def load_for_asking(

@@ -1,0 +1,57 @@
+"""What libraries note in the environment of one job is not there in the next one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import gpu_worker.trainer
+from gpu_worker.protocol import Event, Ready, Request, Result
+from gpu_worker.trainer import child
+
+
+def test_a_job_finds_the_environment_that_the_first_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a QLoRA training behind a full one got no adapter, as Unsloth still took all weights to be trained."""
+    idle: Any = lambda *_: None  # noqa: E731
+    usage = SimpleNamespace(allocated=lambda: 0, total=lambda: 1, versions=dict, hold_to=idle)
+    for name, module in (
+        ("usage", usage),
+        ("checkpoint", SimpleNamespace(listen=idle)),
+        ("model", SimpleNamespace(free=idle)),
+    ):
+        monkeypatch.setattr(gpu_worker.trainer, name, module, raising=False)
+    monkeypatch.setattr(child.signal, "signal", idle)
+    monkeypatch.setattr(child.logging, "basicConfig", lambda **_: None)
+    monkeypatch.setenv("KEPT", "as it was")
+    monkeypatch.delenv("UNSLOTH_ENABLE_FULL_FINETUNING", raising=False)
+    found: list[dict[str, str]] = []
+    events: list[Event] = []
+
+    def run(_request: Request, _emit: child.Emit) -> Result:
+        found.append(dict(os.environ))
+        os.environ["UNSLOTH_ENABLE_FULL_FINETUNING"] = "1"
+        os.environ["KEPT"] = "otherwise"
+        return Result({})
+
+    def requests() -> Iterator[bytes]:
+        for name in ("first", "second"):
+            yield json.dumps({"job_id": name, "spec": {}, "output": ""}).encode()
+
+    monkeypatch.setattr(child, "_run", run)
+    monkeypatch.setattr(child, "_channels", lambda: (requests(), events.append))
+    before = dict(os.environ)
+    try:
+        child.main()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+    first, second = found
+    assert second == first
+    assert first["KEPT"] == "as it was"
+    assert [type(event) for event in events] == [Ready, Result, Result]
