@@ -50,6 +50,7 @@ SHORT_JOBS: dict[str, dict[str, Any]] = {  # batch -> what its jobs differ in
             {"lora.use_rslora": True},
             {"lora.bias": "all"},
             {"lora.lora_dropout": 0.1},
+            {"training.neftune_noise_alpha": 5},
             {"lora.target_modules": "all-linear"},
             {"lora.use_gradient_checkpointing": True},
             {"lora.use_gradient_checkpointing": "unsloth"},
