@@ -80,7 +80,8 @@ def plainly(model_dir: Path, data: Path) -> tuple[Picks, float]:
 
 def by_loraq(model_dir: Path, data: Path, ties: set[int]) -> tuple[Picks, float]:
     """What a trainer does with such a job; `ties`: filled with the questions of which it says so."""
-    asked = EvaluationSpec(source=str(data), metrics=("likelihood",))
+    batch = plain_scores.BATCH
+    asked = EvaluationSpec(source=str(data), metrics=("likelihood",), per_device_eval_batch_size=batch)
     spec = EvaluateSpec(
         base_model=str(model_dir), method="lora", adapter_job=None, load_in_4bit=False, max_seq_length=8192,
         evaluation=asked, resources=ResourcesSpec(),

@@ -102,15 +102,19 @@ def collect(
     tuned = [e["outcome"] for e in evaluations.values() if e["spec"]["adapter_job"]]
     best = max(tuned, key=lambda outcome: outcome["likelihood"]["accuracy"])
     lines = (storage / base[False]["outcome"]["folder"] / "questions.jsonl").read_text().splitlines()
-    picks = [json.loads(line)["picks"]["likelihood"] for line in lines]
-    differing = sum(a != b for a, b in zip(picks, plain["picks"], strict=False))
+    asked = [json.loads(line) for line in lines]
+    picks = [answer["picks"]["likelihood"] for answer in asked]
+    differing = [
+        answer for answer, pick in zip(asked, plain["picks"], strict=False) if answer["picks"]["likelihood"] != pick
+    ]
     trains = [job["outcome"] for job in jobs if job["kind"] == "train" and job["state"] == "succeeded"]
     return {
         "figures": {
             "jobs_succeeded": sum(job["state"] == "succeeded" for job in jobs),
             "questions": len(picks),
             "base_likelihood_accuracy": base[False]["outcome"]["likelihood"]["accuracy"],
-            "base_picks_differing": differing,
+            "base_picks_differing": len(differing),
+            "base_picks_differing_not_ties": sum("likelihood" not in answer["ties"] for answer in differing),
             "base_4bit_likelihood_accuracy": base[True]["outcome"]["likelihood"]["accuracy"],
             "best_likelihood_accuracy": best["likelihood"]["accuracy"],
             "base_answer_form_rate": base[True]["outcome"]["generated"]["answer_form"],

@@ -4,6 +4,9 @@
 
 Trains on the tokens and labels that loraq makes of the rows, in batches of 8, and writes its losses, seconds and peak
 memory. The adapter as it was before the first step goes to START_DIR, so that another training can begin with it.
+
+What the layers hand on is in bf16, as TRL leaves it. With PEFT's `prepare_model_for_kbit_training` it would be in 32
+bits: the first steps of an adapter, which are smaller than what bf16 tells apart, would then count.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -67,9 +70,6 @@ def main() -> None:
         options.model, quantization_config=quantised, dtype=torch.bfloat16 if on_gpu else torch.float32,
         device_map={"": 0} if on_gpu else "cpu",
     )  # fmt: skip
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=on_gpu)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=list(SEVEN_MODULES)))
-    model.save_pretrained(options.start)
     training = SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, gradient_accumulation_steps=1,
         max_steps=options.steps, learning_rate=2e-4, warmup_steps=5, lr_scheduler_type="linear", weight_decay=0.01,
@@ -82,7 +82,9 @@ def main() -> None:
         model=model, args=training, processing_class=tokenizer,
         train_dataset=_dataset(options.rows, options.limit, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=list(SEVEN_MODULES), task_type="CAUSAL_LM"),
     )  # fmt: skip
+    trainer.save_model(options.start)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()

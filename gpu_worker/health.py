@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import psutil
 
 from gpu_worker.gpu import Card, CardError, Device, Reading, main_memory_bytes, usable
-from gpu_worker.trainer_process import mark_of
+from gpu_worker.trainer_process import DAEMON, mark_of
 from jobqueue.memory import GIB
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Ours:
 
     held: Mapping[int, int]  # process id -> bytes
     alive: bool  # there are trainers, whether NVML names them or not
+    daemons: Collection[int] = ()  # process ids of what serves them, whose memory no job can have
 
 
 NOBODY = Ours({}, False)
@@ -69,6 +70,7 @@ class Health:
     ends_jobs: bool = False  # and why those that run on it cannot go on either
     total_bytes: int = 0
     foreign: str = ""  # who else holds how much of it, where that is worth saying
+    foreign_bytes: int = 0  # and how much that is
     needs_reset: str = ""  # what has happened, where only a reset ends it
     rests_until: float = 0.0  # seconds since the epoch
     rests: str = ""
@@ -80,6 +82,12 @@ class Health:
     def note(self) -> str:
         """For the list of workers."""
         return f"sick: {self.sick}" if self.sick else self.foreign
+
+    def is_news_after(self, said: Health) -> bool:
+        """Whether it is worth a line in the log: who holds a little more or less every second is not."""
+        if self.sick != said.sick or bool(self.foreign) != bool(said.foreign):
+            return True
+        return not self.sick and self.foreign_bytes > 2 * said.foreign_bytes
 
     def after(self, seen: Reading | CardError, ours: Ours, now: float) -> Health:
         """What is known after one more look, at `now` seconds since the epoch."""
@@ -127,13 +135,16 @@ def _memory(before: Health, seen: Reading, ours: Ours) -> dict[str, Any]:
     used = seen.total_bytes - seen.reserved_bytes - seen.free_bytes
     if ours.alive and not mine and used - sum(seen.held.values()) >= WORTH_SAYING and before.total_bytes:
         return {}
-    foreign = sorted((pid for pid in seen.held if pid not in ours.held), key=seen.held.__getitem__, reverse=True)
-    named = ", ".join(f"pid {pid} {_name(pid)}" for pid in foreign[:3])
-    said = f"{(used - mine) / GIB:.1f} GiB held by other processes" + (f" ({named})" if named else "")
+    others = used - mine - sum(seen.held[pid] for pid in ours.daemons)
+    strange = [pid for pid in seen.held if pid not in ours.held and pid not in ours.daemons]
+    most = sorted(strange, key=seen.held.__getitem__, reverse=True)[:3]
+    named = ", ".join(f"pid {pid} {_name(pid)}" for pid in most)
+    said = f"{others / GIB:.1f} GiB held by other processes" + (f" ({named})" if named else "")
     return {
         "total_bytes": seen.total_bytes,
         "usable_bytes": usable(seen.total_bytes, seen.free_bytes, mine),
-        "foreign": said if used - mine >= WORTH_SAYING else "",
+        "foreign": said if others >= WORTH_SAYING else "",
+        "foreign_bytes": others if others >= WORTH_SAYING else 0,
     }
 
 
@@ -190,11 +201,12 @@ class CardWatch:
         self,
         card: Card,
         mark_of: Callable[[int], str | None],
+        is_daemon: Callable[[int], bool],
         alive: Callable[[], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._card, self._mark_of, self._alive, self._clock = card, mark_of, alive, clock
-        self._health = Health()
+        self._card, self._mark_of, self._is_daemon, self._alive, self._clock = card, mark_of, is_daemon, alive, clock
+        self._health = self._said = Health()
         self._held: Mapping[int, int] = {}
         self._marks: dict[int, str] = {}  # of processes of ours that hold memory, also when they have ended
         self._wanted = threading.Event()
@@ -238,11 +250,13 @@ class CardWatch:
             marks = {pid: self._mark_of(pid) or self._marks.get(pid) for pid in seen.held}
             self._held, self._marks = seen.held, {pid: mark for pid, mark in marks.items() if mark}
             alive = {pid: seen.held[pid] for pid in self._marks if psutil.pid_exists(pid)}
-            ours = Ours(alive, self._alive())
-        before, self._health = self._health, self._health.after(seen, ours, self._clock())
+            daemons = {pid for pid in seen.held if pid not in self._marks and self._is_daemon(pid)}
+            ours = Ours(alive, self._alive(), daemons)
+        self._health = self._health.after(seen, ours, self._clock())
         if self._health.ends_jobs:
             self._card.close()  # else nobody could reset it
-        if self._health.note != before.note:
+        if self._health.is_news_after(self._said):
+            self._said = self._health
             log.warning("%s", self._health.note or "the card is well, and nobody else holds its memory")
 
     def freed(self, mark: str, grace_s: float) -> int:
@@ -258,5 +272,7 @@ class CardWatch:
 def watch(device: Device, cache: Path, alive: Callable[[], bool]) -> Watch:
     """Whoever looks after that device; `cache` is the worker's own, by which its trainers are known."""
     if device.kind == "gpu":
-        return CardWatch(Card(device.uuid), lambda pid: mark_of(pid, cache), alive)
+        return CardWatch(
+            Card(device.uuid), lambda pid: mark_of(pid, cache), lambda pid: bool(mark_of(pid, cache, DAEMON)), alive
+        )
     return MainMemory(main_memory_bytes() if device.kind == "cpu" else 0)

@@ -267,11 +267,12 @@ def marked(mark: str, name: str = MARK) -> list[psutil.Process]:
     return found
 
 
-def mark_of(pid: int, cache: Path) -> str | None:
-    """The mark of a process that a trainer of the worker with that cache is, or has started; None for any other."""
+def mark_of(pid: int, cache: Path, name: str = MARK) -> str | None:
+    """The mark of a process that a trainer (or, by that name, a daemon) of the worker with that cache is, or has
+    started; None for any other."""
     with contextlib.suppress(psutil.Error, OSError):
         environment = psutil.Process(pid).environ()
-        return environment.get(MARK) if environment.get(CACHE) == str(cache) else None
+        return environment.get(name) if environment.get(CACHE) == str(cache) else None
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,31 @@ def test_memory_of_others_makes_the_card_smaller_and_is_named() -> None:
     assert health.usable_bytes == int(60 * GIB - 0.02 * TOTAL), "what nobody holds, and what our trainers do"
     assert health.note.startswith(f"20.0 GiB held by other processes (pid {other} ")
     assert not health.sick
+
+
+def test_the_mps_server_of_the_worker_itself_is_nobody_else() -> None:
+    mine, server = os.getpid(), os.getppid()
+    held = {mine: 10 * GIB, server: 2 * GIB}
+    ours = Ours({mine: 10 * GIB}, True, {server})
+
+    alone = WELL.after(reading(free_bytes=TOTAL - 12 * GIB, held=held), ours, NOW)
+    beside = WELL.after(reading(free_bytes=TOTAL - 15 * GIB, held=held | {1: 3 * GIB}), ours, NOW)
+
+    assert alone.note == ""
+    assert alone.usable_bytes == int(TOTAL - 2 * GIB - 0.02 * TOTAL), "but no job can have its memory"
+    assert beside.note.startswith("3.0 GiB held by other processes (pid 1 ")
+
+
+def test_the_log_says_when_others_come_and_go_and_not_every_change_of_theirs() -> None:
+    few, more, many = (WELL.after(reading(free_bytes=TOTAL - held * GIB, held={1: held * GIB}), NOBODY, NOW)
+                       for held in (10, 15, 25))  # fmt: skip
+
+    assert few.is_news_after(WELL)
+    assert not few.is_news_after(few)
+    assert not more.is_news_after(few)
+    assert many.is_news_after(few)
+    assert WELL.is_news_after(many)
+    assert replace(more, sick="Xid 79").is_news_after(few)
 
 
 def test_a_desktop_and_what_the_driver_keeps_are_not_worth_a_word() -> None:
