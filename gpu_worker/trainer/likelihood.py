@@ -137,13 +137,12 @@ def _window(config: Any) -> int:
 def score_shared(model: Any, questions: list[Question], batch_size: int, progress: Progress) -> None:
     """Each prompt is computed once."""
     items = [(question, Tree.of(question.replies)) for question in questions]
-    items.sort(key=lambda item: (len(item[0].prompt), len(item[1].tokens)))
+    items.sort(key=_width)
     vocabulary: int = model.get_input_embeddings().weight.shape[0]
     size: int = model.dtype.itemsize
 
     def most_bytes(batch: Sequence[tuple[Question, Tree]]) -> int:
-        nodes = max(len(tree.tokens) for _, tree in batch)
-        width = max(len(question.prompt) for question, _ in batch) + nodes
+        nodes, width = max(len(tree.tokens) for _, tree in batch), max(map(_width, batch))
         return len(batch) * size * max(nodes * vocabulary, 2 * width * width)
 
     done = 0
@@ -164,26 +163,32 @@ def _sum(batch: list[tuple[Question, Tree]], found: torch.Tensor) -> None:
         question.scores = {letter: sum(values[edge] for edge in edges) for letter, edges in tree.replies.items()}
 
 
+def _width(item: tuple[Question, Tree]) -> int:
+    """Tokens of a row: node 0 is the prompt's last one."""
+    question, tree = item
+    return len(question.prompt) - 1 + len(tree.tokens)
+
+
 def _edges(model: Any, batch: list[tuple[Question, Tree]]) -> torch.Tensor:
-    """Log-probabilities, (questions, edges of the largest tree). Prompts end, and trees begin, in the same column."""
-    nodes = max(len(tree.tokens) for _, tree in batch)  # column -nodes is the last token of the prompt
-    width = max(len(question.prompt) for question, _ in batch) - 1 + nodes
+    """Log-probabilities, (questions, edges of the largest tree). All rows end in the same column."""
+    nodes = max(len(tree.tokens) for _, tree in batch)  # so many columns have what is predicted
+    width = max(map(_width, batch))
     width += -width % ALIGNED
     edges = max(len(tree.edges) for _, tree in batch)
-    tree_at = width - nodes  # column of node 0
     ids = np.zeros((len(batch), width), dtype=np.int64)
     positions = np.zeros((len(batch), width), dtype=np.int64)
     starts = np.empty((len(batch), 1, 1), dtype=np.int64)
-    seen = np.zeros((len(batch), nodes, nodes), dtype=bool)
-    predicted = np.zeros((len(batch), 2, edges), dtype=np.int64)  # from which node, which token
+    seen = np.ones((len(batch), nodes, nodes), dtype=bool)  # by what lies in the last columns, of what does
+    predicted = np.zeros((len(batch), 2, edges), dtype=np.int64)  # in which of those columns, which token
     for row, (question, tree) in enumerate(batch):
         length, count = len(question.prompt), len(tree.tokens)
-        starts[row] = tree_at + 1 - length
-        ids[row, tree_at + 1 - length : tree_at + count] = question.prompt + tree.tokens[1:]
-        positions[row, tree_at + 1 - length : tree_at + 1] = np.arange(length)
-        positions[row, tree_at : tree_at + count] = np.add(tree.depths, length - 1)
-        seen[row, :count, :count] = tree.sees()
+        start = starts[row] = width - _width((question, tree))
+        ids[row, start:] = question.prompt + tree.tokens[1:]
+        positions[row, start:-count] = np.arange(length - 1)
+        positions[row, -count:] = np.add(tree.depths, length - 1)
+        seen[row, -count:, -count:] = tree.sees()
         predicted[row, :, : len(tree.edges)] = np.array(list(tree.edges)).T
+        predicted[row, 0] += nodes - count
 
     def there(array: Any) -> torch.Tensor:
         return torch.from_numpy(array).to(model.device)
@@ -191,7 +196,7 @@ def _edges(model: Any, batch: list[tuple[Question, Tree]]) -> torch.Tensor:
     with torch.inference_mode():
         column = torch.arange(width, device=model.device)
         sees = (column <= column[:, None]) & (column >= there(starts))  # (questions, width, width)
-        sees[:, tree_at:, tree_at:] = there(seen)
+        sees[:, -nodes:, -nodes:] &= there(seen)
         sees |= torch.eye(width, dtype=torch.bool, device=model.device)  # padding sees itself, or it would be NaN
         mask = torch.zeros(sees.shape, dtype=model.dtype, device=model.device)
         mask.masked_fill_(~sees, torch.finfo(model.dtype).min)
@@ -205,8 +210,8 @@ def _edges(model: Any, batch: list[tuple[Question, Tree]]) -> torch.Tensor:
         check_shape(logits, len(batch), nodes)
         return torch.stack(
             [
-                row[node, token] - row.logsumexp(-1)[node]
-                for row, (node, token) in zip(_as_float(logits), there(predicted), strict=True)
+                row[column, token] - row.logsumexp(-1)[column]
+                for row, (column, token) in zip(_as_float(logits), there(predicted), strict=True)
             ]
         )
 
