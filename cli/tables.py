@@ -160,7 +160,7 @@ def _base_cells(batches: str, base: BaseResult, report: BatchReport) -> dict[str
     primary = base.scores.get(report.metric) if report.metric else None
     return {
         "batch": batches,
-        "trial": base.label,
+        "trial": base.shown_as,
         "job": base.job,
         "state": base.state.value,
         "scored": render.percent(primary.accuracy if primary else None),

@@ -96,7 +96,7 @@ def rated_models(report: BatchReport) -> list[Rated]:
         for trial in report.trials
         if trial.evaluation
     ]
-    return trials + [Rated(base.job, base.label) for base in report.bases]
+    return trials + [Rated(base.job, base.shown_as) for base in report.bases]
 
 
 def judge_ratings(report: BatchReport, outcome: Mapping[str, Any], lines: str) -> Ratings:

@@ -47,7 +47,7 @@ class BaseResult:
     dtype: str | None = None
 
     @property
-    def label(self) -> str:
+    def shown_as(self) -> str:
         """As tables show it."""
         precision = ["4-bit" if self.load_in_4bit else "16-bit", *([self.dtype] if self.dtype else [])]
         return f"base model ({', '.join(precision)})"

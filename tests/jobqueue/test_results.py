@@ -185,7 +185,7 @@ def test_each_trial_is_compared_with_the_base_model_in_its_dtype() -> None:
     found = report(jobs)
 
     assert [trial.base for trial in found.trials] == ["base-1", "base-2"]
-    assert [base.label for base in found.bases] == ["base model (4-bit)", "base model (4-bit, float16)"]
+    assert [base.shown_as for base in found.bases] == ["base model (4-bit)", "base model (4-bit, float16)"]
     assert report(jobs[:-1]).trials[1].base is None, "not the base model in another dtype"
 
 
