@@ -180,9 +180,7 @@ def dtype(asked: Dtype | None) -> torch.dtype:
         raise bad_spec(
             f"dtype: {torch.cuda.get_device_name()} does not compute in bfloat16; set dtype: float16, or leave it out"
         )
-    if asked is None:
-        return torch.bfloat16 if has_bf16 else torch.float16
-    return torch.bfloat16 if asked == "bfloat16" else torch.float16
+    return torch.bfloat16 if has_bf16 and asked != "float16" else torch.float16
 
 
 def check_dtype(asked: Dtype | None) -> None:
