@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,9 +86,9 @@ class Health:
 
     def is_news_after(self, said: Health) -> bool:
         """Whether it is worth a line in the log: who holds a little more or less every second is not."""
-        if self.sick != said.sick or bool(self.foreign) != bool(said.foreign):
-            return True
-        return not self.sick and self.foreign_bytes > 2 * said.foreign_bytes
+        if self.sick or said.sick:
+            return self.sick != said.sick
+        return self.foreign_bytes > 2 * said.foreign_bytes or (not self.foreign and bool(said.foreign))
 
     def after(self, seen: Reading | CardError, ours: Ours, now: float) -> Health:
         """What is known after one more look, at `now` seconds since the epoch."""
@@ -135,17 +136,15 @@ def _memory(before: Health, seen: Reading, ours: Ours) -> dict[str, Any]:
     used = seen.total_bytes - seen.reserved_bytes - seen.free_bytes
     if ours.alive and not mine and used - sum(seen.held.values()) >= WORTH_SAYING and before.total_bytes:
         return {}
+    size = {"total_bytes": seen.total_bytes, "usable_bytes": usable(seen.total_bytes, seen.free_bytes, mine)}
     others = used - mine - sum(seen.held[pid] for pid in ours.daemons)
-    strange = [pid for pid in seen.held if pid not in ours.held and pid not in ours.daemons]
+    if others < WORTH_SAYING:
+        return size | {"foreign": "", "foreign_bytes": 0}
+    strange = seen.held.keys() - ours.held.keys() - set(ours.daemons)
     most = sorted(strange, key=seen.held.__getitem__, reverse=True)[:3]
     named = ", ".join(f"pid {pid} {_name(pid)}" for pid in most)
     said = f"{others / GIB:.1f} GiB held by other processes" + (f" ({named})" if named else "")
-    return {
-        "total_bytes": seen.total_bytes,
-        "usable_bytes": usable(seen.total_bytes, seen.free_bytes, mine),
-        "foreign": said if others >= WORTH_SAYING else "",
-        "foreign_bytes": others if others >= WORTH_SAYING else 0,
-    }
+    return size | {"foreign": said, "foreign_bytes": others}
 
 
 def _name(pid: int) -> str:
@@ -191,7 +190,8 @@ class CardWatch:
     """Looks at a card every few seconds, from a thread of its own: a call of the driver's may hang.
 
     Args:
-        mark_of: the mark of a process that a trainer of this worker is, or has started; None for any other.
+        mark_of: the mark of a process that a trainer (or, by that name, a daemon) of this worker is, or has started;
+            None for any other.
         alive: whether there are trainers now.
     """
 
@@ -200,12 +200,11 @@ class CardWatch:
     def __init__(
         self,
         card: Card,
-        mark_of: Callable[[int], str | None],
-        is_daemon: Callable[[int], bool],
+        mark_of: Callable[..., str | None],
         alive: Callable[[], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._card, self._mark_of, self._is_daemon, self._alive, self._clock = card, mark_of, is_daemon, alive, clock
+        self._card, self._mark_of, self._alive, self._clock = card, mark_of, alive, clock
         self._health = self._said = Health()
         self._held: Mapping[int, int] = {}
         self._marks: dict[int, str] = {}  # of processes of ours that hold memory, also when they have ended
@@ -250,7 +249,7 @@ class CardWatch:
             marks = {pid: self._mark_of(pid) or self._marks.get(pid) for pid in seen.held}
             self._held, self._marks = seen.held, {pid: mark for pid, mark in marks.items() if mark}
             alive = {pid: seen.held[pid] for pid in self._marks if psutil.pid_exists(pid)}
-            daemons = {pid for pid in seen.held if pid not in self._marks and self._is_daemon(pid)}
+            daemons = {pid for pid in seen.held if pid not in self._marks and self._mark_of(pid, name=DAEMON)}
             ours = Ours(alive, self._alive(), daemons)
         self._health = self._health.after(seen, ours, self._clock())
         if self._health.ends_jobs:
@@ -272,7 +271,5 @@ class CardWatch:
 def watch(device: Device, cache: Path, alive: Callable[[], bool]) -> Watch:
     """Whoever looks after that device; `cache` is the worker's own, by which its trainers are known."""
     if device.kind == "gpu":
-        return CardWatch(
-            Card(device.uuid), lambda pid: mark_of(pid, cache), lambda pid: bool(mark_of(pid, cache, DAEMON)), alive
-        )
+        return CardWatch(Card(device.uuid), partial(mark_of, cache=cache), alive)
     return MainMemory(main_memory_bytes() if device.kind == "cpu" else 0)

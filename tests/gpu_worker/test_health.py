@@ -115,7 +115,10 @@ def test_the_log_says_when_others_come_and_go_and_not_every_change_of_theirs() -
     assert not more.is_news_after(few)
     assert many.is_news_after(few)
     assert WELL.is_news_after(many)
-    assert replace(more, sick="Xid 79").is_news_after(few)
+    sick = replace(more, sick="Xid 79")
+    assert sick.is_news_after(few)
+    assert few.is_news_after(sick)
+    assert not replace(WELL, sick="Xid 79").is_news_after(sick), "the same would be said again"
 
 
 def test_a_desktop_and_what_the_driver_keeps_are_not_worth_a_word() -> None:
