@@ -10,11 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpu_worker.trainer import likelihood
-from gpu_worker.trainer.likelihood import Tree, score
+from gpu_worker.trainer.likelihood import score
 from gpu_worker.trainer.questions import Question
+from gpu_worker.trainer.shared_prompts import Layout, Row, Tree
 from jobqueue.example import MultipleChoice
 
 VOCABULARY = 300
+COMMON_PROMPT = [11, 12, 13, 14]
 COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
@@ -42,7 +44,7 @@ def make(kind: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) 
 
 
 def make_questions(count: int = 40, longest: int = 120) -> list[Question]:
-    """Of 2 to 6 options; the replies begin alike and end alike, and some are one token long."""
+    """Of 2 to 6 options; prompts begin alike; replies begin alike and end alike, and some are one token long."""
     chance = random.Random(1)
 
     def tokens(least: int, most: int) -> list[int]:
@@ -55,7 +57,7 @@ def make_questions(count: int = 40, longest: int = 120) -> list[Question]:
         replies = {letter: [5, 6, 7, *tokens(1, 9), 8] for letter in letters}
         if index % 10 == 3:
             replies = {letter: tokens(1, 1) for letter in letters}
-        questions.append(Question(index, choice, tokens(3, longest), replies))
+        questions.append(Question(index, choice, [*COMMON_PROMPT, *tokens(1, longest)], replies))
     return questions
 
 
@@ -147,6 +149,37 @@ def test_what_replies_begin_with_is_in_the_tree_once_and_their_last_token_is_not
     ]  # fmt: skip
     assert {letter: len(edges) for letter, edges in tree.replies.items()} == {"A": 3, "B": 4, "C": 2, "D": 1}
     assert len(tree.edges) == 6
+
+
+def test_a_batch_is_computed_without_padding_and_what_its_prompts_begin_with_once() -> None:
+    questions = make_questions(9)
+    rows = [Row(question.prompt, Tree.of(question.replies), question) for question in questions]
+    layout = Layout.of(rows)
+    assert len(layout.ids) == sum(map(len, rows)) - 8 * len(COMMON_PROMPT)
+    for number, row in enumerate(rows):
+        read = layout.ids[layout.sources[number, layout.starts[number] :]].tolist()
+        assert read == row.prompt + row.tree.tokens[1:]
+    assert len(set(layout.places.tolist())) == len(layout.ids)
+
+
+def test_prompts_that_begin_differently_or_are_one_token_long_are_scored_too() -> None:
+    model, questions = make("llama", COMMON), make_questions(6)
+    questions[2].prompt = [7]
+    questions[4].prompt = COMMON_PROMPT[:1]
+    assert score(model, questions, 64, lambda _: None) is None
+    for question in questions:
+        assert question.scores == pytest.approx(expected(model, question), abs=1e-4)
+
+
+def test_the_model_s_own_attention_is_back_afterwards() -> None:
+    for kind, implementation in (("llama", "eager"), ("llama", "sdpa"), ("bloom", None)):
+        model = make(kind, (SHARING | NOT_SHARING)[kind])
+        if implementation:
+            model.set_attn_implementation(implementation)
+        before = model.config._attn_implementation
+        reason = score(model, make_questions(6), 4, lambda _: None)
+        assert (reason is None) == (implementation is not None)
+        assert model.config._attn_implementation == before
 
 
 def test_progress_ends_at_the_number_of_questions() -> None:
