@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from gpu_worker.trainer import gguf, stock
+from gpu_worker.trainer import gguf, stock, varlen
 from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
 from jobqueue.job import FailureReason
 from jobqueue.spec import Dtype, LoraSpec, Method
@@ -191,14 +191,16 @@ def check_dtype(asked: Dtype | None) -> None:
 
 def attends_by_row(model: Any) -> bool:
     """Whether the model has Unsloth's own attention, which takes rows that lie end to end one by one on any GPU: with
-    flash-attn, xformers, torch's varlen_attn, or SDPA for each row.
+    flash-attn, xformers, torch's flash kernel, or SDPA for each row.
 
     From now on transformers' attention does the same where one of the first three takes the model's heads.
     """
     if not ON_GPU:
         return False
+    from unsloth.utils import attention_dispatch
     from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
 
+    varlen.offer(attention_dispatch)
     enable_hf_packed_attention()
     attention = [type(module) for module in model.modules() if type(module).__name__.endswith("Attention")]
     return any(kind.forward.__module__.startswith("unsloth.models.") for kind in attention)
