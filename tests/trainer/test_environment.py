@@ -1,9 +1,11 @@
-"""What libraries note in the environment of one job is not there in the next one."""
+"""What a trainer begins with: its imports, and the environment of its jobs."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,7 @@ def test_a_job_finds_the_environment_that_the_first_one_found(monkeypatch: pytes
         ("model", SimpleNamespace(free=idle)),
     ):
         monkeypatch.setattr(gpu_worker.trainer, name, module, raising=False)
+    monkeypatch.setattr(child, "_import", idle)
     monkeypatch.setattr(child.signal, "signal", idle)
     monkeypatch.setattr(child.logging, "basicConfig", lambda **_: None)
     monkeypatch.setenv("KEPT", "as it was")
@@ -55,3 +58,34 @@ def test_a_job_finds_the_environment_that_the_first_one_found(monkeypatch: pytes
     assert second == first
     assert first["KEPT"] == "as it was"
     assert [type(event) for event in events] == [Ready, Result, Result]
+
+
+IMPORTS = """
+import gc, os, sys
+
+class Order:
+    names = []
+    def find_spec(self, name, *_):
+        if name in ("unsloth", "torch", "transformers", "peft", "trl"):
+            self.names.append(name)
+
+sys.meta_path.insert(0, Order())
+from gpu_worker.trainer import child
+child.main()
+print("first", Order.names[0], "frozen", gc.get_freeze_count(), "collects", gc.isenabled())
+"""
+
+
+def test_unsloth_is_imported_first_and_no_import_is_looked_at_for_garbage() -> None:
+    """Behind torch it had no say in how torch allocates."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    environment = {**os.environ, child.EVENTS_FD: str(descriptor), "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORTS], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True,
+        env=environment, pass_fds=[descriptor], timeout=300,
+    )  # fmt: skip
+    os.close(descriptor)
+    words = ended.stdout.splitlines()[-1].split()
+    assert words[:2] == ["first", "unsloth"]
+    assert int(words[3]) > 100_000
+    assert words[5] == "True"
