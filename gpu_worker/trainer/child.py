@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -49,7 +50,13 @@ def main() -> None:
 
     checkpoint.listen()
 
-    start, environment = usage.allocated(), dict(os.environ)
+    environment = dict(os.environ)
+    if models.ON_GPU and not select.select([requests], [], [], 0)[0]:  # it is a spare
+        from gpu_worker.trainer.warm_up import warm_up
+
+        warm_up()
+        gc.freeze()
+    start = usage.allocated()
     emit(Ready(usage.versions()))
     for line in requests:
         # What Unsloth and accelerate note there of one job, they read in the next: that all weights are trained, say.
@@ -114,7 +121,7 @@ def _import() -> None:
     """What jobs take, so that a spare has it ready: Unsloth first, which sets how torch allocates memory.
 
     To look for garbage in it would take a quarter of the time. Afterwards it is exempt for good: Unsloth has garbage
-    collected a dozen times before the first step, which took half a second each.
+    collected a dozen times before the first step, half a second each for what was imported.
     """
     gc.disable()
     from gpu_worker.trainer import model  # noqa: F401

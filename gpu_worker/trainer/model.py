@@ -48,14 +48,15 @@ def load(
     load_in_4bit: bool,
     revision: str | None = None,
     computed_in: Dtype | None = None,
+    tokenizer: Any = None,
 ) -> Loaded:
     """Load a base model: 4 bits, 16 bits, or all weights trainable (`method` full, whose weights Unsloth keeps in 32
-    bits where float16 is computed in). `revision`: of a hub model.
+    bits where float16 is computed in). `revision`: of a hub model. `tokenizer`: its own, where it is loaded already.
 
     Raises JobFailure: bad_spec where there is no such model or it cannot be trained here.
     """
     name = resolve(base_model)
-    tokenizer = tokenizer_of(name, revision)
+    tokenizer = tokenizer or tokenizer_of(name, revision)
     stock.remember(config_of(name, revision))
     # Unsloth's own tokenizer is not used: on a GPU it exchanges a pad token that equals eos, where needed by a
     # new one. Padding is masked by the attention mask here, so the tokenizer can stay as it was published.

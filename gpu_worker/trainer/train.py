@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,18 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     trackers.check(training.report_to)
     file = rows.load(spec.data)  # before the model: a bad file costs seconds, not minutes
     clock.lap("data_s")
-    in_4bit = spec.method == "qlora"
-    base = models.load(
-        spec.base_model, spec.method, training.max_seq_length, in_4bit, spec.revision, computed_in=spec.dtype
-    )
-    clock.lap("load_s")
-
-    report(Progress("data"))
-    chat = chat_of(base.tokenizer, spec.chat_template)
+    tokenizer = models.tokenizer_of(models.resolve(spec.base_model), spec.revision)
+    chat = chat_of(tokenizer, spec.chat_template)
     trained, kept_back = rows.split(spec.data, [example for _, example in file.examples])
-    tokens, data = tokenise(chat, trained, training.max_seq_length)
+    with ThreadPoolExecutor(1) as beside:  # while the model loads
+        tokenising = beside.submit(tokenise, chat, trained, training.max_seq_length)
+        base = models.load(
+            spec.base_model, spec.method, training.max_seq_length, spec.method == "qlora", spec.revision,
+            computed_in=spec.dtype, tokenizer=tokenizer,
+        )  # fmt: skip
+        clock.lap("load_s")
+        report(Progress("data"))
+        tokens, data = tokenising.result()
     mixed_in, replayed = _replay(spec.data, chat, len(trained), training.max_seq_length)
     tokens += mixed_in
     ewc = Ewc(spec.ewc, chat, training.max_seq_length)

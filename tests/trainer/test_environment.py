@@ -24,7 +24,7 @@ def test_a_job_finds_the_environment_that_the_first_one_found(monkeypatch: pytes
     for name, module in (
         ("usage", usage),
         ("checkpoint", SimpleNamespace(listen=idle)),
-        ("model", SimpleNamespace(free=idle)),
+        ("model", SimpleNamespace(free=idle, ON_GPU=False)),
     ):
         monkeypatch.setattr(gpu_worker.trainer, name, module, raising=False)
     monkeypatch.setattr(child, "_import", idle)

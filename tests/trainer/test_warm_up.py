@@ -1,0 +1,96 @@
+"""A trainer that has no job yet trains something tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import gpu_worker.trainer
+from gpu_worker.protocol import Event, Ready, Result
+from gpu_worker.trainer import child
+
+TWICE = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+from gpu_worker.trainer import child
+child._import()
+from gpu_worker.trainer import warm_up
+steps = []
+usual = warm_up.train
+
+def train(*arguments):
+    outcome = usual(*arguments)
+    steps.append(outcome["training"]["steps"])
+
+warm_up.train = train
+print("begin", flush=True)
+warm_up.warm_up()
+
+def broken(*_):
+    print("not to be seen")
+    raise RuntimeError("no room\\nat all")
+
+warm_up.train = broken
+warm_up.warm_up()
+print("end", steps)
+"""
+
+
+def test_it_trains_and_prints_one_line_whatever_happens() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [sys.executable, "-c", TWICE], stdout=subprocess.PIPE, text=True, check=True, env=environment, timeout=300
+    )
+    lines = ended.stdout.splitlines()
+    first, second, end = lines[lines.index("begin") + 1 :]
+    assert first.startswith("the trainer has warmed up in ")
+    assert second == "warming up failed: RuntimeError: no room at all"
+    assert end == "end [2]"
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("has_a_job", [True, False])
+def test_only_a_spare_on_a_gpu_does_it(monkeypatch: pytest.MonkeyPatch, on_gpu: bool, has_a_job: bool) -> None:
+    idle: Any = lambda *_: None  # noqa: E731
+    reading, writing = os.pipe()
+    warmed: list[int] = []
+
+    def warm_up() -> None:
+        warmed.append(writing)
+        os.close(writing)
+
+    usage = SimpleNamespace(allocated=lambda: 0, total=lambda: 1, versions=dict, hold_to=idle)
+    for name, module in (
+        ("usage", usage),
+        ("checkpoint", SimpleNamespace(listen=idle)),
+        ("model", SimpleNamespace(free=idle, ON_GPU=on_gpu)),
+        ("warm_up", SimpleNamespace(warm_up=warm_up)),
+    ):
+        monkeypatch.setitem(sys.modules, f"gpu_worker.trainer.{name}", module)
+        monkeypatch.setattr(gpu_worker.trainer, name, module, raising=False)
+    monkeypatch.setattr(child, "_import", idle)
+    monkeypatch.setattr(child.signal, "signal", idle)
+    monkeypatch.setattr(child.logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr(child, "_run", lambda *_: Result({}))
+    events: list[Event] = []
+    if has_a_job:
+        os.write(writing, json.dumps({"job_id": "one", "spec": {}, "output": ""}).encode() + b"\n")
+    expected = on_gpu and not has_a_job
+    if not expected:
+        os.close(writing)
+    before = dict(os.environ)
+    with os.fdopen(reading, "rb") as requests:
+        monkeypatch.setattr(child, "_channels", lambda: (requests, events.append))
+        try:
+            child.main()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+    assert len(warmed) == expected
+    assert [type(event) for event in events] == [Ready, *[Result] * has_a_job]
