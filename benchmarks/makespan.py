@@ -260,6 +260,8 @@ def main() -> None:
     part = PARTS[options.command](options)
     file.write_text(json.dumps(part, indent=1))
     print({key: value for key, value in part.items() if key not in ("jobs", "losses")})
+    if not whole(part.get("jobs", [])):
+        raise SystemExit(f"a job has failed; this part counts for nothing and is done again next time: {file}")
 
 
 if __name__ == "__main__":
