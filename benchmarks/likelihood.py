@@ -198,7 +198,9 @@ def result_of(found: dict[str, dict[str, Any]], rows: list[dict[str, Any]], ties
         figures["picks_differing_not_ties"] = len(set(turned) - ties)
     if {"loraq", "lm_eval"} <= found.keys():
         figures["speedup_vs_lm_eval"] = round(best["lm_eval"] / best["loraq"], 2)
-        figures["picks_differing_from_lm_eval"] = len(differing("loraq", "lm_eval"))
+        turned = differing("loraq", "lm_eval")
+        figures["picks_differing_from_lm_eval"] = len(turned)
+        figures["picks_differing_from_lm_eval_not_ties"] = len(set(turned) - ties)
     if {"plain", "lm_eval"} <= found.keys():
         figures["picks_differing_of_plain_and_lm_eval"] = len(differing("plain", "lm_eval"))
     return {
@@ -210,6 +212,7 @@ def result_of(found: dict[str, dict[str, Any]], rows: list[dict[str, Any]], ties
         },
         "versions": usage.versions() | {"lm_eval": version("lm_eval")},
         "ways": found,
+        "ties": sorted(ties),
         "right": {
             name: sum(letter == row["answer_idx"] for letter, row in zip(way, rows, strict=True))
             for name, way in picks.items()

@@ -1,7 +1,7 @@
 """Attention of rows that lie end to end, by the flash kernel that comes with torch: one call for all rows of a layer.
 
 Unsloth calls attention row by row where neither flash-attn nor xformers is there and torch's `varlen_attn` takes no
-grouped heads, as in torch 2.11: on an H200 two thirds of the kernels of a step, and a third of its time on the GPU. The
+grouped heads, as in torch 2.11: on an H200 most of the kernels of a step, and a third of its time on the GPU. The
 kernel below `varlen_attn` takes them in 2.11 too. Its backward pass adds in no fixed order, unless it is told to: then
 equal trainings stay equal.
 """
