@@ -8,6 +8,7 @@ equal trainings stay equal.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+log = logging.getLogger("loraq.trainer")
 LENGTHS = (9, 200, 64)  # of the rows that are tried: more than one block of keys, and less
 HEADS, GROUPS, SIZE = 4, 2, 64
 AGREEMENT = 0.02  # of the largest number; two ways of rounding to bf16 differ by less than half of that
@@ -119,10 +121,10 @@ def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     return torch.cat(outs, dim=1).transpose(0, 1)
 
 
-def offer(dispatch: Any) -> bool:
-    """Have Unsloth's attention, whose module `dispatch` is, take it where it would take torch's. Whether it will."""
+def offer(dispatch: Any) -> None:
+    """Have Unsloth's attention, whose module `dispatch` is, take it where it would take torch's."""
     if not (hasattr(dispatch, "_TORCH_VARLEN_ATTN") and hasattr(dispatch, "_LEAN_VARLEN") and works()):
-        return False
+        log.info("torch's flash kernel for rows of any length is not to be had here")
+        return
     dispatch._TORCH_VARLEN_ATTN = attend
     dispatch._LEAN_VARLEN = False  # its own call of the same kernel, in no fixed order
-    return True
