@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,28 +173,48 @@ def _common(sequences: list[list[int]]) -> int:
     return next((place for place, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
 
 
+@dataclass(frozen=True)
+class _Laid:
+    """What attention has to know of a batch."""
+
+    sources: torch.Tensor  # as in Layout, as is the next one
+    places: torch.Tensor
+    usual: str  # the model's own attention
+
+    def by_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(1, heads, tokens, size) -> (rows, heads, width, size)."""
+        laid = tokens[0].transpose(0, 1).index_select(0, self.sources.view(-1))
+        return laid.view(*self.sources.shape, *laid.shape[1:]).transpose(1, 2)
+
+    def end_to_end(self, laid: torch.Tensor) -> torch.Tensor:
+        """(rows, width, heads, size) -> (1, tokens, heads, size)."""
+        return laid.flatten(0, 1)[self.places][None]
+
+
+_batch = ContextVar[_Laid]("batch")
+
+
+def _attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, None]:
+    batch = _batch.get()
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    own = AttentionInterface().get_interface(batch.usual, eager)
+    found, _ = own(module, batch.by_rows(query), batch.by_rows(key), batch.by_rows(value), mask, **options)
+    return batch.end_to_end(found), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
 @contextmanager
 def _attention(model: Any, sources: torch.Tensor, places: torch.Tensor) -> Iterator[None]:
     """Within the block the model's attention computes row by row what lies end to end."""
-    rows, width = sources.shape
     usual = model.config._attn_implementation
-
-    def by_rows(tokens: torch.Tensor) -> torch.Tensor:
-        """(1, heads, tokens, size) -> (rows, heads, width, size)."""
-        laid = tokens[0].transpose(0, 1).index_select(0, sources.view(-1))
-        return laid.view(rows, width, *laid.shape[1:]).transpose(1, 2)
-
-    def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **options: Any
-    ) -> tuple[torch.Tensor, None]:
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        own = AttentionInterface().get_interface(usual, eager)
-        found, _ = own(module, by_rows(query), by_rows(key), by_rows(value), mask, **options)
-        return found.flatten(0, 1)[places][None], None  # (1, tokens, heads, size)
-
-    AttentionInterface.register(NAME, attend)
+    before = _batch.set(_Laid(sources, places, usual))
     model.config._attn_implementation = NAME
     try:
         yield
     finally:
         model.config._attn_implementation = usual
+        _batch.reset(before)
