@@ -54,8 +54,11 @@ class Checkpoints(TrainerCallback):
         """Of what is trained, before a checkpoint is loaded: loading turns adapters of 16 bits into 32."""
         self._dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         self._saved_step = state.global_step
+        page(optimizer)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.dtype != self._dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(self._dtypes[name])
@@ -75,6 +78,20 @@ class Checkpoints(TrainerCallback):
             save(folder)
         self._saved_at, self._saved_step = time.monotonic(), state.global_step
         self._report(Checkpoint(step=state.global_step, folder=str(folder)))
+
+
+def page(optimizer: Any) -> None:
+    """Put the state that a paged optimizer (bitsandbytes) has loaded into pages, as it does with what it makes itself.
+
+    A checkpoint keeps the mark of being paged, and a tensor that was loaded may have it without being so: a step would
+    then move pages that do not exist. Loaded by way of the host it loses the mark, and fills the GPU's memory instead.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has it in there
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in state.keys() & {"state1", "state2"}:
+            state[name] = optimizer.get_state_buffer(parameter, dtype=state[name].dtype).copy_(state[name])
 
 
 def counts_of(checkpoint: str) -> dict[str, float]:
