@@ -45,7 +45,9 @@ TABLE = {
         "memory, until the job has had the largest GPU to itself",
     ),
     R.NAN_LOSS: Rule(
-        1, "The loss became NaN or infinite.", "Lower `learning_rate`, add `warmup_steps`, look at the data."
+        1,
+        "The loss, the gradients or the weights became NaN or infinite.",
+        "Lower `learning_rate`, add `warmup_steps`, look at the data; in float16 try `dtype: bfloat16`.",
     ),
     R.TIMED_OUT: Rule(
         1,

@@ -43,10 +43,23 @@ def bad_data(message: str) -> JobFailure:
 
 
 def nan_loss(step: int) -> JobFailure:
+    return _nan(f"the loss became NaN by step {step}")
+
+
+def nan_weights(step: int) -> JobFailure:
+    return _nan(f"the weights became NaN at step {step}, the last one")
+
+
+def nan_gradients(step: int) -> JobFailure:
     return JobFailure(
         FailureReason.NAN_LOSS,
-        f"the loss became NaN by step {step}; a lower learning_rate, or more warmup_steps, may help",
+        f"gradients were NaN, or too large for float16, until step {step}, and steps were left out; "
+        "dtype: bfloat16 on a GPU that has it, or a lower learning_rate, may help",
     )
+
+
+def _nan(what: str) -> JobFailure:
+    return JobFailure(FailureReason.NAN_LOSS, f"{what}; a lower learning_rate, or more warmup_steps, may help")
 
 
 def one_line(text: str) -> str:
