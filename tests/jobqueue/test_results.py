@@ -117,6 +117,7 @@ def test_a_trial_has_its_costs_and_what_differs() -> None:
 
 
 def test_differences_are_paired_by_question() -> None:
+    """lm-eval#3831: an unpaired test on paired data; it would say p = 0.78 of 52 and 50 out of 100."""
     found = report(
         [train(1), evaluate("b.1.eval", 52), evaluate("base-0", 50)],
         {"b.1.eval": right(*range(40), *range(50, 62)), "base-0": right(*range(50))},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Sequence
@@ -22,6 +23,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.protocol import Failed, Progress, Ready
 from jobqueue.templates import NAMED
+
+FORKS = """
+import os, sys
+
+def told(what):
+    with open(os.environ["FORKS"], "a") as file:
+        file.write(f"{os.getpid()} {what}\\n")
+
+if "gpu_worker.trainer.child" in sys.orig_argv:
+    told("looks")
+    sys.addaudithook(lambda event, _: told("forks") if event == "os.fork" else None)
+"""
+"""Python at its start: from then on each fork is noted, as multiprocessing makes them."""
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +97,22 @@ def test_general_rows_are_mixed_in_and_counted(child: Child, trained: Done, tmp_
     assert trained.outcome["data"]["replay"] is None
 
 
-def test_dataset_num_proc_starts_no_processes_that_could_die(child: Child, trained: Done) -> None:
+def test_dataset_num_proc_starts_no_processes_that_could_die(
+    trained: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """unsloth#2693, LlamaFactory#7079, celery#1709: dataset_num_proc=4 inside a worker ended with "subprocesses has
     abruptly died" or "daemonic processes are not allowed to have children"."""
-    done = child.run(train_spec(training={"max_steps": 12, "dataset_num_proc": 4}))
+    (tmp_path / "sitecustomize.py").write_text(FORKS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("FORKS", str(tmp_path / "forks"))
+    trainer = Child(tmp_path)
+    try:
+        assert isinstance(trainer.next_event(), Ready)
+        done = trainer.run(train_spec(training={"max_steps": 12, "dataset_num_proc": 4}))
+    finally:
+        trainer.close()
     assert done.outcome["losses"] == trained.outcome["losses"]
+    assert (tmp_path / "forks").read_text() == f"{trainer.process.pid} looks\n"
 
 
 def test_another_chat_template_is_trained_with_and_goes_with_the_adapter(child: Child) -> None:
@@ -130,6 +155,7 @@ def test_the_same_job_in_the_same_process_gives_the_same_adapter(child: Child, t
 
 
 def test_which_commit_of_a_hub_model_was_trained_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """unsloth#2393, #6817: failed offline though the model was in the cache, as it is here, with HF_HUB_OFFLINE=1."""
     cached, commit = tmp_path / "hub" / "models--org--tiny", "0123456789abcdef" * 2 + "01234567"
     shutil.copytree(DEMO / "model", cached / "snapshots" / commit)
     (cached / "refs").mkdir()
