@@ -49,8 +49,8 @@ class Ewc(TrainerCallback):
         self._loss_before = 0.0
         self._trainer: Any = None
 
-    def watch(self, trainer: Any, resume: str | None, report: Callable[[Progress], None]) -> None:
-        """Estimate F, or take it from the checkpoint that training goes on from; from now on the penalty is trained.
+    def prepare(self, trainer: Any, resume: str | None, report: Callable[[Progress], None]) -> None:
+        """Estimate F, or take it from the checkpoint that training goes on from.
 
         Raises JobFailure where a gradient is no number.
         """
@@ -65,15 +65,13 @@ class Ewc(TrainerCallback):
         else:
             self._before = {name: p.detach().float().clone() for name, p in _trained(trainer.model)}
             self._fisher, self._loss_before = self._estimated(report)
-        training_step = trainer.training_step
 
-        def with_penalty(*arguments: Any, **more: Any) -> Any:
-            loss = training_step(*arguments, **more)
-            if trainer.accelerator.sync_gradients:  # the last micro-batch of a step; before gradients are clipped
-                self._add_gradient()
-            return loss
-
-        trainer.training_step = with_penalty
+    def add_penalty(self, step: Any, *arguments: Any) -> Any:
+        """To the gradients of the last micro-batch before the optimizer's step, so before they are clipped."""
+        loss = step(*arguments)
+        if self._rows and self._trainer.accelerator.sync_gradients:
+            self._add_gradient()
+        return loss
 
     def save(self, checkpoint: Path) -> None:
         """All that the penalty is made of."""

@@ -27,16 +27,10 @@ class Finite(TrainerCallback):
         self._skipped = torch.zeros((), dtype=torch.int32, device=device)  # steps of this attempt
         self._scaler: Any = None
 
-    def watch(self, trainer: Any) -> None:
-        """From now on every loss of the trainer is looked at."""
-        training_step = trainer.training_step
-
-        def watched(*arguments: Any, **more: Any) -> Any:
-            loss = training_step(*arguments, **more)
-            self._broken[0] |= ~torch.isfinite(loss.detach()).all().to(self._broken.device)
-            return loss
-
-        trainer.training_step = watched
+    def look_at_loss(self, step: Any, *arguments: Any) -> Any:
+        loss = step(*arguments)
+        self._broken[0] |= ~torch.isfinite(loss.detach()).all().to(self._broken.device)
+        return loss
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         self._scaler = getattr(optimizer, "scaler", None)
@@ -70,6 +64,8 @@ class Finite(TrainerCallback):
             raise nan_gradients(step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._seen.copy_(self._broken)
+        self._tell(state.global_step)
         skipped = int(self._skipped)
         if skipped:
             log.info("%d steps were left out: in float16 a gradient was infinite or NaN", skipped)

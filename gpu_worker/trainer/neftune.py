@@ -6,8 +6,7 @@ for the tokens of the row, which is no row's where they lie end to end, and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,47 +14,39 @@ import torch
 from gpu_worker.trainer.failures import bad_spec
 
 
-@contextmanager
-def noise(alpha: float | None, trainer: Any) -> Iterator[None]:
-    """Within the block, in training steps alone: validations, and whatever else asks the model, see none. None: none.
+class Noise:
+    """In training steps alone: validations, and whatever else asks the model, see none. alpha None: none.
 
     It is drawn from torch's own generator, whose state is in a checkpoint, and outside of the layers, so that none is
-    drawn again where activations are computed again. Raises JobFailure (bad_spec) where the model passes by its
-    embeddings.
+    drawn again where activations are computed again.
     """
-    if alpha is None:
-        yield
-        return
-    training_step = trainer.training_step
-    lengths: torch.Tensor | None = None
-    added = False
 
-    def add(_module: Any, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
-        nonlocal added
-        if lengths is None:
-            return embedded
-        added = True
-        most = alpha / (lengths.to(embedded.device).float() * embedded.shape[-1]).sqrt()
-        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * most[..., None].to(embedded.dtype)
+    def __init__(self, alpha: float | None, model: Any) -> None:
+        self._alpha = alpha
+        self._lengths: torch.Tensor | None = None  # None: no training step
+        self._added = False
+        if alpha is not None:  # for good: compiled code may not see a hook that comes later
+            model.get_input_embeddings().register_forward_hook(self._add)
 
-    def with_noise(model: Any, inputs: dict[str, Any], *arguments: Any, **more: Any) -> Any:
-        nonlocal lengths, added
-        lengths, added = row_lengths(inputs), False
+    def on_embeddings(self, step: Any, model: Any, inputs: dict[str, Any], *more: Any) -> Any:
+        """Raises JobFailure (bad_spec) where the model passes by its embeddings."""
+        if self._alpha is None:
+            return step(model, inputs, *more)
+        self._lengths, self._added = row_lengths(inputs), False
         try:
-            loss = training_step(model, inputs, *arguments, **more)
+            loss = step(model, inputs, *more)
         finally:
-            lengths = None
-        if not added:
+            self._lengths = None
+        if not self._added:
             raise bad_spec("training.neftune_noise_alpha: this model does not call its embeddings; leave it out")
         return loss
 
-    trainer.training_step = with_noise
-    hook = trainer.model.get_input_embeddings().register_forward_hook(add)
-    try:
-        yield
-    finally:
-        hook.remove()
-        trainer.training_step = training_step
+    def _add(self, _module: Any, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        if self._alpha is None or self._lengths is None:
+            return embedded
+        self._added = True
+        most = self._alpha / (self._lengths.to(embedded.device).float() * embedded.shape[-1]).sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * most[..., None].to(embedded.dtype)
 
 
 def row_lengths(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
-def recompute_above(tokens: int, trainer: Any) -> None:
+def recompute_above(tokens: int) -> Callable[..., Any]:
     """Of a training with gradient checkpointing, spare micro-batches of at most so many tokens; 0: none.
 
     Layers and models read the flag at each forward pass in training.
     """
-    if not tokens:
-        return
-    training_step = trainer.training_step
     switched: list[Any] = []
 
-    def by_size(model: Any, inputs: dict[str, Any], *arguments: Any, **more: Any) -> Any:
-        if not switched:  # not earlier: the trainer turns them on when it begins
+    def by_size(step: Any, model: Any, inputs: dict[str, Any], *more: Any) -> Any:
+        if tokens and not switched:  # not earlier: the trainer turns them on when it begins
             switched.extend(module for module in model.modules() if getattr(module, "gradient_checkpointing", False))
         for module in switched:
             module.gradient_checkpointing = inputs["input_ids"].numel() > tokens
-        return training_step(model, inputs, *arguments, **more)
+        return step(model, inputs, *more)
 
-    trainer.training_step = by_size
+    return by_size

@@ -7,6 +7,7 @@ import logging
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from gpu_worker.trainer.collator import Collator
 from gpu_worker.trainer.config import config_of
 from gpu_worker.trainer.data import chat_of
 from gpu_worker.trainer.ewc import Ewc
-from gpu_worker.trainer.failures import JobFailure, bad_spec, nan_loss, on_rung, one_line
+from gpu_worker.trainer.failures import JobFailure, bad_spec, on_rung, one_line
 from gpu_worker.trainer.finite import Finite
-from gpu_worker.trainer.neftune import noise
+from gpu_worker.trainer.neftune import Noise
 from gpu_worker.trainer.padding_free import layout_of
 from gpu_worker.trainer.recompute import recompute_above
 from gpu_worker.trainer.watch import Report, Watch, mean_loss
@@ -183,10 +184,13 @@ def _fit(
         batches.LongestFirst(batches.lengths(through.training), training.effective_batch, training.seed).apply_to(
             trainer
         )
-    finite.watch(trainer)
     models.for_training(model)
-    recompute_above(through.spared_tokens, trainer)
-    ewc.watch(trainer, request.resume, report)
+    ewc.prepare(trainer, request.resume, report)
+    noise = Noise(training.neftune_noise_alpha, model)
+    recompute = recompute_above(through.spared_tokens)
+    # What each micro-batch goes through, from the inside out: each calls the step that it is put around.
+    for wrapper in (finite.look_at_loss, recompute, ewc.add_penalty, noise.on_embeddings):
+        trainer.training_step = partial(wrapper, trainer.training_step)  # type: ignore[method-assign]
     reserved_at_start = usage.reserved()
     clock.lap("setup_s")
 
@@ -194,12 +198,9 @@ def _fit(
         watch.go_on(counts_of(request.resume))
         best.go_on(Path(request.resume))
         log.info("going on from %s", request.resume)
-    with noise(training.neftune_noise_alpha, trainer):
-        result = trainer.train(resume_from_checkpoint=request.resume)
+    result = trainer.train(resume_from_checkpoint=request.resume)
     clock.lap("train_s")
     clock.move("train_s", "validation_s", best.seconds)
-    if not math.isfinite(result.training_loss):
-        raise nan_loss(trainer.state.global_step)
     if best.stopped:
         log.info("stopped early: %s", best.stopped)
     kept_step = best.step if best.restore() else trainer.state.global_step

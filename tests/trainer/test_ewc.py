@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,9 +48,7 @@ class Trainer:
         self.model = model
         scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
         self.accelerator = SimpleNamespace(scaler=scaler, sync_gradients=False, autocast=contextlib.nullcontext)
-
-    def training_step(self) -> torch.Tensor:
-        return torch.zeros(())
+        self.training_step: Callable[[], torch.Tensor] = lambda: torch.zeros(())
 
     def step(self, micro_batches: int) -> None:
         for place in range(micro_batches):
@@ -62,7 +62,8 @@ def of_tiny(tmp_path: Path, dtype: torch.dtype = torch.float32, scale: float | N
     file.write_text("\n".join(map(json.dumps, rows)))
     spec = EwcSpec(ewc_lambda=7.0, data=DataSpec(source=str(file)))
     ewc, trainer = Ewc(spec, chat_of(str(DEMO / "model")), 64), Trainer(Tiny(dtype), scale)
-    ewc.watch(trainer, None, lambda _: None)
+    ewc.prepare(trainer, None, lambda _: None)
+    trainer.training_step = partial(ewc.add_penalty, trainer.training_step)
     return ewc, trainer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def train(folder: Path, steepness: float, optim: str, steps: int, resume: Path |
     rows = [{"x": row} for row in torch.randn(200, 4, generator=torch.Generator().manual_seed(2)) / 100]
     finite = Finite("cpu")
     trainer = Trainer(Steep(steepness), options, train_dataset=rows, callbacks=[finite])
-    finite.watch(trainer)
+    trainer.training_step = partial(finite.look_at_loss, trainer.training_step)
     trainer.accelerator.scaler, trainer.accelerator.native_amp = torch.amp.GradScaler("cpu"), True  # else GPUs only
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer, finite

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,28 +13,27 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpu_worker.trainer.collator import ROW_LENGTHS, Collator
 from gpu_worker.trainer.failures import JobFailure
-from gpu_worker.trainer.neftune import noise
+from gpu_worker.trainer.neftune import Noise
 
 ALPHA, WIDTH, LENGTHS = 5.0, 32, (40, 3, 12)
 STEPS = {"max_steps": 3, "logging_steps": 1}
 
 
-def make_trainer() -> Any:
-    """A small model in training, and a trainer that does forward and backward."""
+def make_model() -> Any:
+    """A small one, in training."""
     config = AutoConfig.for_model(
         "llama", vocab_size=300, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config).train()
+    return AutoModelForCausalLM.from_config(config).train()
 
-    def training_step(model: Any, inputs: dict[str, Any]) -> Any:
-        model.zero_grad()
-        loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        return loss.detach()
 
-    return SimpleNamespace(model=model, training_step=training_step)
+def training_step(model: Any, inputs: dict[str, Any]) -> Any:
+    model.zero_grad()
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
 
 
 def batch_of(layout: str) -> dict[str, torch.Tensor]:
@@ -47,18 +45,18 @@ def batch_of(layout: str) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def embedded(trainer: Any) -> Iterator[list[torch.Tensor]]:
+def embedded(model: Any) -> Iterator[list[torch.Tensor]]:
     """What the model's first layer gets, for each forward pass in the block."""
     seen: list[torch.Tensor] = []
-    embeddings = trainer.model.get_input_embeddings()
+    embeddings = model.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach().clone()))
     yield seen
     hook.remove()
 
 
-def noise_of_rows(trainer: Any, batch: dict[str, torch.Tensor], seen: torch.Tensor) -> list[torch.Tensor]:
+def noise_of_rows(model: Any, batch: dict[str, torch.Tensor], seen: torch.Tensor) -> list[torch.Tensor]:
     """What was added to each row, padding left out."""
-    added = seen - trainer.model.get_input_embeddings().weight.detach()[batch["input_ids"]]
+    added = seen - model.get_input_embeddings().weight.detach()[batch["input_ids"]]
     if "attention_mask" in batch:
         return [row[:length] for row, length in zip(added, LENGTHS, strict=True)]
     return list(added[0].split(LENGTHS))
@@ -66,13 +64,14 @@ def noise_of_rows(trainer: Any, batch: dict[str, torch.Tensor], seen: torch.Tens
 
 @pytest.mark.parametrize("layout", ["padded", "end to end", "packed"])
 def test_each_row_gets_noise_by_its_own_length(layout: str) -> None:
-    trainer, batch = make_trainer(), batch_of(layout)
-    with noise(ALPHA, trainer), embedded(trainer) as seen:
-        trainer.training_step(trainer.model, batch)
-        trainer.training_step(trainer.model, batch)
+    model, batch = make_model(), batch_of(layout)
+    noise = Noise(ALPHA, model)
+    with embedded(model) as seen:
+        noise.on_embeddings(training_step, model, batch)
+        noise.on_embeddings(training_step, model, batch)
 
     assert len(seen) == 2
-    first, second = (noise_of_rows(trainer, batch, one) for one in seen)
+    first, second = (noise_of_rows(model, batch, one) for one in seen)
     for row, again, length in zip(first, second, LENGTHS, strict=True):
         most = ALPHA / (length * WIDTH) ** 0.5
         assert 0.9 * most < float(row.abs().max()) <= 1.0001 * most
@@ -81,51 +80,48 @@ def test_each_row_gets_noise_by_its_own_length(layout: str) -> None:
         assert not torch.equal(row, again)
 
 
-def test_outside_of_training_steps_and_after_the_block_there_is_none() -> None:
-    trainer, batch = make_trainer(), batch_of("padded")
-    before, step = trainer.model.get_input_embeddings().weight.detach().clone(), trainer.training_step
-    with noise(ALPHA, trainer):
-        trainer.training_step(trainer.model, batch)
-        with embedded(trainer) as seen, torch.no_grad():
-            trainer.model(**batch)
-            trainer.model.eval()(**batch)
-    with embedded(trainer) as later:
-        trainer.training_step(trainer.model.train(), batch)
+@pytest.mark.parametrize("fails", [False, True])
+def test_outside_of_training_steps_there_is_none(fails: bool) -> None:
+    model, batch = make_model(), batch_of("padded")
+    weight = model.get_input_embeddings().weight.detach().clone()
+    noise = Noise(ALPHA, model)
 
-    assert trainer.training_step is step
-    for one in (*seen, *later):
-        assert torch.equal(one, before[batch["input_ids"]])
-    assert torch.equal(trainer.model.get_input_embeddings().weight, before)
-    with noise(None, trainer):
-        assert trainer.training_step is step
-
-
-def test_a_step_that_fails_leaves_no_noise_behind() -> None:
-    trainer, batch = make_trainer(), batch_of("padded")
-
-    def fails(*_: Any) -> Any:
+    def failing(model: Any, inputs: dict[str, Any]) -> Any:
+        training_step(model, inputs)
         raise RuntimeError("out of luck")
 
-    trainer.training_step = fails
-    with pytest.raises(RuntimeError, match="out of luck"), noise(ALPHA, trainer):
-        trainer.training_step(trainer.model, batch)
+    with pytest.raises(RuntimeError, match="out of luck") if fails else nullcontext():
+        noise.on_embeddings(failing if fails else training_step, model, batch)
+    with embedded(model) as seen, torch.no_grad():
+        model(**batch)
+        model.eval()(**batch)
 
-    assert trainer.training_step is fails
-    assert not trainer.model.get_input_embeddings()._forward_hooks
+    assert len(seen) == 2
+    for one in seen:
+        assert torch.equal(one, weight[batch["input_ids"]])
+    assert torch.equal(model.get_input_embeddings().weight, weight)
+
+
+def test_without_an_alpha_there_is_none() -> None:
+    model, batch = make_model(), batch_of("padded")
+    noise = Noise(None, model)
+    with embedded(model) as seen:
+        loss = noise.on_embeddings(training_step, model, batch)
+
+    assert torch.equal(seen[0], model.get_input_embeddings().weight[batch["input_ids"]])
+    assert loss == training_step(model, batch)
 
 
 def test_a_model_that_passes_by_its_embeddings_is_refused_not_trained_without_noise() -> None:
-    trainer, batch = make_trainer(), batch_of("padded")
-    step, weight = trainer.training_step, trainer.model.get_input_embeddings().weight
+    model, batch = make_model(), batch_of("padded")
+    weight = model.get_input_embeddings().weight
 
     def past(model: Any, inputs: dict[str, Any]) -> Any:
         others = {name: value for name, value in inputs.items() if name != "input_ids"}
-        return step(model, {"inputs_embeds": weight[inputs["input_ids"]], **others})
+        return training_step(model, {"inputs_embeds": weight[inputs["input_ids"]], **others})
 
-    trainer.training_step = past
-    refused = pytest.raises(JobFailure, match=r"training\.neftune_noise_alpha: this model does not call")
-    with refused, noise(ALPHA, trainer):
-        trainer.training_step(trainer.model, batch)
+    with pytest.raises(JobFailure, match=r"training\.neftune_noise_alpha: this model does not call"):
+        Noise(ALPHA, model).on_embeddings(past, model, batch)
 
 
 # -- whole trainings
