@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
@@ -67,8 +68,7 @@ def commit(hub_id: str, revision: str | None) -> str | None:
         file = cache / f"models--{hub_id.replace('/', '--')}" / "refs" / revision
         return file.read_text().strip() if file.is_file() else None
     token = os.environ.get("HF_TOKEN") or _text_of(home / "token")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/api/models/{hub_id}/revision/{urllib.parse.quote(revision, safe='')}"
+    url = f"{_endpoint()}/api/models/{hub_id}/revision/{urllib.parse.quote(revision, safe='')}"
     try:
         asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
         with urllib.request.urlopen(asked, timeout=HUB_S) as answer:
@@ -76,6 +76,21 @@ def commit(hub_id: str, revision: str | None) -> str | None:
     except (OSError, ValueError, AttributeError):  # no network, no such model, no access: the worker will say which
         return None
     return found if isinstance(found, str) and COMMIT.match(found) else None
+
+
+def hub_answers() -> bool:
+    """Whether the hub says anything at all, within a few seconds."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(_endpoint(), method="HEAD"), timeout=HUB_S):
+            return True
+    except urllib.error.HTTPError:  # which is an answer
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def _text_of(file: Path) -> str:

@@ -149,12 +149,17 @@ def _run(request: Request, emit: Emit) -> Result | Failed:
 
 
 def _outcome(request: Request, emit: Emit) -> dict[str, Any]:
+    from gpu_worker.trainer import hub, usage
     from gpu_worker.trainer import model as models
-    from gpu_worker.trainer import usage
 
     spec = _spec(request)
     models.check_dtype(spec.dtype)
     usage.hold_to(request.budget_bytes)
+    with hub.asked_once(spec.base_model):
+        return _work(spec, request, emit)
+
+
+def _work(spec: WorkSpec, request: Request, emit: Emit) -> dict[str, Any]:
     if isinstance(spec, TrainSpec):
         from gpu_worker.trainer import parked
         from gpu_worker.trainer.train import train

@@ -294,6 +294,7 @@ def _unreadable(name: str, what: str, error: Exception) -> JobFailure:
             f"{name} is gated or private, and this worker may not read it; ask for access on its page of the hub, "
             "and set HF_TOKEN in the worker's environment"
         )
-    if "couldn't connect" in text.lower() or "connection" in type(error).__name__.lower():
+    unreachable = ("couldn't connect", "offline mode is enabled")
+    if any(words in text.lower() for words in unreachable) or "connection" in type(error).__name__.lower():
         return JobFailure(FailureReason.STORAGE, f"{name}: its {what} cannot be fetched: {text}")
     return bad_spec(one_line(f"{name}: its {what} cannot be read: {text}"))

@@ -21,7 +21,8 @@ DEADLINE_S = 180.0
 class Child:
     """A running trainer. Every wait has a deadline."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **more: str) -> None:
+        """`more`: of its environment."""
         self.folder = folder
         self.jobs = 0
         reading, writing = os.pipe()
@@ -32,6 +33,7 @@ class Child:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",  # these tests are about a CPU
+            **more,
         }
         self.log = folder / "log.txt"
         with self.log.open("wb") as log:
