@@ -68,8 +68,16 @@ def hold_to(budget_bytes: int | None) -> int | None:
 
 
 def allocated() -> int:
-    """GPU memory in tensors now; 0 without a GPU, where nothing can be said."""
-    return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else 0
+    """GPU memory in tensors now; 0 without a GPU, where nothing can be said.
+
+    With the pages of paged optimizers, which bitsandbytes never gives back and PyTorch does not know of.
+    """
+    if not torch.cuda.is_available():
+        return 0
+    from bitsandbytes.functional import GlobalPageManager  # not above: Unsloth is imported before it
+
+    pages: list[torch.Tensor] = GlobalPageManager.get_instance().paged_tensors
+    return int(torch.cuda.memory_allocated()) + sum(page.nbytes for page in pages)
 
 
 def _peaks() -> tuple[int, int]:

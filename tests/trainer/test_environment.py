@@ -11,18 +11,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from bitsandbytes.functional import GlobalPageManager
 
 import gpu_worker.trainer
 from gpu_worker.protocol import Event, Ready, Request, Result
-from gpu_worker.trainer import child
+from gpu_worker.trainer import child, usage
 
 
 def test_a_job_finds_the_environment_that_the_first_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a QLoRA training behind a full one got no adapter, as Unsloth still took all weights to be trained."""
     idle: Any = lambda *_: None  # noqa: E731
-    usage = SimpleNamespace(allocated=lambda: 0, total=lambda: 1, versions=dict, hold_to=idle)
+    free_of_all = SimpleNamespace(allocated=lambda: 0, total=lambda: 1, versions=dict, hold_to=idle)
     for name, module in (
-        ("usage", usage),
+        ("usage", free_of_all),
         ("checkpoint", SimpleNamespace(listen=idle)),
         ("model", SimpleNamespace(free=idle, ON_GPU=False)),
     ):
@@ -58,6 +60,16 @@ def test_a_job_finds_the_environment_that_the_first_one_found(monkeypatch: pytes
     assert second == first
     assert first["KEPT"] == "as it was"
     assert [type(event) for event in events] == [Ready, Result, Result]
+
+
+def test_pages_that_are_never_given_back_are_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that had done one paged training after the other would have filled the card, and not known it."""
+    pages = [torch.empty(3, dtype=torch.float32), torch.empty(5, dtype=torch.uint8)]
+    monkeypatch.setattr(GlobalPageManager.get_instance(), "paged_tensors", pages)
+    assert usage.allocated() == 0  # without a GPU nothing is paged
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    assert usage.allocated() == 1000 + 12 + 5
 
 
 IMPORTS = """
