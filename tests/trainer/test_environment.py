@@ -66,6 +66,7 @@ def test_pages_that_are_never_given_back_are_left_over(monkeypatch: pytest.Monke
     """A trainer that had done one paged training after the other would have filled the card, and not known it."""
     pages = [torch.empty(3, dtype=torch.float32), torch.empty(5, dtype=torch.uint8)]
     monkeypatch.setattr(GlobalPageManager.get_instance(), "paged_tensors", pages)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert usage.allocated() == 0  # without a GPU nothing is paged
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
