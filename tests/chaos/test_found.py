@@ -126,15 +126,23 @@ def test_a_mount_that_goes_while_a_trainer_works_takes_nothing_from_it(store: St
 
 
 @pytest.mark.parametrize("end", ["the job is another's", "the worker has to go"])
-def test_a_question_to_a_server_that_stays_away_has_an_end(store: Store, tmp_path: Path, end: str) -> None:
+def test_a_question_to_a_server_that_stays_away_has_an_end(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
     submit(store, train("b.1", "b", "/stub/sleep:1"))
     settings = Settings(redis_url=store.url, data_dir=tmp_path, lease_s=0.6, renew_s=0.1, sweep_s=0.1)
     leaving = threading.Event()
-    lease = Lease(store, must_claim(store, lease_s=0.6), settings, guardian.now() - 0.6, leaving)
+    claim = must_claim(store, lease_s=0.6)
+
+    def away(*_: object) -> None:
+        raise ServerError("it is away")
+
+    monkeypatch.setattr(store, "renew", away)  # else the lease would go on and on
+    lease = Lease(store, claim, settings, guardian.now() - 0.6, leaving)
 
     def ask() -> None:
         (lease.lost if end == "the job is another's" else leaving).set()
-        raise ServerError("it is away")
+        away()
 
     try:
         with pytest.raises(StaleAttemptError):
