@@ -19,21 +19,13 @@ from matplotlib import pyplot
 
 def curve(found: dict[str, Any], axes: Any) -> None:
     """Milliseconds of the GPU for a step of a job, over how many jobs ran at once; and their limit."""
-    at_once = {int(jobs): ms for jobs, ms in sorted(found["curve"]["at_once"].items(), key=lambda item: int(item[0]))}
-    axes.plot(list(at_once), list(at_once.values()), marker="o", label="measured")
-    alone = at_once[min(at_once)]
-    axes.plot(list(at_once), [alone / jobs for jobs in at_once], linestyle=":", label="one job's, divided")
-    for jobs, ms in at_once.items():
-        axes.annotate(f"{ms:g}", (jobs, ms), textcoords="offset points", xytext=(6, 6))
+    draw({int(jobs): ms for jobs, ms in found["curve"]["at_once"].items()}, "one job's, divided", axes)
     steps, trained = found["curve"]["steps"], found["curve"]["jobs"]
     tokens = sum(job["outcome"]["training"]["tokens"] for job in trained) / len(trained) / steps
     flop = 6 * PARAMETERS["1b"] * tokens
     axes.axhline(
         flop / found["limit"]["tflops"] / 1e9, color="grey", label="6 x parameters x tokens, at the matrix rate"
     )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(list(at_once), [str(jobs) for jobs in at_once])
     axes.set_xlabel("jobs at once")
     axes.set_ylabel("ms of the GPU per step of a job")
     axes.set_title(f"{found['limit']['gpu']}, 1B shape, steps of 8 rows")
@@ -41,17 +33,22 @@ def curve(found: dict[str, Any], axes: Any) -> None:
 
 def gpus(found: dict[str, Any], axes: Any) -> None:
     """The sweep's makespan over the number of GPUs, beside the first one's divided by it."""
-    makespans = {int(count): run["makespan_s"] for count, run in sorted(found["runs"].items(), key=lambda i: int(i[0]))}
-    axes.plot(list(makespans), list(makespans.values()), marker="o", label="measured")
-    first = min(makespans)
-    axes.plot(list(makespans), [makespans[first] * first / n for n in makespans], linestyle=":", label="in proportion")
-    for count, seconds in makespans.items():
-        axes.annotate(f"{seconds:g}", (count, seconds), textcoords="offset points", xytext=(6, 6))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(list(makespans), [str(count) for count in makespans])
+    draw({int(count): run["makespan_s"] for count, run in found["runs"].items()}, "in proportion", axes)
     axes.set_xlabel("GPUs")
     axes.set_ylabel("makespan, s")
+
+
+def draw(measured: dict[int, float], proportion: str, axes: Any) -> None:
+    """What was measured with each number, beside what the least of them would give in proportion, so called."""
+    numbers = sorted(measured)
+    least = numbers[0]
+    axes.plot(numbers, [measured[n] for n in numbers], marker="o", label="measured")
+    axes.plot(numbers, [measured[least] * least / n for n in numbers], linestyle=":", label=proportion)
+    for n in numbers:
+        axes.annotate(f"{measured[n]:g}", (n, measured[n]), textcoords="offset points", xytext=(6, 6))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(numbers, [str(n) for n in numbers])
 
 
 def main() -> None:
