@@ -50,8 +50,7 @@ def spec_of(way: str, options: argparse.Namespace) -> TrainSpec:
     run = RunSpec.model_validate(
         {"name": "packing", "base_model": str(options.model.absolute()), "data": data, "training": training}
     )
-    fields = {name: getattr(run, name) for name in TrainSpec.model_fields if name != "kind"}
-    return TrainSpec(**fields)
+    return TrainSpec.of(run)
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:

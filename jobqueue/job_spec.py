@@ -10,7 +10,7 @@ from jobqueue.data_spec import DataSpec, EwcSpec, Part
 from jobqueue.ensemble_spec import Members
 from jobqueue.export_spec import ExportOptions
 from jobqueue.judge_spec import JudgeSpec
-from jobqueue.spec import Asked, Dtype, EvaluationSpec, LoraSpec, Method, ResourcesSpec, TrainingSpec
+from jobqueue.spec import Asked, Dtype, EvaluationSpec, LoraSpec, Method, ResourcesSpec, RunSpec, TrainingSpec
 
 
 class _OfModel(Part):
@@ -33,6 +33,11 @@ class TrainSpec(_OfModel):
     lora: LoraSpec
     training: TrainingSpec
     resources: ResourcesSpec
+
+    @classmethod
+    def of(cls, run: RunSpec) -> TrainSpec:
+        """Of a configuration that names files and models as a worker finds them."""
+        return cls(**{name: getattr(run, name) for name in cls.model_fields if name != "kind"})
 
 
 class EvaluateSpec(_OfModel):

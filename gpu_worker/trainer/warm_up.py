@@ -71,8 +71,7 @@ def _train(folder: Path) -> None:
             "lora": {"use_gradient_checkpointing": False},
         }
     )  # fmt: skip
-    spec = TrainSpec(**{name: getattr(run, name) for name in TrainSpec.model_fields if name != "kind"})
-    train(spec, Request("warm-up", {}, str(folder)), lambda _: None)
+    train(TrainSpec.of(run), Request("warm-up", {}, str(folder)), lambda _: None)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
