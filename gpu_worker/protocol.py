@@ -103,6 +103,7 @@ class Ready:
     """The trainer has imported everything and waits for a request."""
 
     versions: dict[str, str] = field(default_factory=dict)
+    warning: str = ""  # what went wrong before there was a job whose log could tell
     type: Literal["ready"] = "ready"
 
 

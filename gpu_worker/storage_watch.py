@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 TRY_S = 30.0  # how often, while all is well
 AGAIN_S = 2.0  # and while it is not
 HANGS_S = 20.0  # a trial that takes longer
+UNTRIED = "its storage was not tried yet"
 CONTENT = "loraq was here\n"
 
 
@@ -24,7 +25,7 @@ class StorageWatch:
 
     def __init__(self, storage: Storage, folder: Path) -> None:
         self._storage, self._folder = storage, folder
-        self._problem = "its storage was not tried yet"
+        self._problem = UNTRIED
         self._began_at = math.inf  # of the trial that goes on
         self._wanted = threading.Event()
         self._tried = threading.Event()
@@ -48,8 +49,10 @@ class StorageWatch:
             before, self._problem = self._problem, self._try()
             self._began_at = math.inf
             self._tried.set()
-            if self._problem != before:
-                log.warning("%s", self._problem or "the storage and this host's disk can be written")
+            if self._problem and self._problem != before:
+                log.warning("%s", self._problem)
+            elif before not in (UNTRIED, self._problem):
+                log.warning("the storage and this host's disk can be written again")
             self._wanted.wait(AGAIN_S if self._problem else TRY_S)
 
     def _try(self) -> str:

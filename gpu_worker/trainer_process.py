@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import selectors
@@ -19,8 +20,9 @@ import psutil
 
 from gpu_worker import guardian
 from gpu_worker.gpu import Device
-from gpu_worker.protocol import EVENTS_FD, Event, Request, decode
+from gpu_worker.protocol import EVENTS_FD, Event, Ready, Request, decode
 
+log = logging.getLogger(__name__)
 MARK = "LORAQ_TRAINER"  # in the environment of everything that a trainer starts
 DAEMON = "LORAQ_DAEMON"  # in that of a GPU's MPS daemon and its servers
 CACHE = "LORAQ_CACHE_DIR"
@@ -211,8 +213,12 @@ class TrainerProcess:
         return self._ended
 
     def alive(self) -> bool:
-        """Whether it can do another job; what it has said meanwhile is dropped."""
-        return not self._ended and not any(isinstance(message, Ended) for message in self.messages(0))
+        """Whether it can do another job; of what it has said meanwhile, a warning is logged, the rest dropped."""
+        said = self.messages(0)
+        for message in said:
+            if isinstance(message, Ready) and message.warning:
+                log.warning("a spare trainer: %s", message.warning)
+        return not self._ended and not any(isinstance(message, Ended) for message in said)
 
     def kill(self) -> int:
         """Ends everything now and waits until nothing is left. Returns the exit code."""

@@ -50,14 +50,14 @@ def main() -> None:
 
     checkpoint.listen()
 
-    environment = dict(os.environ)
+    environment, warning = dict(os.environ), ""
     if models.ON_GPU and not select.select([requests], [], [], 0)[0]:  # it is a spare
         from gpu_worker.trainer.warm_up import warm_up
 
-        warm_up()
+        warning = warm_up()
         gc.freeze()
     start = usage.allocated()
-    emit(Ready(usage.versions()))
+    emit(Ready(usage.versions(), warning))
     for line in requests:
         # What Unsloth and accelerate note there of one job, they read in the next: that all weights are trained, say.
         os.environ.clear()

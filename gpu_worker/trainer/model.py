@@ -8,6 +8,7 @@ import unsloth
 import gc
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from gpu_worker.trainer import gguf, stock, varlen
+from gpu_worker.trainer.byte_tokenizer import byte_tokenizer
 from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
 from jobqueue.job import FailureReason
 from jobqueue.spec import Dtype, LoraSpec, Method
@@ -58,9 +60,11 @@ def load(
     name = resolve(base_model)
     tokenizer = tokenizer or tokenizer_of(name, revision)
     stock.remember(config_of(name, revision))
-    # Unsloth's own tokenizer is not used: on a GPU it exchanges a pad token that equals eos, where needed by a
-    # new one. Padding is masked by the attention mask here, so the tokenizer can stay as it was published.
-    with _refusals(f"{base_model} cannot be loaded"):
+    with tempfile.TemporaryDirectory() as stand_in, _refusals(f"{base_model} cannot be loaded"):
+        # Unsloth's own tokenizer is not used, so it gets a tiny one. It would load the model's twice, a second on a
+        # GPU, and exchange a pad token that equals eos, or refuse the model where it finds no other. Padding is masked
+        # by the attention mask here, so the tokenizer can stay as it was published.
+        byte_tokenizer().save_pretrained(stand_in)
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             model_name=name,
             max_seq_length=max_seq_length,
@@ -71,6 +75,8 @@ def load(
             use_exact_model_name=True,  # else known names become their -bnb-4bit repositories
             trust_remote_code=False,
             revision=revision,
+            tokenizer_name=stand_in,
+            fix_tokenizer=False,
         )
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())

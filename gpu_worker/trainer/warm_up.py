@@ -20,18 +20,16 @@ from typing import Any
 from gpu_worker.trainer import model as models  # first: it imports Unsloth
 
 # isort: split
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gpu_worker.protocol import Request
+from gpu_worker.trainer.byte_tokenizer import byte_tokenizer
 from gpu_worker.trainer.failures import one_line
 from gpu_worker.trainer.train import train
 from jobqueue.job_spec import TrainSpec
 from jobqueue.spec import RunSpec
 
 log = logging.getLogger("loraq.trainer")
-END = "<|im_end|>"
 # Of the kinds of layers that most models have, heads of a usual size.
 SHAPE: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -44,21 +42,22 @@ TRAINING: dict[str, Any] = {
 }  # fmt: skip
 
 
-def warm_up() -> None:
-    """Train it, and free what it took. What goes wrong is logged: the first job will tell."""
-    began = time.monotonic()
+def warm_up() -> str:
+    """Train it, and free what it took. Returns a line about what went wrong: the first job will tell if it matters."""
+    began, problem = time.monotonic(), ""
     try:
         with tempfile.TemporaryDirectory() as folder, _silence():
             _train(Path(folder))
     except Exception as error:
-        log.warning("warming up failed: %s", one_line(f"{type(error).__name__}: {error}"))
+        problem = one_line(f"warming up failed: {type(error).__name__}: {error}")
     else:
         log.info("the trainer has warmed up in %.1f s", time.monotonic() - began)
     models.free()
+    return problem
 
 
 def _train(folder: Path) -> None:
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(**SHAPE, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -72,17 +71,6 @@ def _train(folder: Path) -> None:
         }
     )  # fmt: skip
     train(TrainSpec.of(run), Request("warm-up", {}, str(folder)), lambda _: None)
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Of single bytes."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, pad_token=END, additional_special_tokens=["<|im_start|>"]
-    )
 
 
 @contextlib.contextmanager

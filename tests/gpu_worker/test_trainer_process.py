@@ -232,6 +232,18 @@ def test_sending_to_a_trainer_that_is_gone_raises_and_telling_does_not(start: St
     assert hear(trainer) == [Ended(0)]
 
 
+def test_what_went_wrong_before_there_was_a_job_is_in_the_worker_s_log(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = start("""
+        print("nobody asks for this")
+        say(type="ready", warning="it is cold")
+        sys.stdin.read()
+    """)
+    wait_for(lambda: trainer.alive() and bool(caplog.records), 10, "it is ready")
+    assert [record.getMessage() for record in caplog.records] == ["a spare trainer: it is cold"]
+
+
 def test_kill_ends_a_deaf_trainer_and_its_child_and_may_be_said_twice(start: Start) -> None:
     trainer = start("""
         import signal, subprocess, time

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_child import Child, train_spec
+from trainer_child import DEMO, Child, train_spec
 
 from jobqueue import rows
 from jobqueue.data_spec import DataSpec
@@ -73,3 +74,15 @@ def test_loftq_is_refused_where_it_cannot_be_computed(child: Child) -> None:
     assert (failure.reason, failure.message) == (
         "bad_spec", "lora.loftq_config needs a GPU: PEFT computes it there; leave it out on this worker",
     )  # fmt: skip
+
+
+def test_a_whole_model_keeps_the_tokens_of_its_own_tokenizer(child: Child, tmp_path: Path) -> None:
+    """One that names no pad token in its config got that of whatever tokenizer Unsloth was given."""
+    base = Path(shutil.copytree(DEMO / "model", tmp_path / "model"))
+    config = json.loads((base / "config.json").read_text())
+    pad = config.pop("pad_token_id")
+    (base / "config.json").write_text(json.dumps(config))
+    trained = child.run(train_spec(base_model=str(base), method="full", training=TRAINING | {"max_steps": 1}))
+    for name in ("config.json", "generation_config.json"):
+        saved = json.loads((trained.folder / "adapter" / name).read_text())
+        assert saved["pad_token_id"] == pad

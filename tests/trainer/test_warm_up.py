@@ -30,28 +30,52 @@ def train(*arguments):
 
 warm_up.train = train
 print("begin", flush=True)
-warm_up.warm_up()
+print([warm_up.warm_up()])
 
 def broken(*_):
     print("not to be seen")
     raise RuntimeError("no room\\nat all")
 
 warm_up.train = broken
-warm_up.warm_up()
+print([warm_up.warm_up()])
 print("end", steps)
 """
 
 
-def test_it_trains_and_prints_one_line_whatever_happens() -> None:
+PAD = """
+from gpu_worker.trainer import model
+from gpu_worker.trainer.byte_tokenizer import byte_tokenizer
+from unsloth_zoo.pad_token import fix_pad_token
+tokenizer = byte_tokenizer()
+print("own pad token:", fix_pad_token(tokenizer)["reason"])
+tokenizer.pad_token = tokenizer.eos_token
+print("the one that ends texts:", fix_pad_token(tokenizer)["reason"])
+"""
+
+
+def lines_of(script: str) -> list[str]:
+    """What it prints."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(
-        [sys.executable, "-c", TWICE], stdout=subprocess.PIPE, text=True, check=True, env=environment, timeout=300
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True, env=environment, timeout=300
     )
-    lines = ended.stdout.splitlines()
-    first, second, end = lines[lines.index("begin") + 1 :]
-    assert first.startswith("the trainer has warmed up in ")
-    assert second == "warming up failed: RuntimeError: no room at all"
+    return ended.stdout.splitlines()
+
+
+def test_it_trains_and_tells_what_went_wrong() -> None:
+    lines = lines_of(TWICE)
+    said, first, second, end = lines[lines.index("begin") + 1 :]
+    assert said.startswith("the trainer has warmed up in ")
+    assert first == "['']"
+    assert second == "['warming up failed: RuntimeError: no room at all']"
     assert end == "end [2]"
+
+
+def test_its_tokenizer_has_a_pad_token_that_unsloth_takes() -> None:
+    """On a GPU Unsloth refused one that ends texts, too: no trainer had ever warmed up there."""
+    lines = lines_of(PAD)
+    assert "own pad token: None" in lines
+    assert "the one that ends texts: equals_eos" in lines
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
@@ -61,9 +85,10 @@ def test_only_a_spare_on_a_gpu_does_it(monkeypatch: pytest.MonkeyPatch, on_gpu: 
     reading, writing = os.pipe()
     warmed: list[int] = []
 
-    def warm_up() -> None:
+    def warm_up() -> str:
         warmed.append(writing)
         os.close(writing)
+        return "it is cold"
 
     usage = SimpleNamespace(allocated=lambda: 0, total=lambda: 1, versions=dict, hold_to=idle)
     for name, module in (
@@ -93,4 +118,5 @@ def test_only_a_spare_on_a_gpu_does_it(monkeypatch: pytest.MonkeyPatch, on_gpu: 
             os.environ.clear()
             os.environ.update(before)
     assert len(warmed) == expected
-    assert [type(event) for event in events] == [Ready, *[Result] * has_a_job]
+    assert events[0] == Ready({}, "it is cold" if expected else "")
+    assert [type(event) for event in events[1:]] == [Result] * has_a_job
