@@ -63,15 +63,9 @@ def main() -> None:
         os.environ.clear()
         os.environ.update(environment)
         end = _run(Request(**json.loads(line)), emit)
-        models.free()
-        usage.hold_to(None)
+        dirty = not _gives_back(start)
         sys.stdout.flush()
         sys.stderr.flush()
-        left = usage.allocated() - start
-        dirty = left > LEFT_OVER_SHARE * usage.total()
-        if dirty:
-            log.warning("%.0f MiB of GPU memory did not come back; this trainer ends", left / 2**20)
-            sys.stderr.flush()
         if isinstance(end, Result):
             end = replace(end, goes_on=not dirty)
         emit(end)
@@ -132,6 +126,24 @@ def _import() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def _gives_back(start: int) -> bool:
+    """Frees the GPU's memory after a job. Returns whether no more is in use than the `start` bytes of the beginning."""
+    from gpu_worker.trainer import model as models
+    from gpu_worker.trainer import usage
+
+    try:
+        models.free()
+        usage.hold_to(None)
+        left = usage.allocated() - start
+    except RuntimeError as error:  # a fault on the GPU is told again by all that is asked of it afterwards
+        log.warning("this trainer ends, its GPU does not answer any more: %s", str(error).partition("\n")[0])
+        return False
+    if left > LEFT_OVER_SHARE * usage.total():
+        log.warning("%.0f MiB of GPU memory did not come back; this trainer ends", left / 2**20)
+        return False
+    return True
 
 
 def _run(request: Request, emit: Emit) -> Result | Failed:

@@ -83,6 +83,8 @@ def on_rung(rung: int, *, last: bool) -> Iterator[None]:
 def failed(error: BaseException) -> Failed:
     """What the worker is told. An exception that nobody foresaw is internal: its traceback is in the log."""
     reason, message = FailureReason.INTERNAL, f"{type(error).__name__}: {error}"
+    if "CUDA error" in message:
+        message = message.partition("\n")[0]  # hints for those who debug kernels follow
     if isinstance(error, JobFailure):
         return Failed(error.reason.value, one_line(str(error)), error.rung)
     if isinstance(error, ChatTemplateError):

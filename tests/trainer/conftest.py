@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for trainer_child
+sys.path.insert(0, str(Path(__file__).parent))  # for bare_main and trainer_child
 
+from bare_main import BareMain, bare
 from trainer_child import Child
 
 from gpu_worker.protocol import Ready
@@ -24,3 +25,8 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
     assert {"torch", "unsloth", "transformers", "trl", "peft"} <= ready.versions.keys()
     yield running
     running.close()
+
+
+@pytest.fixture
+def bare_main(monkeypatch: pytest.MonkeyPatch) -> BareMain:
+    return bare(monkeypatch)

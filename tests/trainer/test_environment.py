@@ -6,36 +6,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from bare_main import BareMain
 from bitsandbytes.functional import GlobalPageManager
 
-import gpu_worker.trainer
-from gpu_worker.protocol import Event, Ready, Request, Result
+from gpu_worker.protocol import Failed, Ready, Request, Result
 from gpu_worker.trainer import child, usage
 
+FAULT = "CUDA error: device-side assert triggered"
+TWO_JOBS = [json.dumps({"job_id": name, "spec": {}, "output": ""}).encode() for name in ("first", "second")]
 
-def test_a_job_finds_the_environment_that_the_first_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_a_job_finds_the_environment_that_the_first_one_found(
+    monkeypatch: pytest.MonkeyPatch, bare_main: BareMain
+) -> None:
     """On a GPU a QLoRA training behind a full one got no adapter, as Unsloth still took all weights to be trained."""
-    idle: Any = lambda *_: None  # noqa: E731
-    free_of_all = SimpleNamespace(allocated=lambda: 0, total=lambda: 1, versions=dict, hold_to=idle)
-    for name, module in (
-        ("usage", free_of_all),
-        ("checkpoint", SimpleNamespace(listen=idle)),
-        ("model", SimpleNamespace(free=idle, ON_GPU=False)),
-    ):
-        monkeypatch.setattr(gpu_worker.trainer, name, module, raising=False)
-    monkeypatch.setattr(child, "_import", idle)
-    monkeypatch.setattr(child.signal, "signal", idle)
-    monkeypatch.setattr(child.logging, "basicConfig", lambda **_: None)
     monkeypatch.setenv("KEPT", "as it was")
     monkeypatch.delenv("UNSLOTH_ENABLE_FULL_FINETUNING", raising=False)
     found: list[dict[str, str]] = []
-    events: list[Event] = []
 
     def run(_request: Request, _emit: child.Emit) -> Result:
         found.append(dict(os.environ))
@@ -43,23 +35,28 @@ def test_a_job_finds_the_environment_that_the_first_one_found(monkeypatch: pytes
         os.environ["KEPT"] = "otherwise"
         return Result({})
 
-    def requests() -> Iterator[bytes]:
-        for name in ("first", "second"):
-            yield json.dumps({"job_id": name, "spec": {}, "output": ""}).encode()
-
     monkeypatch.setattr(child, "_run", run)
-    monkeypatch.setattr(child, "_channels", lambda: (requests(), events.append))
-    before = dict(os.environ)
-    try:
-        child.main()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    events = bare_main(TWO_JOBS)
 
     first, second = found
     assert second == first
     assert first["KEPT"] == "as it was"
     assert [type(event) for event in events] == [Ready, Result, Result]
+
+
+def test_a_fault_on_the_gpu_is_reported_though_its_memory_cannot_be_given_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bare_main: BareMain
+) -> None:
+    """The trainer ended without a word, and its last line was torch's hint for those who debug kernels."""
+
+    def broken(*_: object) -> Any:
+        raise RuntimeError(f"{FAULT}\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.")
+
+    monkeypatch.setattr(child, "_outcome", broken)
+    events = bare_main(TWO_JOBS, model=SimpleNamespace(free=broken, ON_GPU=False))
+
+    assert events == [Ready(), Failed("internal", f"RuntimeError: {FAULT}")], "and it takes no other job"
+    assert f"this trainer ends, its GPU does not answer any more: {FAULT}" in caplog.messages
 
 
 def test_pages_that_are_never_given_back_are_left_over(monkeypatch: pytest.MonkeyPatch) -> None:

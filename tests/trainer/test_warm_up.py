@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from bare_main import BareMain
 
-import gpu_worker.trainer
-from gpu_worker.protocol import Event, Ready, Result
+from gpu_worker.protocol import Ready, Result
 from gpu_worker.trainer import child
 
 TWICE = """
@@ -80,8 +79,9 @@ def test_its_tokenizer_has_a_pad_token_that_unsloth_takes() -> None:
 
 @pytest.mark.parametrize("on_gpu", [True, False])
 @pytest.mark.parametrize("has_a_job", [True, False])
-def test_only_a_spare_on_a_gpu_does_it(monkeypatch: pytest.MonkeyPatch, on_gpu: bool, has_a_job: bool) -> None:
-    idle: Any = lambda *_: None  # noqa: E731
+def test_only_a_spare_on_a_gpu_does_it(
+    monkeypatch: pytest.MonkeyPatch, bare_main: BareMain, on_gpu: bool, has_a_job: bool
+) -> None:
     reading, writing = os.pipe()
     warmed: list[int] = []
 
@@ -90,33 +90,15 @@ def test_only_a_spare_on_a_gpu_does_it(monkeypatch: pytest.MonkeyPatch, on_gpu: 
         os.close(writing)
         return "it is cold"
 
-    usage = SimpleNamespace(allocated=lambda: 0, total=lambda: 1, versions=dict, hold_to=idle)
-    for name, module in (
-        ("usage", usage),
-        ("checkpoint", SimpleNamespace(listen=idle)),
-        ("model", SimpleNamespace(free=idle, ON_GPU=on_gpu)),
-        ("warm_up", SimpleNamespace(warm_up=warm_up)),
-    ):
-        monkeypatch.setitem(sys.modules, f"gpu_worker.trainer.{name}", module)
-        monkeypatch.setattr(gpu_worker.trainer, name, module, raising=False)
-    monkeypatch.setattr(child, "_import", idle)
-    monkeypatch.setattr(child.signal, "signal", idle)
-    monkeypatch.setattr(child.logging, "basicConfig", lambda **_: None)
     monkeypatch.setattr(child, "_run", lambda *_: Result({}))
-    events: list[Event] = []
     if has_a_job:
         os.write(writing, json.dumps({"job_id": "one", "spec": {}, "output": ""}).encode() + b"\n")
     expected = on_gpu and not has_a_job
     if not expected:
         os.close(writing)
-    before = dict(os.environ)
     with os.fdopen(reading, "rb") as requests:
-        monkeypatch.setattr(child, "_channels", lambda: (requests, events.append))
-        try:
-            child.main()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        model = SimpleNamespace(free=lambda: None, ON_GPU=on_gpu)
+        events = bare_main(requests, model=model, warm_up=SimpleNamespace(warm_up=warm_up))
     assert len(warmed) == expected
     assert events[0] == Ready({}, "it is cold" if expected else "")
     assert [type(event) for event in events[1:]] == [Result] * has_a_job
