@@ -18,14 +18,18 @@ from matplotlib import pyplot
 
 
 def curve(found: dict[str, Any], axes: Any) -> None:
-    """Milliseconds of the GPU for a step of a job, over how many jobs ran at once; and their limit."""
+    """Milliseconds of the GPU for a step of a job, over how many jobs ran at once, and their limits.
+
+    A pass forward takes 2 operations for each parameter and token, one back 4, or 2 where weights get no gradients.
+    """
     draw({int(jobs): ms for jobs, ms in found["curve"]["at_once"].items()}, "one job's, divided", axes)
     steps, trained = found["curve"]["steps"], found["curve"]["jobs"]
     tokens = sum(job["outcome"]["training"]["tokens"] for job in trained) / len(trained) / steps
-    flop = 6 * PARAMETERS["1b"] * tokens
-    axes.axhline(
-        flop / found["limit"]["tflops"] / 1e9, color="grey", label="6 x parameters x tokens, at the matrix rate"
-    )
+    flop = PARAMETERS["1b"] * tokens
+    for factor, trained_weights, style in ((6, "all weights", "solid"), (4, "an adapter alone", "dashed")):
+        ms = factor * flop / found["limit"]["tflops"] / 1e9
+        label = f"{factor} x parameters x tokens at the matrix rate: {trained_weights}"
+        axes.axhline(ms, color="grey", linestyle=style, label=label)
     axes.set_xlabel("jobs at once")
     axes.set_ylabel("ms of the GPU per step of a job")
     axes.set_title(f"{found['limit']['gpu']}, 1B shape, steps of 8 rows")
