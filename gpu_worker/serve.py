@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -14,6 +15,7 @@ from functools import partial
 
 from celery.exceptions import SecurityWarning
 from celery.signals import setup_logging, worker_shutting_down
+from celery.worker import state
 
 from gpu_worker import guardian
 from gpu_worker.gpu import Device
@@ -81,7 +83,11 @@ class Server:
         def drain(**_: object) -> None:
             worker.leaving.set()
 
-        side: list[Callable[[], None]] = [self._beat, self._ask]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._leave)
+        beat = threading.Thread(target=self._beat, daemon=True)
+        beat.start()
+        side: list[Callable[[], None]] = [self._ask]
         if worker.device.kind == "control":
             side.append(partial(Sweeper(worker.store, self._app, self._settings).run, worker.leaving))
             side.append(partial(Mover(worker.store, worker.storage, worker.id).run, worker.leaving))
@@ -95,7 +101,13 @@ class Server:
                     worker.leaving.wait(LISTEN_AGAIN_S)
         finally:
             worker.leaving.set()
+            beat.join(2 * self._settings.timeout_s)  # a heartbeat after the goodbye would list this worker again
             worker.leave()  # Celery waits for jobs that a token began; `_ask` begins others
+
+    def _leave(self, *_: object) -> None:
+        """On a signal, until Celery listens to signals itself, which may be after the first heartbeat."""
+        self._worker.leaving.set()
+        state.should_stop = os.EX_OK
 
     def _listen(self) -> None:
         """Runs Celery until it is told to end, or meets an error that it takes for its end: it cannot connect while

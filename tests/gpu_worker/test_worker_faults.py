@@ -139,6 +139,18 @@ def test_a_host_that_cannot_write_takes_no_job_and_does_not_spoil_the_queue(here
     assert all(succeeded_once(here.ended(f"b{number}.1")) for number in range(1, 6))
 
 
+@pytest.mark.parametrize("options", [("--cpu", "--no-control"), ("--control-only",)])
+def test_a_worker_that_is_told_to_end_as_soon_as_it_is_listed_says_goodbye(
+    here: Site, options: tuple[str, ...]
+) -> None:
+    """Celery listens to signals only some time after the first heartbeat; it was ended there, and stayed listed."""
+    for _ in range(2):
+        worker = here.start(*options)
+        wait_for(here.store.workers, START_S, "it is listed")
+        assert worker.stop() == 0
+        assert here.store.workers() == []
+
+
 def test_a_stop_as_systemd_does_it_leaves_nothing_also_where_the_time_is_too_short(here: Site) -> None:
     """SIGTERM to the main process, then SIGKILL to whatever is left of the unit."""
     worker = here.start(LORAQ_GRACE_S=30)
