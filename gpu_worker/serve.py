@@ -107,7 +107,7 @@ class Server:
     def _leave(self, *_: object) -> None:
         """On a signal, until Celery listens to signals itself, which may be after the first heartbeat."""
         self._worker.leaving.set()
-        state.should_stop = os.EX_OK
+        state.should_stop = os.EX_OK  # type: ignore[assignment]  # it begins as None
 
     def _listen(self) -> None:
         """Runs Celery until it is told to end, or meets an error that it takes for its end: it cannot connect while
