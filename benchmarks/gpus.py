@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--slots", type=int, help="of each GPU; as many as the worker takes where it is left out")
-    parser.add_argument("--spares", type=int, default=1)
+    parser.add_argument("--spares", type=int, default=16, help="of each GPU: with fewer, imports are measured as well")
     parser.add_argument("--length", type=int, default=2048)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
