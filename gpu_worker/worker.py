@@ -20,6 +20,7 @@ from gpu_worker.gpu import Device
 from gpu_worker.health import watch
 from gpu_worker.mps import mps_of
 from gpu_worker.pool import TrainerPool
+from gpu_worker.sole import hold
 from gpu_worker.storage_watch import StorageWatch
 from gpu_worker.trainer_process import trainer_environment, worker_cache
 from jobqueue.broker import make_app, send_tokens
@@ -42,7 +43,7 @@ class Worker:
         spares: how many trainers stand ready for a job that is to come.
         share: how they share a GPU, see `mps_of`.
 
-    Raises MachineError where it is to be shared in a way that this machine has not.
+    Raises MachineError where it is to be shared in a way that this machine has not, or another worker serves it.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Worker:
         self.storage = Storage(settings.storage_url)
         cache = worker_cache(settings.data_dir, device)
         cache.mkdir(parents=True, exist_ok=True)
+        if device.kind != "control":  # which several of a host share: it has neither memory to promise nor scratch
+            self._sole = hold(cache, device.label)
         shutil.rmtree(cache / "scratch", ignore_errors=True)  # of attempts that ended with kill -9
         self._admission, self._spares = Admission(slots, spares * CONTEXT), spares
         self._mps, self._share = mps_of(device, cache, share, slots), share

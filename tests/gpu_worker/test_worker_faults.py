@@ -48,6 +48,24 @@ def test_when_the_supervisor_is_killed_everything_dies_and_the_next_one_runs_the
     assert len(here.trainers_in_turn("b.1")) == 2
 
 
+def test_a_second_worker_of_a_device_does_no_harm_and_takes_over_when_the_first_has_gone(here: Site) -> None:
+    first = here.start()
+    here.submit("b.1", "await:go")
+    here.beating("b.1")
+    second = here.start("--cpu", "--no-control")
+    wait_for(lambda: "another worker serves cpu" in second.log.read_text(), START_S, "the second one is refused")
+    assert "LORAQ_DATA_DIR" in second.log.read_text(), "it says what to do"
+
+    (here.beats / "go").write_text("")
+    job = here.ended("b.1")
+    assert succeeded_once(job)
+    assert (job.attempt, job.failures) == (1, 0)
+
+    first.kill()
+    here.submit("c.1", "sleep:0.1")
+    assert succeeded_once(here.ended("c.1"))
+
+
 @pytest.mark.parametrize("woken_by", ["token", "poll"])
 def test_sigterm_gives_the_job_back_without_a_failure_and_another_worker_finishes_it(here: Site, woken_by: str) -> None:
     """skypilot#7117: a preemption went unnoticed. wandb#4237: a preempted trial did not start again."""
