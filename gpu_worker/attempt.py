@@ -287,3 +287,6 @@ class Attempt:
                 journal.line(self._keeper.said.get())
             stop.look()
             journal.flush()
+            if stop.begun is not None and stop.overdue:
+                trainer.kill()
+                return end if isinstance(end, Result) else stop.begun

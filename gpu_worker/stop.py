@@ -11,7 +11,7 @@ from gpu_worker.checkpoints import CheckpointKeeper
 from gpu_worker.health import Watch
 from gpu_worker.lease import Lease
 from gpu_worker.mps import Mps
-from gpu_worker.trainer_process import TrainerProcess
+from gpu_worker.trainer_process import KILLED_S, TrainerProcess
 from jobqueue.job import FailureReason
 from jobqueue.settings import Settings
 
@@ -51,6 +51,7 @@ class Stop:
         self._timeout_s = timeout_minutes * 60 if timeout_minutes else math.inf
         self.can_save = False  # it trains: there is something to save
         self.begun: Stopped | None = None
+        self._overdue_at = math.inf
         self._wait_for: tuple[int, float] | None = None  # more checkpoints than these, or until then
 
     def look(self) -> None:
@@ -82,3 +83,10 @@ class Stop:
         self.begun = why
         self._watch.look()  # so that it is known whose memory is to come back
         self._trainer.stop()
+        self._overdue_at = time.monotonic() + self._grace_s + KILLED_S
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the trainer should have ended by now: its guardian hangs, or a process that no signal ends, as
+        after a GPU has failed."""
+        return time.monotonic() >= self._overdue_at

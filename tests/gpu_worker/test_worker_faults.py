@@ -66,6 +66,19 @@ def test_a_second_worker_of_a_device_does_no_harm_and_takes_over_when_the_first_
     assert succeeded_once(here.ended("c.1"))
 
 
+def test_a_job_whose_guardian_hangs_is_cancelled_all_the_same(here: Site) -> None:
+    worker = here.start()
+    here.submit("b.1", "sleep:60")
+    here.beating("b.1")
+    worker.guardian().suspend()
+    here.store.cancel(["b.1"])
+
+    job = here.ended("b.1")
+    assert (job.state, job.message) == (JobState.CANCELLED, "on request")
+    assert here.left(trainers_only=True) == []
+    assert worker.stop() == 0
+
+
 @pytest.mark.parametrize("woken_by", ["token", "poll"])
 def test_sigterm_gives_the_job_back_without_a_failure_and_another_worker_finishes_it(here: Site, woken_by: str) -> None:
     """skypilot#7117: a preemption went unnoticed. wandb#4237: a preempted trial did not start again."""
