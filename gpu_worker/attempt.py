@@ -18,10 +18,11 @@ from gpu_worker.confine import check_source
 from gpu_worker.health import Watch
 from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
-from gpu_worker.patience import Patience
+from gpu_worker.patience import Answer as Found
+from gpu_worker.patience import DrainedError, Patience
 from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Answer, Checkpoint, Failed, Progress, Request, Result
-from gpu_worker.stop import CUT_OFF, ON_REQUEST, Stop, Stopped
+from gpu_worker.stop import CUT_OFF, ON_REQUEST, TOLD_TO_STOP, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue import adapters, ensembles
 from jobqueue.adapters import STORED
@@ -90,13 +91,15 @@ class Attempt:
         """How the attempt ended. Raises StaleAttemptError where the job was lost to another."""
         try:
             self._scratch.mkdir(parents=True)
-            done = self._patience("look for an earlier result", self._published)
+            done = self._read("look for an earlier result", self._published)
             if done is not None:  # an earlier attempt had finished, and only its word did not arrive
                 return Settlement(JobState.SUCCEEDED, outcome=done.manifest["outcome"])
             self._conclusion.before = self._lease.insist(lambda: self._store.job(self._claim.job_id)).history
             return self._work(self._request())
         except StaleAttemptError:
             raise
+        except DrainedError:
+            return self._conclusion.failure(FailureReason.PREEMPTED, TOLD_TO_STOP)
         except StorageError as error:
             if self._lease.cancelled.is_set():
                 return Settlement(JobState.CANCELLED, message=ON_REQUEST)
@@ -109,6 +112,10 @@ class Attempt:
         except Exception as error:  # a fault of loraq's own: the job ends with a word, the slot goes on
             log.exception("%s: attempt %d broke", self._claim.job_id, self._claim.attempt)
             return self._conclusion.failure(FailureReason.INTERNAL, f"{type(error).__name__}: {error}")
+
+    def _read(self, what: str, work: Callable[[], Found]) -> Found:
+        """From the storage, before there is a trainer: a worker that has to stop meanwhile need not wait for it."""
+        return self._patience(what, work, drained=self._draining)
 
     def _published(self) -> Published | None:
         if not self._claim.leaves_files:
@@ -132,7 +139,7 @@ class Attempt:
         adapter = resume = None
         members: tuple[str, ...] = ()
         if spec["kind"] == "train":
-            resume = self._patience("read a checkpoint", lambda: self._keeper.newest(self._scratch))
+            resume = self._read("read a checkpoint", lambda: self._keeper.newest(self._scratch))
         if spec.get("from_adapter"):
             adapter = self._adapter(spec["from_adapter"])
         elif spec.get("members"):
@@ -158,7 +165,7 @@ class Attempt:
 
     def _copied(self, data: dict[str, Any], name: str) -> dict[str, Any]:
         folder = self._scratch / name
-        source = self._patience("read the data", lambda: self._storage.fetch_source(data["source"], folder))
+        source = self._read("read the data", lambda: self._storage.fetch_source(data["source"], folder))
         return {**data, "source": source}
 
     def _members(self, members: dict[str, Any]) -> tuple[str, ...]:
@@ -176,9 +183,9 @@ class Attempt:
         folder = self._scratch / name
         if source.startswith(STORED):
             stored = source.removeprefix(STORED)
-            return str(self._patience("read the adapter", lambda: self._storage.fetch(stored, folder)))
+            return str(self._read("read the adapter", lambda: self._storage.fetch(stored, folder)))
         if "://" in source:
-            return str(self._patience("read the adapter", lambda: adapters.download(source, folder)))
+            return str(self._read("read the adapter", lambda: adapters.download(source, folder)))
         return source
 
     def _work(self, request: Request) -> Settlement:

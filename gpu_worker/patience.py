@@ -16,6 +16,10 @@ LOOK_S = 0.2
 Answer = TypeVar("Answer")
 
 
+class DrainedError(Exception):
+    """The worker was told to stop before there was anything to save."""
+
+
 class Patience:
     """Does what an attempt asks of the storage in a thread that can be given up, while the lease is renewed."""
 
@@ -23,15 +27,24 @@ class Patience:
         self._leaving = leaving
         self._lease, self._timeout_s, self._grace_s = lease, settings.storage_timeout_s, settings.grace_s
 
-    def __call__(self, what: str, work: Callable[[], Answer], *, settled: bool = False, hurry: bool = False) -> Answer:
+    def __call__(
+        self,
+        what: str,
+        work: Callable[[], Answer],
+        *,
+        settled: bool = False,
+        hurry: bool = False,
+        drained: Callable[[], bool] = lambda: False,
+    ) -> Answer:
         """What `work` returns or raises.
 
         A thread that was given up may go on where the storage wakes up: it writes below its own attempt's folder only.
-        With `hurry`, it is given up as well when the worker's process is to end.
+        With `hurry`, it is given up as well when the worker's process is to end; and at once when `drained` says so.
 
         Raises:
             StorageError: it took longer than the settings allow, or than the grace time after a cancel.
             StaleAttemptError: the lease was lost meanwhile, unless the attempt is `settled` already.
+            DrainedError: as `drained` says.
         """
         done: Future[Answer] = Future()
 
@@ -46,6 +59,8 @@ class Patience:
         while not wait([done], LOOK_S).done:
             if self._lease.lost.is_set() and not settled:
                 raise StaleAttemptError(f"the lease was lost while the worker had to {what}")
+            if drained():
+                raise DrainedError
             if not hurries and (self._lease.cancelled.is_set() or (hurry and self._leaving.is_set())):
                 hurries, give_up_at = True, min(give_up_at, time.monotonic() + self._grace_s)
             if time.monotonic() >= give_up_at:

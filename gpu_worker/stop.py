@@ -16,6 +16,7 @@ from jobqueue.job import FailureReason
 from jobqueue.settings import Settings
 
 ON_REQUEST = "on request"
+TOLD_TO_STOP = "the worker was told to stop"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Stop:
                     self._trainer.ask_checkpoint()
             kept_before, give_up_at = self._wait_for
             if self._keeper.kept > kept_before or now >= give_up_at:
-                self._end(Stopped(FailureReason.PREEMPTED, "the worker was told to stop"))
+                self._end(Stopped(FailureReason.PREEMPTED, TOLD_TO_STOP))
 
     def _end(self, why: Stopped) -> None:
         self.begun = why

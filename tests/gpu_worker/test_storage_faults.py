@@ -186,5 +186,21 @@ def test_a_cancel_and_a_stop_do_not_wait_for_a_storage_that_hangs(here: Site, sl
     assert here.left() == []
 
 
+def test_a_stop_does_not_wait_for_what_a_job_still_reads(here: Site, slow: Path) -> None:
+    worker = here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}")
+    here.submit("a.1", "sleep:0.1")
+    assert succeeded_once(here.ended("a.1"))
+    checkpoint = slow / "batches/b/b.1/9-ff/checkpoints/checkpoint-10"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (slow / "hang").write_text("")
+    here.submit("b.1", "sleep:60")
+    wait_for(lambda: here.store.job("b.1").state is JobState.RUNNING, START_S, "it is claimed, and reads")
+
+    assert worker.stop() == 0
+    job = here.store.job("b.1")
+    assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
+
+
 def _note(here: Site) -> str:
     return next(w.note for w in here.store.workers() if w.id.endswith("/cpu"))
