@@ -110,15 +110,25 @@ class TrainerProcess:
         self._selector.register(self._events, selectors.EVENT_READ)
         self._selector.register(self._log, selectors.EVENT_READ)
         self._rest = {self._events: b"", self._log: b""}
+        self._unsent = b""  # of the request
         self._ended = False
         self.rested = False  # it has been without a job for a while
 
     # -- telling
 
     def send(self, request: Request) -> None:
-        """The next job. Raises BrokenPipeError where the trainer is gone."""
-        os.set_blocking(self._request, True)
-        os.write(self._request, request.line())
+        """The next job; returns at once. Raises BrokenPipeError where the trainer is gone.
+
+        What a pipe does not hold of it follows with `messages`: a trainer that still imports reads nothing.
+        """
+        self._unsent = request.line()
+        self._push()
+        if self._unsent:
+            self._selector.register(self._request, selectors.EVENT_WRITE)
+
+    def _push(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._unsent = self._unsent[os.write(self._request, self._unsent) :]
 
     def set_deadline(self, seconds: float) -> None:
         """When the guardian is to end everything, on `guardian.now()`'s clock."""
@@ -157,6 +167,13 @@ class TrainerProcess:
         if self._ended:
             return found
         ready = {key.fd for key, _ in self._selector.select(seconds)}
+        if self._request in ready:
+            try:
+                self._push()
+            except BrokenPipeError:  # it reads no more: its end will tell
+                self._unsent = b""
+            if not self._unsent:
+                self._selector.unregister(self._request)
         if self._events in ready:
             events = [self._event(line) for line in self._lines(self._events)]
             found += [LogLine(text) for text in self._log_lines()]

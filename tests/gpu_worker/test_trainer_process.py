@@ -171,6 +171,26 @@ def test_a_result_larger_than_the_pipe_arrives_whole(start: Start) -> None:
     assert len(result.outcome["text"]) == 3_000_000
 
 
+def test_a_request_larger_than_the_pipe_keeps_nobody_waiting_and_arrives_whole(start: Start) -> None:
+    trainer = start("""
+        import time
+        time.sleep(2)
+        say(type="result", outcome={"length": len(json.loads(sys.stdin.readline())["spec"]["prompts"])})
+    """)
+    began = time.monotonic()
+    trainer.send(Request("b.1", {"prompts": "x" * 1_000_000}, "/nowhere"))
+    assert time.monotonic() - began < 1
+
+    assert hear(trainer, Result)[-1] == Result({"length": 1_000_000})
+
+
+def test_a_trainer_that_ends_without_reading_a_large_request_is_heard_of(start: Start) -> None:
+    trainer = start("import time; time.sleep(0.5)")
+    trainer.send(Request("b.1", {"prompts": "x" * 1_000_000}, "/nowhere"))
+
+    assert hear(trainer) == [Ended(0)]
+
+
 def test_a_trainer_that_floods_its_log_leaves_its_worker_time_to_stop_it(start: Start) -> None:
     trainer = start("""
         import subprocess
