@@ -514,6 +514,10 @@ local function remove(_, args)
     if not FINAL[field(id, 'state')] then return -1 end
   end
   for _, id in ipairs(own) do
+    -- A base model's evaluation may go on for others: its end is not to be told to a later batch of this name.
+    for kind, others in pairs({ ['then'] = 'needs', finally = 'follows' }) do
+      for _, other in ipairs(cjson.decode(field(id, others))) do redis.call('SREM', key(other) .. ':' .. kind, id) end
+    end
     redis.call('DEL', key(id), key(id) .. ':then', key(id) .. ':finally', key(id) .. ':history', key(id) .. ':events')
   end
   redis.call('DEL', batch)

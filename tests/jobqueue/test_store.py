@@ -171,6 +171,30 @@ def test_a_base_model_is_released_by_the_last_batch_only(store: Store) -> None:
     assert states(store, "base-0a1b") == ["cancelled"]
 
 
+def test_a_batch_that_was_removed_does_not_keep_a_base_model_from_being_released(store: Store) -> None:
+    submit_with_base(store, "one")
+    submit_with_base(store, "two")
+    store.cancel(["one.report"])
+    assert store.remove("one")
+    store.cancel(["two.report"])
+
+    assert store.release_base("base-0a1b") == (["base-0a1b"], [])
+
+
+def test_the_end_of_a_base_model_s_evaluation_says_nothing_to_a_new_batch_of_a_removed_one_s_name(store: Store) -> None:
+    submit_with_base(store, "one")
+    submit_with_base(store, "two")
+    base = must_claim(store)
+    assert base.job_id == "base-0a1b"
+    store.cancel(["one.report"])
+    assert store.remove("one")
+    one = new_job("one.report", kind="report", device="control", queue="control", need=0, follows=("one.1",))
+    submit(store, new_job("one.1"), one)
+
+    store.settle(base, SUCCEEDED)
+    assert states(store, "one.report", "two.report") == ["waiting", "queued"]
+
+
 # -- which job is claimed
 
 
