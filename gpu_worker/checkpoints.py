@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
 from gpu_worker.protocol import Checkpoint
 from jobqueue.errors import StorageError
 from jobqueue.job import Claim
-from jobqueue.storage import Storage, attempt_folder
+from jobqueue.storage import Published, Storage, attempt_folder
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,15 @@ class CheckpointKeeper:
 
     def newest(self, scratch: Path) -> str | None:
         """The newest complete checkpoint of any attempt, as a folder that this machine can read."""
-        found = self._storage.checkpoints(self._claim.job_id, self._claim.batch, self._claim.submission)
-        newest = next(filter(self._storage.intact, found), None)
+        newest = next(self._intact(), None)
         if newest is None:
             return None
         return str(self._storage.fetch(newest.folder, scratch / newest.folder.rpartition("/")[2]))
+
+    def _intact(self) -> Iterator[Published]:
+        """Those of all attempts from which training can go on, the newest first."""
+        found = self._storage.checkpoints(self._claim.job_id, self._claim.batch, self._claim.submission)
+        return filter(self._storage.intact, found)
 
     def take(self, checkpoint: Checkpoint) -> None:
         """Returns at once. A checkpoint that cannot be kept is said and forgotten: the training is worth more."""
@@ -54,8 +59,9 @@ class CheckpointKeeper:
         try:
             self._storage.publish(local, f"{attempt_folder(self._claim)}/checkpoints/{local.name}", manifest)
             self.kept += 1
-            old = self._storage.checkpoints(self._claim.job_id, self._claim.batch, self._claim.submission)[self._keep :]
-            for published in old:
+            if self._closed:  # the next attempt may be reading what there is
+                return
+            for published in list(self._intact())[self._keep :]:
                 self._storage.remove(published.folder)
         except (StorageError, OSError) as error:
             log.warning("%s: no checkpoint at step %d: %s", self._claim.job_id, checkpoint.step, error)

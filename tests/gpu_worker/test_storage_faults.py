@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import wait_for
 from worker_process import LEASE_S, ROOT, START_S, Site, succeeded_once
 
-from jobqueue.job import FailureReason, JobState
+from gpu_worker.checkpoints import CheckpointKeeper
+from gpu_worker.protocol import Checkpoint
+from jobqueue.job import Claim, FailureReason, JobState
 from jobqueue.storage import Storage
 
 SLOW = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "slow_fs"), str(ROOT)])}
@@ -116,6 +120,49 @@ def test_a_checkpoint_whose_files_were_lost_is_not_gone_on_from(here: Site, tmp_
     here.submit("b.1", "sleep:1", submission="s1")
 
     assert here.ended("b.1").outcome["resumed"].endswith("checkpoint-10")
+
+
+def test_a_checkpoint_whose_files_were_lost_does_not_push_out_those_that_follow(here: Site, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "step.txt").write_text("50")
+    for step in (50, 60):
+        folder = f"batches/b/b.1/9-ff/checkpoints/checkpoint-{step}"
+        here.storage.publish(made, folder, {"submission": "s1", "step": step})
+        Path(here.storage.address(f"{folder}/step.txt")).write_text("")
+    here.start()
+    here.submit("b.1", "save/sleep:60", submission="s1")
+    here.beating("b.1")
+
+    def steps() -> list[int]:
+        return [int(kept.manifest["step"]) for kept in here.storage.checkpoints("b.1", "b", "s1")]
+
+    wait_for(lambda: steps()[2:] == [20, 10], START_S, "the new ones are kept")
+
+
+def test_a_copy_that_was_given_up_removes_nothing_that_the_next_attempt_may_read(
+    here: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, latest = tmp_path / "made", tmp_path / "checkpoint-30"
+    for folder in (made, latest):
+        folder.mkdir()
+        (folder / "step.txt").write_text("0")
+    for step in (10, 20):
+        here.storage.publish(made, f"batches/b/b.1/1-ff/checkpoints/checkpoint-{step}", {"step": step})
+    go_on, publish = threading.Event(), here.storage.publish
+
+    def hang(*words: Any) -> Mapping[str, Any]:
+        assert go_on.wait(START_S)
+        return publish(*words)
+
+    monkeypatch.setattr(here.storage, "publish", hang)
+    keeper = CheckpointKeeper(here.storage, Claim("b.1", 1, "ff", {"kind": "train"}, "b", 0, LEASE_S), 2)
+    keeper.take(Checkpoint(30, str(latest)))
+    keeper.give_up()
+    go_on.set()
+    keeper.finish()
+
+    assert [kept.manifest["step"] for kept in here.storage.checkpoints("b.1", "b", "")] == [30, 20, 10]
 
 
 @pytest.fixture
