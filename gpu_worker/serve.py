@@ -63,6 +63,8 @@ class Server:
                     worker.drained.clear()
             except ServerError as error:
                 log.warning("no heartbeat: %s", error.what)
+            except Exception:  # without the next one it would pass for dead, and hear of no drain
+                log.exception("a heartbeat broke off")
             self._wakeups.listen_to(worker.classes if worker.well() and not worker.draining() else [])
             if worker.leaving.wait(self._settings.heartbeat_s):
                 return

@@ -250,7 +250,7 @@ class Worker:
     def info(self) -> dict[str, object]:
         """What the store is told of it, the fields of WorkerInfo."""
         return {
-            "host": socket.gethostname(),
+            "host": self.id.partition("/")[0],  # by which it is drained, whatever the machine is called by now
             "device": self.device.name,
             "uuid": self.device.uuid,
             "usable_bytes": self._watch.health.usable_bytes,

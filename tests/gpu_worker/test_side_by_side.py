@@ -101,6 +101,35 @@ def test_an_idle_slot_goes_on_asking_when_no_process_could_be_started(worker: Wo
     asking.join(SOON_S)
 
 
+def test_a_heartbeat_that_broke_off_is_not_the_last(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = threading.Event()
+    failures = iter([MemoryError(), RuntimeError("can't start new thread")])
+
+    def heartbeat(*_: object) -> bool:
+        if error := next(failures, None):
+            raise error
+        heard.set()
+        return True
+
+    monkeypatch.setattr(worker.store, "heartbeat", heartbeat)
+    monkeypatch.setattr(worker, "settings", worker.settings.model_copy(update={"heartbeat_s": 0.01}))
+    beating = threading.Thread(target=Server(worker)._beat, daemon=True)
+    beating.start()
+
+    assert heard.wait(SOON_S)
+    wait_for(worker.drained.is_set, SOON_S, "it hears that it is to drain")
+    worker.leaving.set()
+    beating.join(SOON_S)
+
+
+def test_a_machine_that_is_renamed_is_drained_by_the_name_that_its_workers_show(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+
+    assert worker.id == f"{worker.info()['host']}/cpu"
+
+
 def test_a_resting_trainer_waits_for_the_job_that_has_the_whole_card_and_does_not_outlive_its_start(
     tmp_path: Path,
 ) -> None:
