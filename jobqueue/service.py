@@ -15,7 +15,7 @@ from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.cards import Deck
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, NotFoundError, StorageError
+from jobqueue.errors import BusyError, LoraqError, NotFoundError, StorageError
 from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
 from jobqueue.job import Batch, Job, JobKind, WorkerInfo
@@ -284,18 +284,26 @@ class Client:
     def remove(self, name: str, *, files: bool = False) -> None:
         """Forgets an ended batch; with `files`, its adapters, logs and scores in the storage too.
 
-        Raises NotFoundError, and BusyError where a job has not ended.
+        Raises NotFoundError, BusyError where a job has not ended, and StorageError where this machine does not know the
+        storage with the files.
         """
+        storage = self._known_storage() if files else None
         if not self.store.remove(name):
             raise BusyError(f"{name} has not ended", f"Wait for it, or stop it first: loraq cancel {name}")
-        if files:
-            self.storage.remove(f"batches/{name}")
+        if storage is not None:
+            storage.remove(f"batches/{name}")
 
     def drain(self, target: str, *, undo: bool = False) -> list[WorkerInfo]:
         """A worker, or all of a host, takes no more jobs; running ones are saved and go back into the queue.
 
-        Returns the workers that are meant. Raises NotFoundError where none has that name.
+        Returns the workers that are meant. Raises NotFoundError where none has that name, and LoraqError where a worker
+        is to take jobs whose whole host is drained.
         """
+        if undo and (host := target.partition("/")[0]) != target and host in self.store.marked("drained"):
+            raise LoraqError(
+                f"{target} stays drained, as the whole of {host} is",
+                f"loraq undrain {host}, then drain again which of its workers are to stay so.",
+            )
         meant = [worker for worker in self.workers() if target in (worker.id, worker.host)]
         if not meant and not (undo and target in self.store.marked("drained")):
             raise NotFoundError(

@@ -117,6 +117,19 @@ def test_an_ended_batch_is_removed_and_one_that_has_not_ended_is_not(
     assert not (Path(settings.storage_url) / "batches" / "c").exists()
 
 
+def test_nothing_is_forgotten_where_files_are_to_go_from_a_storage_that_this_machine_does_not_know(
+    store: Store, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(store, new_job("b.1"))
+    store.settle(must_claim(store), Settlement(JobState.SUCCEEDED))
+    monkeypatch.delenv("LORAQ_STORAGE")
+    refused = run("rm", "b", "--files")
+
+    assert (refused.exit_code, refused.stdout) == (7, "")
+    assert "LORAQ_STORAGE" in refused.stderr
+    assert states(store, "b.1") == ["succeeded"]
+
+
 def test_workers_are_listed_with_what_they_run_and_why_one_takes_nothing(store: Store, run: Run) -> None:
     assert "There is no worker" in run("workers").stdout
     store.heartbeat("box/gpu0", "gpu", {**INFO, "slots": 16, "share": "mps", "running": ["b.1"], "note": ""})
@@ -143,6 +156,15 @@ def test_a_drained_worker_or_host_is_told_so_and_gets_nothing(store: Store, run:
     assert run("undrain", target).exit_code == 0
     assert store.heartbeat("box/gpu0", "gpu", info) is False
     assert claim(store, worker="box/gpu0") is not None
+
+
+def test_a_worker_of_a_drained_host_is_not_said_to_take_jobs_again(store: Store, run: Run) -> None:
+    store.heartbeat("box/gpu0", "gpu", {**INFO, "running": []})
+    run("drain", "box")
+    refused = run("undrain", "box/gpu0")
+
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.splitlines()[0] == "box/gpu0 stays drained, as the whole of box is"
 
 
 @pytest.mark.parametrize("words", [["hold", "nothing"], ["retry", "nothing"], ["drain", "nobody"], ["release", "no.1"]])
