@@ -59,7 +59,13 @@ class Served:
         if self.process is None and now >= self.start_at:
             end_leftovers(self.cache)  # of a supervisor before this one
             # a session of its own: Ctrl-C in a terminal reaches this process only, which then drains the others once
-            self.process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
+            try:
+                self.process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
+            except OSError as error:  # for want of memory, say: the other devices' workers go on
+                self.delay_s = min(self.delay_s * 2, LAST_DELAY_S)
+                self.start_at = now + self.delay_s
+                log.warning("worker %s is not started for %g s: %s", self.device.label, self.delay_s, error)
+                return
             self.started_at = now
 
 

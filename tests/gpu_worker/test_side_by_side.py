@@ -16,6 +16,7 @@ from worker_process import STUB
 from gpu_worker import worker as workers
 from gpu_worker.admission import Admission, grown
 from gpu_worker.gpu import Device
+from gpu_worker.main import FIRST_DELAY_S, LAST_DELAY_S, Served
 from gpu_worker.serve import Server
 from gpu_worker.worker import FIRST_PAUSE_S, Worker
 from jobqueue.broker import make_app
@@ -99,6 +100,19 @@ def test_an_idle_slot_goes_on_asking_when_no_process_could_be_started(worker: Wo
     assert asked.wait(SOON_S)
     served.leaving.set()
     asking.join(SOON_S)
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again_and_ends_no_other(tmp_path: Path) -> None:
+    served = Served(Device("cpu", "cpu"), [str(tmp_path / "nothing")], {}, tmp_path)
+    served.tend(0.0)
+    assert served.process is None
+
+    served.command = [sys.executable, "-c", ""]
+    served.tend(FIRST_DELAY_S)
+    assert served.process is None, "it waits a little"
+    served.tend(LAST_DELAY_S)
+    assert served.process is not None
+    assert served.process.wait(SOON_S) == 0
 
 
 def test_a_heartbeat_that_broke_off_is_not_the_last(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
