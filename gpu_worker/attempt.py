@@ -18,7 +18,6 @@ from gpu_worker.confine import check_source
 from gpu_worker.health import Watch
 from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
-from gpu_worker.patience import Answer as Found
 from gpu_worker.patience import DrainedError, Patience
 from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Answer, Checkpoint, Failed, Progress, Request, Result
@@ -60,6 +59,7 @@ class Attempt:
         self._leaving, self._draining, self._wake = leaving, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at, leaving)
         self._patience = Patience(self._lease, settings, leaving)
+        self._read = Patience(self._lease, settings, leaving, draining)  # before there is a trainer
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
         self._keeper = CheckpointKeeper(storage, claim, keep)
@@ -112,10 +112,6 @@ class Attempt:
         except Exception as error:  # a fault of loraq's own: the job ends with a word, the slot goes on
             log.exception("%s: attempt %d broke", self._claim.job_id, self._claim.attempt)
             return self._conclusion.failure(FailureReason.INTERNAL, f"{type(error).__name__}: {error}")
-
-    def _read(self, what: str, work: Callable[[], Found]) -> Found:
-        """From the storage, before there is a trainer: a worker that has to stop meanwhile need not wait for it."""
-        return self._patience(what, work, drained=self._draining)
 
     def _published(self) -> Published | None:
         if not self._claim.leaves_files:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
-from gpu_worker.patience import Patience
+from gpu_worker.patience import DrainedError, Patience
 from gpu_worker.report import make_report
 from gpu_worker.stop import ON_REQUEST
 from jobqueue.errors import ChatTemplateError, DataError, LoraqError, SpecError, StaleAttemptError, StorageError
@@ -23,6 +23,7 @@ from jobqueue.storage import Storage, attempt_folder
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
+STOPPED = "its worker was drained or stopped"
 
 
 class EndedEarlyError(Exception):
@@ -52,6 +53,7 @@ class ControlAttempt:
         self._folder, self._draining, self._wake = folder, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at, leaving)
         self._patience = Patience(self._lease, settings, leaving)
+        self._hasty = Patience(self._lease, settings, leaving, draining)  # for what is soon done again
 
     def run(self) -> None:
         try:
@@ -70,7 +72,9 @@ class ControlAttempt:
         except EndedEarlyError as early:
             if early.reason is None:
                 return Settlement(JobState.CANCELLED, message=ON_REQUEST)
-            return self._failure(early.reason, "its worker was drained or stopped")
+            return self._failure(early.reason, STOPPED)
+        except DrainedError:
+            return self._failure(FailureReason.PREEMPTED, STOPPED)
         except LoraqError as error:
             reason = getattr(error, "reason", _reason(error))  # a judge's errors know theirs
             if isinstance(error, StorageError) and self._lease.cancelled.is_set():
@@ -83,11 +87,11 @@ class ControlAttempt:
 
     def _work(self) -> dict[str, Any]:
         if self._claim.spec["kind"] == JobKind.REPORT:
-            return self._lease.insist(partial(make_report, self._claim, self._store, self._storage, self._patience))
+            return self._lease.insist(partial(make_report, self._claim, self._store, self._storage, self._hasty))
         if self._claim.spec["kind"] == JobKind.PREVIEW:
             from gpu_worker.preview import make_preview  # Jinja and all that reads tokens
 
-            return self._lease.insist(partial(make_preview, self._claim, self._storage, self._settings, self._patience))
+            return self._lease.insist(partial(make_preview, self._claim, self._storage, self._settings, self._hasty))
         from gpu_worker.judge import judge_batch  # half a second, for those who have a judge
 
         self._folder.mkdir(parents=True, exist_ok=True)

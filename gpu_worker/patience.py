@@ -21,25 +21,23 @@ class DrainedError(Exception):
 
 
 class Patience:
-    """Does what an attempt asks of the storage in a thread that can be given up, while the lease is renewed."""
+    """Does what an attempt asks of the storage in a thread that can be given up, while the lease is renewed.
 
-    def __init__(self, lease: Lease, settings: Settings, leaving: threading.Event) -> None:
-        self._leaving = leaving
+    Args:
+        drained: whether to give up at once, as a worker that has to stop need not wait for it.
+    """
+
+    def __init__(
+        self, lease: Lease, settings: Settings, leaving: threading.Event, drained: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._leaving, self._drained = leaving, drained
         self._lease, self._timeout_s, self._grace_s = lease, settings.storage_timeout_s, settings.grace_s
 
-    def __call__(
-        self,
-        what: str,
-        work: Callable[[], Answer],
-        *,
-        settled: bool = False,
-        hurry: bool = False,
-        drained: Callable[[], bool] = lambda: False,
-    ) -> Answer:
+    def __call__(self, what: str, work: Callable[[], Answer], *, settled: bool = False, hurry: bool = False) -> Answer:
         """What `work` returns or raises.
 
         A thread that was given up may go on where the storage wakes up: it writes below its own attempt's folder only.
-        With `hurry`, it is given up as well when the worker's process is to end; and at once when `drained` says so.
+        With `hurry`, it is given up as well when the worker's process is to end.
 
         Raises:
             StorageError: it took longer than the settings allow, or than the grace time after a cancel.
@@ -59,7 +57,7 @@ class Patience:
         while not wait([done], LOOK_S).done:
             if self._lease.lost.is_set() and not settled:
                 raise StaleAttemptError(f"the lease was lost while the worker had to {what}")
-            if drained():
+            if self._drained():
                 raise DrainedError
             if not hurries and (self._lease.cancelled.is_set() or (hurry and self._leaving.is_set())):
                 hurries, give_up_at = True, min(give_up_at, time.monotonic() + self._grace_s)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import wait_for
+from helpers import new_job, submit, wait_for
 from worker_process import LEASE_S, ROOT, START_S, Site, succeeded_once
 
 from gpu_worker.checkpoints import CheckpointKeeper
@@ -249,5 +249,18 @@ def test_a_stop_does_not_wait_for_what_a_job_still_reads(here: Site, slow: Path)
     assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
 
 
-def _note(here: Site) -> str:
-    return next(w.note for w in here.store.workers() if w.id.endswith("/cpu"))
+def test_a_stop_does_not_wait_for_a_report_that_cannot_be_written(here: Site, slow: Path) -> None:
+    worker = here.start("--control-only", **SLOW, LORAQ_STORAGE=f"slow://{slow}")
+    wait_for(lambda: not _note(here, "control") if here.store.workers() else False, START_S, "it has tried its storage")
+    (slow / "hang").write_text("")
+    spec = {"kind": "report", "batch": "b"}
+    submit(here.store, new_job("b.report", kind="report", spec=spec, device="control", queue="control", need=0))
+    wait_for(lambda: here.store.job("b.report").state is JobState.RUNNING, START_S, "it is claimed, and writes")
+
+    assert worker.stop() == 0
+    job = here.store.job("b.report")
+    assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
+
+
+def _note(here: Site, worker: str = "cpu") -> str:
+    return next(w.note for w in here.store.workers() if w.id.endswith(f"/{worker}"))
