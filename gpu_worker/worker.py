@@ -18,6 +18,7 @@ from gpu_worker.attempt import Attempt
 from gpu_worker.control_attempt import ControlAttempt
 from gpu_worker.gpu import Device
 from gpu_worker.health import watch
+from gpu_worker.lease import Lease
 from gpu_worker.mps import mps_of
 from gpu_worker.pool import TrainerPool
 from gpu_worker.sole import hold
@@ -205,6 +206,9 @@ class Worker:
 
     def _run(self, claim: Claim, claimed_at: float) -> None:
         wake = partial(send_tokens, self.app)
+        if claim.spec["kind"] not in set(JobKind):
+            self._refuse(claim, claimed_at)
+            return
         if JobKind(claim.spec["kind"]).control:
             ControlAttempt(
                 claim,
@@ -234,6 +238,17 @@ class Worker:
         attempt.run()
         if attempt.sick or attempt.succeeded:  # how else it ended says nothing of this host
             self._pause(attempt.sick)
+
+    def _refuse(self, claim: Claim, claimed_at: float) -> None:
+        """A job of a newer release: it would be run by nobody, and taken back by no sweeper of this one."""
+        unknown = f"the release of {self.id} knows no jobs of the kind {claim.spec['kind']!r}"
+        lease = Lease(self.store, claim, self.settings, claimed_at, self.leaving)
+        try:
+            send_tokens(self.app, lease.settle(Settlement(JobState.FAILED, FailureReason.BAD_SPEC, unknown)))
+        except StaleAttemptError as error:
+            log.warning("%s", error.what)
+        finally:
+            lease.close()
 
     def _pause(self, sick: str) -> None:
         """A host whose storage or disk fails would spoil the whole queue, one job after the other: it rests, longer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, Literal, cast
 
 from jobqueue.connection import Connection
@@ -101,7 +102,7 @@ class Records(Connection):
         with self._errors():
             seconds, micros = self._redis.time()
             records = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}workers"))
-        found = []
+        found, known = [], {field.name for field in fields(WorkerInfo)}
         for worker_id, record in sorted(records.items()):
             seen, _, text = record.partition(" ")
             info = json.loads(text)
@@ -113,7 +114,7 @@ class Records(Connection):
                     seen_at=float(seen) / 1000,
                     alive=silent_s <= SILENT_HEARTBEATS * info.pop("every_s"),
                     running=tuple(info.pop("running")),
-                    **info,
+                    **{name: value for name, value in info.items() if name in known},  # not what newer releases add
                 )
             )
         return found

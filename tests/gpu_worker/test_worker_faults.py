@@ -7,7 +7,8 @@ import time
 
 import psutil
 import pytest
-from helpers import RestartableServer, wait_for
+import redis
+from helpers import RestartableServer, new_job, submit, wait_for
 from worker_process import LEASE_S, START_S, Site, gone, succeeded_once
 
 from jobqueue.job import FailureReason, JobState
@@ -64,6 +65,16 @@ def test_a_second_worker_of_a_device_does_no_harm_and_takes_over_when_the_first_
     first.kill()
     here.submit("c.1", "sleep:0.1")
     assert succeeded_once(here.ended("c.1"))
+
+
+def test_a_job_of_a_kind_that_a_newer_release_knows_ends_and_the_worker_goes_on(here: Site, admin: redis.Redis) -> None:
+    submit(here.store, new_job("b.1", kind="distill", spec={"kind": "distill"}))
+    here.start()
+
+    wait_for(lambda: admin.hget("{loraq}:job:b.1", "state") == "failed", START_S, "it ends")
+    assert admin.hget("{loraq}:job:b.1", "message").endswith("knows no jobs of the kind 'distill'")
+    here.submit("c.1", "sleep:0.1")
+    assert succeeded_once(here.ended("c.1", LEASE_S))
 
 
 def test_a_job_whose_guardian_hangs_is_cancelled_all_the_same(here: Site) -> None:

@@ -210,6 +210,13 @@ def test_a_job_that_can_never_run_is_refused_with_a_reason(store: Store) -> None
 # -- workers
 
 
+def test_a_worker_of_a_newer_release_is_listed_with_what_this_one_knows(store: Store) -> None:
+    info = {"host": "h", "device": "cpu", "uuid": "", "usable_bytes": 1, "slots": 1, "running": [], "every_s": 5}
+    store.heartbeat("h/cpu", "cpu", {**info, "colour": "green"})
+
+    assert [worker.id for worker in store.workers()] == ["h/cpu"]
+
+
 def test_a_worker_is_seen_until_it_leaves_and_is_not_alive_when_it_falls_silent(store: Store) -> None:
     info = {"host": "h", "device": "cpu", "uuid": "", "usable_bytes": GIB, "slots": 2, "running": ["b.1"]}
     store.heartbeat("h/cpu", "cpu", {**info, "every_s": 5.0})
