@@ -28,6 +28,7 @@ DAEMON = "LORAQ_DAEMON"  # in that of a GPU's MPS daemon and its servers
 CACHE = "LORAQ_CACHE_DIR"
 MPS_PIPES = "CUDA_MPS_PIPE_DIRECTORY"  # where whoever uses CUDA finds an MPS daemon, see gpu_worker/mps.py
 NO_MPS = "/nonexistent"  # there it finds none, and takes turns with the others
+MACHINE = Path("/etc/machine-id")  # systemd's, never changed
 MAX_LINE = 8_000  # characters of a log line; the rest of it is cut
 KILLED_S = 5.0  # how long a process may live after its SIGKILL, in the kernel's hands
 READ, READS = 1 << 16, 16  # bytes at once (what a pipe holds), and how often before whoever waits is answered
@@ -58,8 +59,12 @@ Message = Event | LogLine | Ended
 
 
 def worker_cache(data_dir: Path, device: Device) -> Path:
-    """Where a worker keeps what it can make again."""
-    return data_dir / "cache" / device.label
+    """Where a worker keeps what it can make again; of this machine, as a home may be that of several hosts."""
+    try:
+        machine = MACHINE.read_text().strip()[:12]
+    except OSError:  # in a container, say, whose host name is another one each time
+        machine = ""
+    return data_dir / "cache" / (machine or "machine") / device.label
 
 
 def trainer_environment(device: str, cache: Path) -> dict[str, str]:

@@ -9,6 +9,8 @@ import pytest
 from helpers import wait_for
 from worker_process import START_S, Site, succeeded_once
 
+from gpu_worker.gpu import Device
+from gpu_worker.trainer_process import worker_cache
 from jobqueue.job import JobState
 from jobqueue.service import Client
 
@@ -117,7 +119,7 @@ def test_a_job_is_cancelled_while_it_writes_a_checkpoint_without_end(here: Site,
     assert (job.state, job.message) == (JobState.CANCELLED, "on request")
     assert nothing_at_work(here)
     assert here.storage.checkpoints("saving.1", "saving", "s1") == []
-    scratch = here.settings.data_dir / "cache" / "cpu" / "scratch"
+    scratch = worker_cache(here.settings.data_dir, Device("cpu", "cpu")) / "scratch"
     wait_for(lambda: not list(scratch.iterdir()), 5, "nothing half-written is left on the host")
 
 

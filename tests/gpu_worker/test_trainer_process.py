@@ -13,9 +13,19 @@ from pathlib import Path
 import pytest
 from helpers import wait_for
 
-from gpu_worker import guardian
+from gpu_worker import guardian, trainer_process
+from gpu_worker.gpu import Device
 from gpu_worker.protocol import Failed, Progress, Ready, Request, Result
-from gpu_worker.trainer_process import MAX_LINE, Ended, LogLine, Message, TrainerProcess, marked, trainer_environment
+from gpu_worker.trainer_process import (
+    MAX_LINE,
+    Ended,
+    LogLine,
+    Message,
+    TrainerProcess,
+    marked,
+    trainer_environment,
+    worker_cache,
+)
 
 HEAD = """\
 import json, os, sys
@@ -294,3 +304,19 @@ def test_after_kill_9_of_the_guardian_the_end_is_told_when_nothing_is_left(start
 
     assert hear(trainer)[-1] == Ended(137)
     assert marked(trainer.mark) == []
+
+
+def test_hosts_that_share_a_home_do_not_share_what_is_a_machine_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker that began cleared the scratch of the other hosts' jobs."""
+    identity, found = tmp_path / "machine-id", set()
+    monkeypatch.setattr(trainer_process, "MACHINE", identity)
+    for machine in ("3d1219c7c4c5404aaa1f6d2a48adfda4\n", "0f0f0f0f0f0f404aaa1f6d2a48adfda4\n", ""):
+        identity.write_text(machine)
+        found.add(worker_cache(tmp_path, Device("gpu", "a GPU", index=0)))
+    identity.unlink()
+    assert len(found) == 3
+    assert worker_cache(tmp_path, Device("gpu", "a GPU", index=0)) in found, (
+        "in containers one for all that start there"
+    )

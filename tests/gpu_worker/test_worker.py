@@ -16,6 +16,8 @@ from helpers import wait_for
 from worker_process import START_S, Site, Worker, gone, succeeded_once, train_job
 
 from cli.main import loraq
+from gpu_worker.gpu import Device
+from gpu_worker.trainer_process import worker_cache
 from jobqueue.job import FailureReason, Job, JobState
 from jobqueue.service import Client
 from jobqueue.storage import blob_source
@@ -250,5 +252,5 @@ def test_nothing_is_left_in_the_scratch_folder(here: Site, worker: Worker) -> No
     here.submit("scratch.1", "exit:3")
     here.ended("scratch.1")
 
-    scratch = here.settings.data_dir / "cache" / "cpu" / "scratch"
+    scratch = worker_cache(here.settings.data_dir, Device("cpu", "cpu")) / "scratch"
     wait_for(lambda: not list(scratch.iterdir()), 5, "the scratch folder is empty")
