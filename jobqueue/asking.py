@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jobqueue import names
 from jobqueue.errors import CapacityError, DataError, LoraqError, NotFoundError
 from jobqueue.job import Job, JobKind, JobState
 from jobqueue.job_spec import AskSpec
@@ -64,7 +65,10 @@ def _trained(store: Store, trial: str) -> Job:
     named = TRIAL.fullmatch(trial)
     if named is None:
         raise NotFoundError(f"{trial!r} is no trial", "A trial is BATCH/NUMBER: `loraq ls BATCH` shows the numbers.")
-    batch = store.batch(named[1])
+    try:
+        batch = store.batch(named[1])
+    except NotFoundError:
+        raise names.no_batch(named[1], store) from None
     found = [
         job for job in store.jobs([".".join(named.groups())]) if job.kind is JobKind.TRAIN or job.spec.get("members")
     ]

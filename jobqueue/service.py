@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobqueue import adapters, asking, cards, exports, sheets, steering, submission
+from jobqueue import adapters, asking, cards, exports, names, sheets, steering, submission
 from jobqueue.aggregate import build_report
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.cards import Deck
@@ -72,7 +71,7 @@ class Client:
 
     def plan_export(self, trial: str, options: ExportOptions) -> Plan:
         """One job that exports a trial (BATCH/NUMBER). Raises NotFoundError where it has trained nothing."""
-        return exports.plan_export(trial, options, self.store.job)
+        return exports.plan_export(trial, options, self.job)
 
     def find(self, plan: Plan) -> Batch | None:
         """The batch of this owner that was made from the same plan."""
@@ -183,9 +182,8 @@ class Client:
     def batch(self, name: str) -> Batch:
         try:
             return self.store.batch(name)
-        except NotFoundError as error:
-            close = difflib.get_close_matches(name, self.store.batch_names(), n=3)
-            raise NotFoundError(error.what, f"Did you mean {' or '.join(close)}?" if close else error.do) from None
+        except NotFoundError:
+            raise names.no_batch(name, self.store) from None
 
     def jobs(self, batch: str) -> list[Job]:
         """All jobs of a batch, evaluations of base models and the report included."""
@@ -194,9 +192,8 @@ class Client:
     def job(self, job_id: str) -> Job:
         try:
             return self.store.job(job_id)
-        except NotFoundError as error:
-            batch = f"It is a batch: `loraq ls {job_id}` lists its jobs." if job_id in self.store.batch_names() else ""
-            raise NotFoundError(error.what, batch or error.do) from None
+        except NotFoundError:
+            raise names.no_job(job_id, self.store) from None
 
     def workers(self) -> list[WorkerInfo]:
         return self.store.workers()
@@ -288,7 +285,11 @@ class Client:
         storage with the files.
         """
         storage = self._known_storage() if files else None
-        if not self.store.remove(name):
+        try:
+            has_ended = self.store.remove(name)
+        except NotFoundError:
+            raise names.no_batch(name, self.store) from None
+        if not has_ended:
             raise BusyError(f"{name} has not ended", f"Wait for it, or stop it first: loraq cancel {name}")
         if storage is not None:
             storage.remove(f"batches/{name}")
@@ -306,9 +307,7 @@ class Client:
             )
         meant = [worker for worker in self.workers() if target in (worker.id, worker.host)]
         if not meant and not (undo and target in self.store.marked("drained")):
-            raise NotFoundError(
-                f"there is no worker or host {target!r}", "See `loraq workers` for those that there are."
-            )
+            raise names.no_worker(target, self.store)
         self.store.mark("drained", target, not undo)
         for worker in meant if undo else ():  # a host's word goes for its workers
             self.store.mark("drained", worker.id, False)

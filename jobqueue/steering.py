@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jobqueue import names
 from jobqueue.errors import NotFoundError
 from jobqueue.job import Batch, FailureReason, Job, JobState
 from jobqueue.store import Store
@@ -16,7 +17,7 @@ def cancel(store: Store, target: str) -> Changed:
     """Stops a job or a batch. Raises NotFoundError."""
     batch = _batch(store, target)
     if batch is None:
-        return store.cancel([store.job(target).id])
+        return store.cancel([_job(store, target).id])
     own = _ids(batch)
     # The last first: what waits for another is stopped on request, not for want of what it waits for.
     asked, classes = store.cancel(own[::-1])
@@ -29,7 +30,7 @@ def cancel(store: Store, target: str) -> Changed:
 def retry(store: Store, target: str, *, failed_only: bool) -> Changed:
     """Runs again what ended without success. Raises NotFoundError."""
     batch = _batch(store, target)
-    meant = store.jobs(batch.jobs) if batch else [store.job(target)]
+    meant = store.jobs(batch.jobs) if batch else [_job(store, target)]
     siblings = store.jobs(store.batch(meant[0].batch).jobs) if not batch and meant[0].batch else meant
     begins = (JobState.FAILED,) if failed_only else RETRIED
     wanted = {job.id for job in meant if job.state in begins}
@@ -47,7 +48,7 @@ def retry(store: Store, target: str, *, failed_only: bool) -> Changed:
 def own(store: Store, target: str) -> list[Job]:
     """A batch's jobs, without the evaluations that serve other batches too; or the one job of that id."""
     batch = _batch(store, target)
-    return store.jobs(_ids(batch)) if batch else [store.job(target)]
+    return store.jobs(_ids(batch)) if batch else [_job(store, target)]
 
 
 def _batch(store: Store, target: str) -> Batch | None:
@@ -55,6 +56,13 @@ def _batch(store: Store, target: str) -> Batch | None:
         return store.batch(target)
     except NotFoundError:
         return None
+
+
+def _job(store: Store, target: str) -> Job:
+    try:
+        return store.job(target)
+    except NotFoundError:
+        raise names.neither(target, store) from None
 
 
 def _ids(batch: Batch) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,48 @@ def test_a_name_that_was_misspelt_is_answered_with_the_right_one(client: Client,
     with pytest.raises(NotFoundError) as error:
         client.job("medqa-rank")
     assert error.value.do == "It is a batch: `loraq ls medqa-rank` lists its jobs."
+    with pytest.raises(NotFoundError) as error:
+        client.batch("medqa-rank.1")
+    assert error.value.do == "It is a job: `loraq show medqa-rank.1` shows it."
+    with pytest.raises(NotFoundError) as error:
+        client.job("medqa-rnak.1")
+    assert error.value.do == "Did you mean medqa-rank.1?"
+    with pytest.raises(NotFoundError) as error:
+        client.job("medqa-rank.7")
+    assert error.value.do == "`loraq ls medqa-rank` lists the jobs that there are."
+
+
+@pytest.mark.parametrize("act", [Client.cancel, Client.retry, Client.hold, Client.release])
+def test_what_takes_a_batch_or_a_job_looks_for_both(
+    act: Callable[[Client, str], object], client: Client, tmp_path: Path
+) -> None:
+    send(client, tmp_path, name="medqa-rank")
+
+    with pytest.raises(NotFoundError) as error:
+        act(client, "medqa-rnak")
+    assert str(error.value) == "there is no batch or job 'medqa-rnak'\nDid you mean medqa-rank?"
+    with pytest.raises(NotFoundError) as error:
+        act(client, "medqa-rank.7")
+    assert error.value.do == "`loraq ls medqa-rank` lists the jobs that there are."
+
+
+def test_a_batch_to_ask_or_to_remove_that_was_misspelt_is_answered_with_the_right_one(
+    client: Client, tmp_path: Path
+) -> None:
+    send(client, tmp_path, name="medqa-rank")
+
+    for act in (lambda: client.ask("medqa-rnak/1", ["Hi"]), lambda: client.remove("medqa-rnak")):
+        with pytest.raises(NotFoundError, match="Did you mean medqa-rank"):
+            act()
+
+
+def test_a_worker_that_was_misspelt_is_answered_with_the_right_one(client: Client) -> None:
+    client.store.heartbeat("athene/gpu0", "gpu", {**WORKER, "host": "athene", "usable_bytes": GIB})
+
+    for wrong, right in (("athen", "athene"), ("athene/gpu1", "athene/gpu0")):
+        with pytest.raises(NotFoundError) as error:
+            client.drain(wrong)
+        assert error.value.do.startswith(f"Did you mean {right}")
 
 
 # -- the sweeper's round
