@@ -56,8 +56,11 @@ def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[s
     match details["type"]:
         case "extra_forbidden":
             known = _fields(model, loc[:-1])
-            close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+            elsewhere = sorted(
+                (key for key in _dotted(model) if key.endswith(f".{loc[-1]}")), key=lambda k: k.count(".")
+            )
+            close = elsewhere[:3] or difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(sorted(known))}"
             return f"unknown key {loc[-1]!r}; {hint}"
         case "missing":
             return "is missing"
@@ -78,6 +81,15 @@ def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[s
     if one and isinstance(details["input"], list):
         message += "; several values to try belong under sweep.grid"
     return message.replace("an object", "a section").replace("a boolean", "true or false")
+
+
+def _dotted(model: type[BaseModel]) -> Iterator[str]:
+    """Every key below `model`, those of sections with their sections."""
+    for name, info in model.model_fields.items():
+        yield name
+        for kind in [info.annotation, *get_args(info.annotation)]:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from (f"{name}.{inner}" for inner in _dotted(kind))
 
 
 def _fields(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:

@@ -281,6 +281,24 @@ def test_every_problem_is_reported_at_once_in_the_order_of_the_file(problems: Pr
     assert "'generated'" in messages["evaluation.metrics.1"]
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "meant"),
+    [
+        ("max_steps: 20", "max_steps", "training.max_steps"),
+        ("lora: {learning_rate: 1e-4}", "lora.learning_rate", "training.learning_rate"),
+        ("sweep: {grid: {r: [8, 16]}}", "sweep.grid.r", "lora.r"),
+        ("grid: {lora.r: [8]}", "grid", "sweep.grid"),
+        ("source: x.csv", "source", "data.source or evaluation.source or original_task.source"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_answered_with_the_right_one(
+    problems: Problems, text: str, key: str, meant: str
+) -> None:
+    ((_, where, message),) = problems(f"{GOOD}{text}\n")
+
+    assert (where, message) == (key, f"unknown key {key.rpartition('.')[2]!r}; did you mean {meant}?")
+
+
 def test_error_says_file_line_and_what_to_do(read: Read) -> None:
     with pytest.raises(SpecError) as caught:
         read(GOOD + "lora: {rank: 8}\n")
