@@ -2,7 +2,7 @@
 
 It listens on the loopback interface only and asks for a password that is in no command line. Its folder holds
 
-    valkey.conf         0600, with the password; new at each start
+    valkey.conf         0600, with port and password; written at each start
     appendonlydir/      what it knows; survives kill -9 (a power cut may cost the last second)
     valkey.log
     lock                held by the server as long as it lives, so that two never write one folder
@@ -118,8 +118,8 @@ def start(folder: Path, *, die_with_parent: bool) -> Server:
     folder.chmod(0o700)
     lock = _lock(folder)
     try:
-        for _ in range(PORT_TRIES):
-            port, password = _free_port(), secrets.token_urlsafe(32)
+        for address in (_earlier(folder), *[None] * PORT_TRIES):
+            port, password = address or (_free_port(), secrets.token_urlsafe(32))
             config = _write_config(folder, port, password)
             process = start_process(
                 [str(binary), str(config)],
@@ -206,6 +206,15 @@ def _lock(folder: Path) -> int:
                     f"another embedded server uses {folder}", "End it with `loraq down`, or set LORAQ_DATA_DIR."
                 ) from None
         time.sleep(0.02)
+
+
+def _earlier(folder: Path) -> tuple[int, str] | None:
+    """Port and password of the last start: whoever waits for that server finds this one."""
+    try:
+        found = dict(line.split(" ", 1) for line in (folder / "valkey.conf").read_text().splitlines() if " " in line)
+        return int(found["port"]), found["requirepass"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _free_port() -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -119,14 +121,35 @@ def test_what_was_in_the_server_is_there_after_down_and_up(here: Machine) -> Non
     here("down")
 
 
-def test_up_replaces_a_server_that_was_killed_and_the_worker_that_served_it(here: Machine) -> None:
+def test_a_server_that_was_killed_is_back_where_it_was_for_its_worker_and_whoever_follows(here: Machine) -> None:
     here("up", "--cpu")
-    first = {process.pid for process in here.processes()}
-    os.kill(here.server.pid, signal.SIGKILL)
+    first = here.server
+    at_work = {process.pid for process in here.processes()} - {first.pid}
+    os.kill(first.pid, signal.SIGKILL)
     up = here("up", "--cpu")
 
     assert "server started" in up.stdout
+    assert "worker is up already" in up.stdout
+    assert here.server.url == first.url
+    assert at_work <= {process.pid for process in here.processes()}
+    before = time.time()
+    assert eventually(lambda: all(w["seen_at"] > before for w in json.loads(here("workers", "--json").stdout)))
+    here("down")
+    assert here.processes() == []
+
+
+def test_where_the_port_of_a_killed_server_is_taken_server_and_worker_are_replaced(here: Machine) -> None:
+    here("up", "--cpu")
+    first = {process.pid for process in here.processes()}
+    os.kill(here.server.pid, signal.SIGKILL)
+    assert eventually(lambda: embedded.recorded(here.data / "server.json") is None)
+    parts = urlsplit(json.loads((here.data / "server.json").read_text())["url"])
+    with socket.create_server(("127.0.0.1", parts.port or 0)):
+        up = here("up", "--cpu")
+
     assert "worker started" in up.stdout
+    assert urlsplit(here.server.url).port != parts.port
+    assert urlsplit(here.server.url).password != parts.password, "whoever took the port may have been sent it"
     assert first.isdisjoint(process.pid for process in here.processes())
     here("down")
     assert here.processes() == []
