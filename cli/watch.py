@@ -83,7 +83,8 @@ def follow_batch(client: Client, name: str, out: Console) -> Batch:
     from jobqueue.job import JobState
 
     client.batch(name)  # a wrong name, or no server at all, is an error and nothing to wait for
-    patience = Patience(console(stderr=True))
+    # The display shares a terminal with nobody: what is said beside it goes through it
+    patience = Patience(out if out.is_terminal else console(stderr=True))
     follow = _follow_on_terminal if out.is_terminal else _follow_in_lines
     follow(out, _looks(client, name, patience))
     batch = patience(lambda: client.batch(name))
