@@ -179,10 +179,17 @@ def down() -> None:
 @contextlib.contextmanager
 def _alone(settings: Settings) -> Iterator[None]:
     """Two `up`, or an `up` and a `down`, one after the other."""
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(settings.data_dir / "up.lock", "w") as lock:
+    try:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(settings.data_dir / "up.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        what = f"cannot write in {settings.data_dir}: {error.strerror}"
+        raise MachineError(what, "Set LORAQ_DATA_DIR to a folder of yours.") from None
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 @click.command()

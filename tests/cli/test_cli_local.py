@@ -111,6 +111,16 @@ def test_up_starts_a_server_and_a_worker_and_down_leaves_nothing(here: Machine) 
     assert here("down").stdout == "nothing was up\n"
 
 
+def test_a_data_folder_that_cannot_be_made_is_said_in_two_lines(here: Machine) -> None:
+    (here.data.parent / "file").touch()
+    for command in ("up", "down"):
+        done = here(command, LORAQ_DATA_DIR=str(here.data.parent / "file" / "data"))
+
+        assert done.returncode == 9
+        what = f"cannot write in {here.data.parent / 'file' / 'data'}: Not a directory"
+        assert done.stderr == f"{what}\nSet LORAQ_DATA_DIR to a folder of yours.\n"
+
+
 def test_what_was_in_the_server_is_there_after_down_and_up(here: Machine) -> None:
     here("up", "--no-worker")
     redis.Redis.from_url(here.server.url).set("kept", "yes")
