@@ -48,7 +48,7 @@ class Lookups:
             raise DataError("\n".join(of_data), "\n".join(dict.fromkeys(of_data.values())))
 
     def _named(self, run: RunSpec) -> Iterator[Callable[[], object]]:
-        yield partial(self.model, run.base_model)
+        yield partial(self.check_model, run.base_model)
         yield partial(sources.chat_template, run.chat_template, self.sweep.file)
         yield partial(self.adapter, run.from_adapter)
         of_ewc, replay = run.ewc.data if run.ewc else None, run.data.replay if run.data else None
@@ -124,6 +124,14 @@ class Lookups:
                 self.warnings.append(f"{located} is not on this machine; every worker must have it")
             self.models[name] = located
         return self.models[name]
+
+    def check_model(self, name: str) -> None:
+        """Raises SpecError, also where the workers see that folder and it holds no model."""
+        located = Path(self.model(name))
+        if self.workers_are_here and located.is_dir() and not (located / "config.json").is_file():
+            adapter = (located / "adapter_config.json").is_file()
+            what = "an adapter, not a base model" if adapter else "no model: it has no config.json"
+            raise SpecError([Problem(f"{located} is {what}", str(self.sweep.file), path="base_model")])
 
     def check_revision(self, revision: str | None, located: str) -> None:
         """Raises SpecError where the model is no hub model."""

@@ -16,6 +16,10 @@ AnyData = TypeVar("AnyData", bound=RowsSpec)
 def data_file(spec: RowsSpec, folder: Path) -> Path | None:
     """The file of this machine that a source names, None for a URL or a hub id. Raises DataError."""
     path = _path(spec.source, folder)
+    as_a_path = spec.source.startswith(("/", "./", "../", "~")) or "/" not in spec.source.rstrip("/")
+    if as_a_path and path.is_dir():
+        do = "Name a file in it. A data set of the hub has its owner in its id: owner/name."
+        raise DataError(f"{path} is a folder, not a data file", do)
     if "://" in spec.source or not (path.is_file() or spec.source.endswith(DATA_SUFFIXES)):
         return None
     if not path.is_file():

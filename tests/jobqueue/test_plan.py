@@ -216,6 +216,16 @@ def test_a_data_file_that_cannot_be_used_is_refused(
     assert error.value.do
 
 
+@pytest.mark.parametrize("source", ["rows", "./rows", "rows/"])
+def test_a_folder_is_no_data_file_and_taken_for_no_hub_id(folder: Path, source: str) -> None:
+    (folder / "rows").mkdir()
+    with pytest.raises(DataError, match="rows is a folder"):
+        plan(folder, data={"source": source})
+
+    (folder / "owner" / "name").mkdir(parents=True)  # a copy of what the hub has, perhaps
+    assert plan(folder, data={"source": "owner/name"}).jobs
+
+
 def test_all_data_that_cannot_be_used_is_told_at_once(folder: Path) -> None:
     (folder / "odd.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(DataError) as error:
@@ -266,6 +276,18 @@ def test_a_model_that_is_missing_is_an_error_where_the_workers_see_this_machine_
 
     made = plan(folder, base_model="/no/such", workers_are_here=False, sweep={"grid": {"lora.r": [8, 16]}})
     assert made.warnings == ("/no/such is not on this machine; every worker must have it",)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("README.md", "no model: it has no config"), ("adapter_config.json", "an adapter, not a base")]
+)
+def test_a_folder_that_holds_no_model_is_an_error_where_the_workers_see_it(folder: Path, file: str, words: str) -> None:
+    (folder / "other").mkdir()
+    (folder / "other" / file).touch()
+    with pytest.raises(SpecError, match=words):
+        plan(folder, base_model="./other")
+
+    assert plan(folder, base_model="./other", workers_are_here=False).jobs
 
 
 @pytest.mark.parametrize("name", ["./no-such", "no such", "a/b/c"])
