@@ -106,9 +106,10 @@ FIELDS: Mapping[str, _Field] = {
     "gpu": _Field(lambda row: row.trial.gpu),
     "worker": _Field(lambda row: row.trial.worker),
 }
-FILTER = re.compile(r"\s*(?P<key>[\w.]+)\s*(?P<compare>!=|<=|>=|=|<|>)\s*(?P<value>.*?)\s*")
+FILTER = re.compile(r"\s*(?P<key>[\w.]+)\s*(?P<compare>!=|<=|>=|==?|<|>)\s*(?P<value>.*?)\s*")
 COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
+    "==": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,
     ">": operator.gt,
@@ -134,6 +135,8 @@ def selected(rows: Sequence[Row], filters: Sequence[str], sort: str, reverse: bo
             raise click.UsageError(f"--filter {text!r}: write KEY=VALUE; besides = there are != < > <= >=")
         field = _field(match["key"], every)
         compare, wanted = match["compare"], match["value"]
+        if "<" in compare or ">" in compare:
+            _check_number(text, wanted)
         rows = [row for row in rows if _holds(field.value(row), compare, wanted)]
     field = _field(sort, every)
     known = [row for row in rows if field.value(row) is not None]
@@ -156,6 +159,13 @@ def _field(key: str, rows: Sequence[Row]) -> _Field:
     raise click.UsageError(f"{key!r} is nothing that trials have; there are {', '.join(FIELDS)}, and {hint}")
 
 
+def _check_number(text: str, wanted: str) -> None:
+    try:
+        float(wanted)
+    except ValueError:
+        raise click.UsageError(f"--filter {text!r}: {wanted!r} is no number, and < > <= >= compare numbers") from None
+
+
 def _holds(value: Any, compare: str, wanted: str) -> bool:
     """Numbers as numbers, everything else by its text; a value that is not there is `none`."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -163,7 +173,7 @@ def _holds(value: Any, compare: str, wanted: str) -> bool:
             return COMPARE[compare](value, float(wanted))
         except ValueError:
             return compare == "!="
-    if compare not in ("=", "!="):
+    if compare not in ("=", "==", "!="):
         return False
     return COMPARE[compare](shown(value).casefold(), wanted.casefold())
 

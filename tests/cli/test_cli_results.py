@@ -188,6 +188,8 @@ def trials(command: Command, *arguments: str) -> list[str]:
         (["--filter", "state=failed"], ["0.1"]),
         (["--filter", "reason=nan_loss"], ["0.1"]),
         (["--filter", "lora.r=8"], ["0.0002", "0.0001", "0.1"]),
+        (["--filter", "learning_rate==1e-4"], ["0.0001"]),
+        (["--filter", "state==failed"], ["0.1"]),
         (["--filter", "r!=8"], []),
         (["--filter", "learning_rate<=2e-4", "--filter", "accuracy > 50"], ["0.0002"]),
         (["--filter", "learning_rate=1e-4"], ["0.0001"]),
@@ -204,6 +206,7 @@ def test_sort_and_filter(command: Command, arguments: list[str], expected: list[
     [
         (["--csv", "--json"], "--csv and --json are two forms"),
         (["--filter", "r"], "write KEY=VALUE"),
+        (["--filter", "accuracy>50%"], "'50%' is no number"),
         (["--filter", "learning_rat=1"], "training.learning_rate"),
         (["--sort", "nothing"], "accuracy, likelihood"),
         (["--sort", "limit"], "data.limit or evaluation.limit"),
