@@ -131,11 +131,12 @@ def connect() -> Client:
     from jobqueue.service import Client
     from jobqueue.settings import Settings, config_file
 
-    wrong = list(_misspelt([*Settings.model_fields, "config"]))
+    names = list(Settings.model_fields)
+    wrong = list(_misspelt([*names, "config"]))
     try:
         settings = Settings()
     except ValidationError as error:
-        wrong += [_mistake(details) for details in error.errors()]
+        wrong += [_mistake(details, names) for details in error.errors()]
     except ValueError as error:  # of tomllib
         raise LoraqError(f"{config_file()} is not valid TOML: {error}", "Correct it.") from None
     if wrong:
@@ -156,11 +157,12 @@ def _misspelt(settings: Sequence[str]) -> Iterator[str]:
             yield from (f"{name} is none; did you mean {other}?" for other in close)
 
 
-def _mistake(details: Mapping[str, Any]) -> str:
+def _mistake(details: Mapping[str, Any], settings: Sequence[str]) -> str:
     """One of pydantic's errors in a few words."""
     name = ".".join(map(str, details["loc"]))
     if details["type"] == "extra_forbidden":
-        return f"{name} is none"
+        close = difflib.get_close_matches(name, settings, n=1)
+        return f"{name} is none" + (f"; did you mean {close[0]}?" if close else "")
     message = str(details["msg"]).removeprefix("Value error, ")
     return f"{name}: {message}" if name else message
 

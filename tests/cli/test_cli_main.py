@@ -150,7 +150,8 @@ def test_a_variable_that_is_misspelt_is_told_with_whatever_else_is_wrong(
 
     result = command("ls")
 
-    what = "The settings are wrong: LORAQ_STORGE is none; did you mean LORAQ_STORAGE?; leese_s is none"
+    wrong = ("LORAQ_STORGE is none; did you mean LORAQ_STORAGE?", "leese_s is none; did you mean lease_s?")
+    what = f"The settings are wrong: {'; '.join(wrong)}"
     assert (result.exit_code, result.stderr.splitlines()[0]) == (1, what)
 
 
