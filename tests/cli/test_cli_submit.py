@@ -73,6 +73,17 @@ def test_warnings_go_to_stderr(command: Command, client: FakeClient, tmp_path: P
     assert result.stderr.startswith("warning: /no/such/model")
 
 
+def test_that_every_worker_is_drained_or_sick_is_said(command: Command, client: FakeClient, sweep_file: str) -> None:
+    client.known["medqa"] = [make_job("medqa.1", JobState.QUEUED)]
+    drained = WorkerInfo("h/gpu0", "h", "NVIDIA", "", 2**34, 1, (), 0.0, alive=True, note="drained")
+    sick, well = replace(drained, note="sick: Xid 79 at 12:03"), replace(drained, note="2 GiB held by other processes")
+    text = "no worker takes a job now; `loraq workers` says why"
+
+    for present, said in (([drained, sick], True), ([drained, well], False)):
+        client.present = present
+        assert (text in command("submit", sweep_file).stderr) is said
+
+
 def test_that_nobody_is_there_to_train_is_said(command: Command, client: FakeClient, sweep_file: str) -> None:
     client.known["medqa"] = [make_job("medqa.1", JobState.QUEUED)]
     worker = WorkerInfo("h/gpu0", "h", "NVIDIA", "", 2**34, 1, (), 0.0, alive=False)
