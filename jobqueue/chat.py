@@ -90,6 +90,20 @@ class Chat:
         """Token ids of everything before the assistant's next answer."""
         return self.with_bos(self.ids(self.render(conversation, generation_prompt=True)))
 
+    def reply_ids(self, conversation: list[Message], replies: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Token ids as of `prompt_ids`, and of each of the texts that may follow, as they follow.
+
+        By itself a text may be other tokens: many tokenizers put a space before its first word.
+        """
+        text = self.render(conversation, generation_prompt=True)
+        prompt, *wholes = (ids for ids, _ in self.encode([text, *(text + reply for reply in replies)]))
+        found = [
+            # Where the last token before it would grow into the reply, nothing follows the prompt as it is asked.
+            whole[len(prompt) :] if whole[: len(prompt)] == prompt else self.ids(reply)
+            for reply, whole in zip(replies, wholes, strict=True)
+        ]
+        return self.with_bos(prompt), found
+
     def answer_text(self, conversation: list[Message]) -> str:
         """The last answer as the template writes it after the generation prompt, without its end token."""
         text = self.render(conversation)

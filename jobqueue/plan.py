@@ -20,7 +20,7 @@ from jobqueue.memory import estimate, memory_class
 from jobqueue.spec import EvaluationSpec, RunSpec
 from jobqueue.sweep import Sweep, Trial
 
-EVALUATOR = 3  # raised when the same answers would be scored otherwise: base models are then asked anew
+EVALUATOR = 4  # raised when the same answers would be scored otherwise: base models are then asked anew
 BATCH = "{batch}"  # stands for the batch's name until the server has given it
 
 

@@ -78,12 +78,12 @@ def to_questions(
                 # Some templates put a space between the prompt and the answer; the same for every question.
                 reply = choice.reply(choice.answer)
                 lead = chat.answer_text(choice.conversation()).removesuffix(reply)
-            prompt = chat.prompt_ids(choice.conversation()[:-1])
+            texts = [lead + choice.reply(letter) for letter in choice.options]
+            prompt, read = chat.reply_ids(choice.conversation()[:-1], texts)
         except BadTurn as error:
             refused[str(error)] += 1
             continue
-        replies = {letter: chat.ids(lead + choice.reply(letter)) for letter in choice.options}
-        question = Question(index, choice, prompt, replies)
+        question = Question(index, choice, prompt, dict(zip(choice.options, read, strict=True)))
         if max(question.longest, len(prompt) + new_tokens) > limit:
             too_long += 1
             continue

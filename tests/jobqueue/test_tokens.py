@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from chat_families import CHATML, FAMILIES, GEMMA_2, GEMMA_3, LLAMA_3, MISTRAL, QWEN_3, SMOLLM2, SYSTEM, TALK, chat
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from jobqueue.chat import Chat
 from jobqueue.errors import ChatTemplateError, DataError
@@ -217,6 +217,39 @@ def test_the_space_before_an_answer_is_trained_whatever_a_tokenizer_makes_of_spa
     assert labels == answers
     assert "".join(token for token in labels if token).replace("▁", "") == "pliers.</s>Anoak!</s>"
     assert one(model, TALK[:2]).input_ids[: len(model.prompt_ids(TALK[:1]))] == model.prompt_ids(TALK[:1])
+
+
+@pytest.mark.parametrize("header", ["[/INST] ", "[/INST]\n"])  # as Mistral's, and as alpaca's
+def test_a_reply_is_read_as_it_is_trained_whatever_a_tokenizer_puts_before_a_text(header: str) -> None:
+    """Llama 2 and Mistral: [/INST] is text, and the first word of a text that stands alone gets a space."""
+    model = spaced(f"{{{{ '[INST]' + m.content + {header.strip(' ')!r} }}}}", header.endswith(" "))
+    lead = model.answer_text(TALK[:2]).removesuffix("pliers.")
+    prompt, (right, wrong) = model.reply_ids(TALK[:1], [f"{lead}pliers.", f"{lead}An oak!"])
+    row = one(model, TALK[:2])
+    assert prompt == model.prompt_ids(TALK[:1]) == row.input_ids[: len(prompt)]
+    assert [*right, model.eos_id] == row.input_ids[len(prompt) :]
+    assert model.decode(wrong) == f"{lead}An oak!".replace(" ", "▁")
+
+
+def test_a_reply_that_would_change_the_last_token_before_it_is_read_by_itself() -> None:
+    model = spaced("{{ '[INST]' + m.content + 'p' }}", False)
+    prompt, replies = model.reply_ids(TALK[:1], ["l", "pliers."])
+    assert [model.decode([prompt[-1], *reply]) for reply in replies] == ["p▁l", "ppliers."]
+    assert prompt == model.prompt_ids(TALK[:1])
+
+
+def spaced(asked: str, space: bool) -> Chat:
+    """With a tokenizer of characters, and of "pl", that puts a space before a text; `space`: also before an answer."""
+    characters = sorted({*"▁\n[INST/]", *"".join(message["content"] for message in TALK).replace(" ", "")})
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *characters, "pl"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("p", "l")]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    answered = f"{{{{ '{' ' * space}' + m.content + eos_token }}}}"
+    turn = f"{{% if m.role == 'user' %}}{asked}{{% else %}}{answered}{{% endif %}}"
+    template = f"{{{{ bos_token }}}}{{% for m in messages %}}{turn}{{% endfor %}}"
+    return Chat(tokenizer, template, {"bos_token": "<s>", "eos_token": "</s>"}, False)
 
 
 def test_marks_for_other_trainers_change_nothing() -> None:

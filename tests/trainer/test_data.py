@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 from trainer_child import DEMO
 from transformers import AutoTokenizer
 
 from gpu_worker.trainer.collator import KEPT_BACK, Collator
 from gpu_worker.trainer.data import chat_of
 from gpu_worker.trainer.failures import failed
+from gpu_worker.trainer.questions import to_questions
 from jobqueue.errors import ChatTemplateError
-from jobqueue.example import Example
+from jobqueue.example import Example, MultipleChoice
 from jobqueue.templates import NAMED
 from jobqueue.tokens import IGNORED, tokenise
 
@@ -30,6 +32,17 @@ def test_tokens_are_those_that_transformers_makes_of_the_same_conversation(token
     assert row.input_ids == list(tokenizer.apply_chat_template(TALK, tokenize=True)["input_ids"])
     prompt = tokenizer.apply_chat_template(TALK[:1], tokenize=True, add_generation_prompt=True)["input_ids"]
     assert chat.prompt_ids(TALK[:1]) == list(prompt)
+
+
+def test_replies_to_a_question_are_read_behind_its_prompt_as_in_training(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("x")  # to whatever begins a text
+    chat = chat_of(tokenizer)
+    choice = MultipleChoice("Which word names a tool?", {"A": "oak", "B": "pliers"}, "B")
+    [question], _, _ = to_questions(chat, [(0, choice)], 512, 0)
+    for letter, reply in question.replies.items():
+        row = tokenise(chat, [Example(choice.conversation(letter))], 512)[0][0]
+        read = question.prompt + reply
+        assert read == row.input_ids[: len(read)]
 
 
 def test_a_tokenizer_that_begins_texts_with_bos_is_recognised(tokenizer: Any) -> None:
