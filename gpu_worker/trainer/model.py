@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from gpu_worker.trainer import gguf, stock, varlen
 from gpu_worker.trainer.byte_tokenizer import byte_tokenizer
 from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
+from gpu_worker.trainer.generation import make_savable
 from jobqueue.job import FailureReason
 from jobqueue.spec import Dtype, LoraSpec, Method
 
@@ -78,6 +79,7 @@ def load(
             tokenizer_name=stand_in,
             fix_tokenizer=False,
         )
+    make_savable(model)
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -139,6 +141,7 @@ def load_for_asking(
         )
     with _refusals(f"{base_model} cannot be loaded"):
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+    make_savable(model)
     _compute_as_loaded(model)
     return Loaded(model.eval(), tokenizer, name)
 

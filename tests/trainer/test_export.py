@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,15 @@ def test_a_merge_that_is_wrong_is_beyond_the_tolerance(trained: Path, base: Any)
         assert closeness(base, answers).difference > TOLERANCE[torch.float32]
         for layer in wrong:
             layer.scaling["default"] *= 2
+
+
+def test_a_base_whose_own_settings_have_no_effect_is_exported(child: Child, trained: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(DEMO / "model", tmp_path / "model"))
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(settings | {"do_sample": False, "temperature": 0.9}))
+    done = child.run(export_spec(base_model=str(base)), adapter=trained)
+    assert "temperature" not in json.loads((done.folder / "merged_16bit" / "generation_config.json").read_text())
+    assert done.outcome["exports"][0]["tokens"] > 20
 
 
 def test_a_merged_folder_is_a_whole_model_in_16_bits_without_an_adapters_config(exported: Done) -> None:

@@ -86,3 +86,17 @@ def test_a_whole_model_keeps_the_tokens_of_its_own_tokenizer(child: Child, tmp_p
     for name in ("config.json", "generation_config.json"):
         saved = json.loads((trained.folder / "adapter" / name).read_text())
         assert saved["pad_token_id"] == pad
+
+
+def test_a_whole_model_is_saved_though_its_own_settings_have_no_effect(child: Child, tmp_path: Path) -> None:
+    """As Llama 2 was published: transformers reads a temperature where nothing is drawn, and refuses to write it."""
+    base = Path(shutil.copytree(DEMO / "model", tmp_path / "model"))
+    settings = json.loads((base / "generation_config.json").read_text())
+    odd = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "pad_token_id": -1, "repetition_penalty": 1.1}
+    (base / "generation_config.json").write_text(json.dumps(settings | odd))
+    spec = train_spec(base_model=str(base), method="full", training=TRAINING | {"max_steps": 2, "save_steps": 1})
+    trained = child.run(spec)
+    assert [folder.name for folder in trained.checkpoints] == ["checkpoint-1"]
+    saved = json.loads((trained.folder / "adapter" / "generation_config.json").read_text())
+    assert saved["repetition_penalty"] == 1.1
+    assert not saved.keys() & {"temperature", "top_p"}
