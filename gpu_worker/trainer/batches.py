@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from trl import pack_dataset
 
 from gpu_worker.trainer.collator import KEPT_BACK
 from jobqueue.memory import Layout
-from jobqueue.tokens import Tokens
+from jobqueue.tokens import IGNORED, Tokens
 
 log = logging.getLogger("loraq.trainer")
 
@@ -36,6 +36,22 @@ class Batches:
     def validation_rows(self) -> int:
         """Of a micro-batch of a validation, which is padded; 0: there is none."""
         return max(1, self.tokens // max(lengths(self.validation))) if len(self.validation) else 0
+
+
+def mean_over_tokens(validation: Dataset) -> Callable[..., Any]:
+    """What to put around the trainer's `prediction_step`: the loss of a validation is then the mean over its tokens.
+
+    transformers takes the mean over rows, each with its batch's mean: another number with other sizes of batches, which
+    trials of one sweep can have.
+    """
+    tokens = sum(label != IGNORED for labels in validation["labels"] for label in labels)
+
+    def weighted(step: Any, model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> tuple[Any, ...]:
+        loss, *others = step(model, inputs, *more, **options)
+        share = inputs["labels"].ne(IGNORED).sum() / tokens
+        return loss * share * (len(validation) / len(inputs["labels"])), *others
+
+    return weighted
 
 
 def for_training(rows: Sequence[Tokens]) -> Dataset:

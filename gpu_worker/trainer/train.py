@@ -184,6 +184,9 @@ def _fit(
         batches.LongestFirst(batches.lengths(through.training), training.effective_batch, training.seed).apply_to(
             trainer
         )
+    trainer.prediction_step = partial(  # type: ignore[method-assign]
+        batches.mean_over_tokens(through.validation), trainer.prediction_step
+    )
     models.for_training(model)
     ewc.prepare(trainer, request.resume, report)
     noise = Noise(training.neftune_noise_alpha, model)
