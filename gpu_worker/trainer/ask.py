@@ -19,6 +19,7 @@ from gpu_worker.trainer import usage
 from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.data import chat_of, end_ids
 from gpu_worker.trainer.failures import bad_data
+from gpu_worker.trainer.greedy import pad_of
 from gpu_worker.trainer.parked import comes_off, loaded_for_asking
 from jobqueue.chat import BadTurn, Chat
 from jobqueue.job_spec import AskSpec
@@ -98,7 +99,6 @@ class _Writer(TextStreamer):
     def write(self, prompt: list[int]) -> Answer:
         """The whole answer to a prompt of these token ids, without its end token."""
         model, spec = self._model.model, self._spec
-        pad = self.tokenizer.pad_token_id
         drawn = {"temperature": spec.temperature, "top_k": 0, "top_p": 1.0} if spec.temperature else {}
         torch.manual_seed(spec.seed)
         ids = torch.tensor([prompt], device=model.device)
@@ -110,8 +110,8 @@ class _Writer(TextStreamer):
                 do_sample=bool(spec.temperature),
                 num_beams=1,
                 repetition_penalty=1.0,  # some models' own settings have another
-                eos_token_id=self._ends,
-                pad_token_id=pad if pad is not None else self._ends[0],
+                eos_token_id=self._ends or None,
+                pad_token_id=pad_of(self.tokenizer.pad_token_id, self._ends),
                 streamer=self,
                 **drawn,
             )  # (1, prompt and answer)

@@ -14,7 +14,7 @@ def greedy(
     model: Any, prompts: Sequence[list[int]], ends: Sequence[int], pad: int | None, new_tokens: int
 ) -> list[list[int]]:
     """What the model writes after each prompt: at most `new_tokens`, without the token of `ends` that ends it."""
-    pad = ends[0] if pad is None else pad
+    pad = pad_of(pad, ends)
     width = max(map(len, prompts))
     ids, mask = padded(list(prompts), width, left=True, pad=pad)
     with torch.inference_mode():
@@ -25,10 +25,15 @@ def greedy(
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,  # some models' own settings have another
-            eos_token_id=list(ends),
+            eos_token_id=list(ends) or None,
             pad_token_id=pad,
         )  # (prompts, width + at most new_tokens)
     return [_before_end(row, ends) for row in output[:, width:].tolist()]
+
+
+def pad_of(pad: int | None, ends: Sequence[int]) -> int:
+    """What to pad with, as every generation wants to know: any token where a model has none, and none that ends."""
+    return pad if pad is not None else next(iter(ends), 0)
 
 
 def _before_end(row: list[int], ends: Sequence[int]) -> list[int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from trainer_child import DEMO, Child, Done, ask_spec, train_spec
+from trainer_child import DEMO, Child, Done, ask_spec, evaluate_spec, train_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUESTIONS = (
@@ -108,3 +110,20 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(child: Child, train
     failure = child.run(ask_spec("short?", "long " * 5_000), adapter=trained.folder / "adapter").failure
     assert failure.reason == "bad_data"
     assert failure.message.startswith("prompt 2 has ")
+
+
+def test_a_model_that_knows_no_token_that_ends_answers_is_asked_all_the_same(child: Child, tmp_path: Path) -> None:
+    """Neither its tokenizer nor its chat template has one."""
+    base = Path(shutil.copytree(DEMO / "model", tmp_path / "model"))
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = json.loads((base / name).read_text())
+        kept = {key: value for key, value in settings.items() if key[:4] not in ("bos_", "eos_", "pad_")}
+        none = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} if name == "config.json" else {}
+        (base / name).write_text(json.dumps(kept | none))
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    same = {"base_model": str(base), "chat_template": template}
+    asked = child.run(ask_spec(QUESTIONS[0], **same, asked=["base"], max_new_tokens=5)).outcome
+    assert asked["answers"][0]["base"]["cut"]
+    scored = child.run(evaluate_spec(**same, evaluation={"limit": 4, "metrics": ["generated"], "max_new_tokens": 5}))
+    assert len((scored.folder / "questions.jsonl").read_text().splitlines()) == 4
