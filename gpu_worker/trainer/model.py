@@ -9,7 +9,7 @@ import gc
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
 from gpu_worker.trainer.generation import make_savable
 from jobqueue.job import FailureReason
 from jobqueue.spec import Dtype, LoraSpec, Method
+from jobqueue.tokens import Tokens
 
 log = logging.getLogger("loraq.trainer")
 ON_GPU = torch.cuda.is_available()
@@ -80,14 +81,23 @@ def load(
             fix_tokenizer=False,
         )
     make_savable(model)
-    rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
+    return Loaded(model, tokenizer, name)
+
+
+def check_tokens(base: Loaded, rows: Iterable[Tokens], base_model: str) -> None:
+    """Raises JobFailure (bad_spec) where rows have tokens that the model does not know, which no embedding stands for.
+
+    That its tokenizer has some is no mistake: Gemma 3 was published with a token of images also for text alone.
+    """
+    known = base.model.get_input_embeddings().weight.shape[0]
+    if max(base.tokenizer.get_vocab().values()) < known:
+        return
+    highest = max(base.tokenizer.pad_token_id or 0, max(max(row.input_ids) for row in rows))
+    if highest >= known:
         raise bad_spec(
-            f"{base_model}: its tokenizer has a token {highest}, its embeddings only {rows} rows; take the tokenizer "
+            f"{base_model}: its tokenizer has a token {highest}, its embeddings only {known} rows; take the tokenizer "
             "that was published with it, or a model whose embeddings were extended"
         )
-    return Loaded(model, tokenizer, name)
 
 
 def add_lora(model: Any, lora: LoraSpec, max_seq_length: int) -> Any:

@@ -75,6 +75,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     tokens += mixed_in
     ewc = Ewc(spec.ewc, chat, training.max_seq_length)
     validation = survey(chat, kept_back, training.max_seq_length)[0]
+    models.check_tokens(base, [*tokens, *validation], spec.base_model)
     for reason, skipped in file.summary.skipped.items():
         log.warning("%d of %d rows cannot be used: %s", skipped.count, file.summary.rows, reason)
     log.info("the layout is %s", file.summary.reason)

@@ -36,16 +36,27 @@ def test_weights_that_are_cut_off_are_a_mistake_of_the_spec(child: Child, copy: 
     assert (failure.reason, str(copy) in failure.message) == ("bad_spec", True)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(child: Child, copy: Path) -> None:
+@pytest.mark.parametrize("used", ["in a row", "as padding", "never"])
+def test_a_token_that_the_model_does_not_know_is_refused_where_it_is_used(child: Child, copy: Path, used: str) -> None:
     """peft#2415, peft#1932: the vocabulary was extended, and the adapter fits no base model any more; here it is
-    never extended, and a pair that would need it is refused."""
+    never extended, and rows that would need it are refused. transformers#37011: Gemma 3 1B has one it never needs."""
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     highest = max(token["id"] for token in tokenizer["added_tokens"])
     highest = max(highest, *tokenizer["model"]["vocab"].values())
     new = tokenizer["added_tokens"][0] | {"id": highest + 1, "content": "<|new|>"}
     tokenizer["added_tokens"].append(new)
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    failure = child.run(train_spec(base_model=str(copy))).failure
+    if used == "as padding":
+        settings = json.loads((copy / "tokenizer_config.json").read_text())
+        (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|new|>"}))
+    rows = copy / "rows.jsonl"
+    answers = ["yes", "no", "<|new|>" if used == "in a row" else "perhaps"]
+    rows.write_text("".join(json.dumps({"prompt": "Is it?", "completion": answer}) + "\n" for answer in answers))
+    done = child.run(train_spec(base_model=str(copy), data={"source": str(rows)}, training={"max_steps": 1}))
+    if used == "never":
+        assert done.outcome["training"]["steps"] == 1
+        return
+    failure = done.failure
     assert failure.reason == "bad_spec"
     assert f"its tokenizer has a token {highest + 1}" in failure.message
     assert "take the tokenizer that was published with it" in failure.message
