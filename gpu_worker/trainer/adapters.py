@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
@@ -43,6 +45,18 @@ def start_from(model: Any, source: str, spec: TrainSpec) -> None:
         log.warning("%s was trained on %s, and this is %s", what, config.base_model_name_or_path, spec.base_model)
     set_peft_model_state_dict(model, weights)
     log.info("training goes on from %s", spec.from_adapter)
+
+
+@contextmanager
+def kept_precise(model: Any) -> Iterator[None]:
+    """TRL's trainer, made within the block, turns what is trained on a 4-bit model into bf16; afterwards it is what it
+    was. Else an adapter that a training goes on from, and one that comes from a checkpoint, would be rounded.
+    """
+    before = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in before:
+        if parameter.dtype != data.dtype:
+            parameter.data = data
 
 
 def _module(name: str) -> str:

@@ -170,15 +170,16 @@ def _fit(
     checkpoints.remember_dtypes(model)
     finite = Finite(model.device)
     try:
-        trainer = SFTTrainer(
-            model=model,
-            args=config,
-            processing_class=tokenizer,
-            train_dataset=through.training,
-            eval_dataset=through.validation if validates else None,
-            data_collator=collator,
-            callbacks=[watch, finite, best, ewc, checkpoints],
-        )
+        with adapters.kept_precise(model):
+            trainer = SFTTrainer(
+                model=model,
+                args=config,
+                processing_class=tokenizer,
+                train_dataset=through.training,
+                eval_dataset=through.validation if validates else None,
+                data_collator=collator,
+                callbacks=[watch, finite, best, ewc, checkpoints],
+            )
     except (ValueError, NotImplementedError) as error:
         raise bad_spec(one_line(f"the trainer refuses these settings: {error}")) from error
     if through.layout == "padded":

@@ -60,12 +60,12 @@ def test_losses_weights_and_counts_are_those_of_the_uninterrupted_run(
     assert training["tokens"] == whole.outcome["training"]["tokens"]
     before, after = whole.outcome["losses"], resumed.outcome["losses"]
     assert [step for step, _, _ in after] == [step for step, _, _ in before]
-    assert max(abs(a[1] - b[1]) for a, b in zip(before, after, strict=True)) < 1e-3
+    assert max(abs(a[1] - b[1]) for a, b in zip(before, after, strict=True)) < 1e-6
     assert [a[2] for a in after] == [b[2] for b in before], "the schedule of the learning rate goes on"
-    assert training["mean_loss"] == pytest.approx(whole.outcome["training"]["mean_loss"], abs=1e-3)
+    assert training["mean_loss"] == pytest.approx(whole.outcome["training"]["mean_loss"], abs=1e-6)
     moved = sum(float((weights(resumed)[name] - tensor).norm() ** 2) for name, tensor in weights(whole).items())
     size = sum(float(tensor.norm() ** 2) for tensor in weights(whole).values())
-    assert (moved / size) ** 0.5 < 0.01
+    assert (moved / size) ** 0.5 < 1e-6, "what a checkpoint keeps in 32 bits is not rounded to bf16"
 
 
 def test_sigusr1_asks_for_a_checkpoint_at_the_end_of_the_step(child: Child) -> None:
