@@ -111,7 +111,7 @@ class _Writer(TextStreamer):
                 num_beams=1,
                 repetition_penalty=1.0,  # some models' own settings have another
                 eos_token_id=self._ends or None,
-                pad_token_id=pad_of(self.tokenizer.pad_token_id, self._ends),
+                pad_token_id=pad_of(model, self.tokenizer.pad_token_id, self._ends),
                 streamer=self,
                 **drawn,
             )  # (1, prompt and answer)

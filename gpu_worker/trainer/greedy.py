@@ -14,7 +14,7 @@ def greedy(
     model: Any, prompts: Sequence[list[int]], ends: Sequence[int], pad: int | None, new_tokens: int
 ) -> list[list[int]]:
     """What the model writes after each prompt: at most `new_tokens`, without the token of `ends` that ends it."""
-    pad = pad_of(pad, ends)
+    pad = pad_of(model, pad, ends)
     width = max(map(len, prompts))
     ids, mask = padded(list(prompts), width, left=True, pad=pad)
     with torch.inference_mode():
@@ -31,9 +31,10 @@ def greedy(
     return [_before_end(row, ends) for row in output[:, width:].tolist()]
 
 
-def pad_of(pad: int | None, ends: Sequence[int]) -> int:
-    """What to pad with, as every generation wants to know: any token where a model has none, and none that ends."""
-    return pad if pad is not None else next(iter(ends), 0)
+def pad_of(model: Any, pad: int | None, ends: Sequence[int]) -> int:
+    """What to pad with: any token where a model has none, or its tokenizer one that no embedding stands for."""
+    known: int = model.get_input_embeddings().weight.shape[0]
+    return pad if pad is not None and pad < known else next(iter(ends), 0)
 
 
 def _before_end(row: list[int], ends: Sequence[int]) -> list[int]:

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from trainer_child import DEADLINE_S, DEMO, Child, train_spec
+from trainer_child import DEADLINE_S, DEMO, Child, evaluate_spec, train_spec
 
 
 @pytest.fixture
@@ -52,6 +52,8 @@ def test_a_token_that_the_model_does_not_know_is_refused_where_it_is_used(child:
     rows = copy / "rows.jsonl"
     answers = ["yes", "no", "<|new|>" if used == "in a row" else "perhaps"]
     rows.write_text("".join(json.dumps({"prompt": "Is it?", "completion": answer}) + "\n" for answer in answers))
+    asked = {"limit": 4, "metrics": ["generated"], "max_new_tokens": 3}
+    assert child.run(evaluate_spec(base_model=str(copy), evaluation=asked)).outcome["questions"] == 4
     done = child.run(train_spec(base_model=str(copy), data={"source": str(rows)}, training={"max_steps": 1}))
     if used == "never":
         assert done.outcome["training"]["steps"] == 1
