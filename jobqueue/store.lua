@@ -584,9 +584,8 @@ local function heartbeat(_, args)
     + redis.call('SISMEMBER', P .. 'drained', string.match(worker, '^[^/]*'))
 end
 
-local function leave(_, args)
+local function leave(_, args) -- what it was to GPU_ALIVE it stays: it may be started again, and CPU workers need not begin
   redis.call('HDEL', P .. 'workers', args[1])
-  redis.call('ZREM', P .. 'gpu_workers', args[1])
   return 1
 end
 

@@ -35,6 +35,12 @@ LEFT_OVER_SHARE = 0.01
 ENDS_TRAINER = (FailureReason.OUT_OF_MEMORY.value, FailureReason.INTERNAL.value)
 COMPILED = {"UNSLOTH_COMPILE_LOCATION": "unsloth", "TORCHINDUCTOR_CACHE_DIR": "torch", "TRITON_CACHE_DIR": "triton"}
 """Where each package keeps what it compiles: for the next trainer, too, and not in the working directory or in /tmp."""
+QUIET = {
+    "torch.utils._pytree": logging.ERROR,
+    "bitsandbytes.backends.cpu.ops": logging.ERROR,
+    "datasets": logging.WARNING,
+}
+"""Loggers whose words at import stood first in every job's log, and are of no use to whoever reads it."""
 Emit = Callable[[Event], None]
 
 
@@ -109,6 +115,8 @@ def _environment() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def _import() -> None:

@@ -257,6 +257,10 @@ def test_a_cpu_worker_takes_what_was_meant_for_gpus_only_while_no_gpu_worker_liv
     assert claim(store, "host/cpu", "cpu", queues=["cpu"]) is None
 
     store.leave("host/gpu0")
+    assert claim(store, "host/cpu", "cpu", queues=["cpu"]) is None, "it may be about to start again"
+
+    seen_at = store._redis.zscore("{loraq}:gpu_workers", "host/gpu0")
+    store._redis.zadd("{loraq}:gpu_workers", {"host/gpu0": seen_at - 31_000})
     assert must_claim(store, "host/cpu", "cpu", queues=["cpu"]).job_id == "b.1"
     assert claim(store, "host/cpu", "cpu", queues=["cpu"]) is None, "b.2 asked for a GPU"
 
