@@ -34,28 +34,42 @@ class Lookups:
     def all_named(self) -> None:
         """Looks up all that the sweep names, so that everything wrong is said at once. Raises SpecError, DataError."""
         problems: dict[Problem, None] = {}
-        of_data: dict[str, str] = {}  # what is wrong with it -> what to do
-        for look_up in (look_up for trial in self.sweep.trials for look_up in self._named(trial.run)):
-            try:
-                look_up()
-            except SpecError as error:
-                problems |= dict.fromkeys(error.problems)
-            except DataError as error:
-                of_data[error.what] = error.do
+        of_data: dict[str, tuple[Problem, str]] = {}  # what is wrong with it -> the same with its place, what to do
+        for trial in self.sweep.trials:
+            for path, look_up in self._named(trial.run):
+                try:
+                    look_up()
+                except SpecError as error:
+                    problems |= dict.fromkeys(self.sweep.placed(problem, trial) for problem in error.problems)
+                except DataError as error:
+                    problem = Problem(error.what, str(self.sweep.file), path=path)
+                    of_data.setdefault(error.what, (self.sweep.placed(problem, trial) if path else problem, error.do))
         if problems:
-            raise SpecError([*problems, *(Problem(what, str(self.sweep.file)) for what in of_data)])
+            found = [*problems, *(problem for problem, _ in of_data.values())]
+            raise SpecError(sorted(found, key=lambda problem: problem.line or 0))
         if of_data:
-            raise DataError("\n".join(of_data), "\n".join(dict.fromkeys(of_data.values())))
+            found = sorted((problem for problem, _ in of_data.values()), key=lambda problem: problem.line or 0)
+            what = [str(problem) if problem.path else problem.message for problem in found]
+            raise DataError("\n".join(what), "\n".join(dict.fromkeys(do for _, do in of_data.values())))
 
-    def _named(self, run: RunSpec) -> Iterator[Callable[[], object]]:
-        yield partial(self.check_model, run.base_model)
-        yield partial(sources.chat_template, run.chat_template, self.sweep.file)
-        yield partial(self.adapter, run.from_adapter)
-        of_ewc, replay = run.ewc.data if run.ewc else None, run.data.replay if run.data else None
-        sections: tuple[RowsSpec | None, ...] = (run.data, replay, of_ewc, run.evaluation, run.original_task)
-        for section in filter(None, sections):
-            alone = section.model_copy(update={"replay": None}) if isinstance(section, DataSpec) else section
-            yield partial(self.data, alone)
+    def _named(self, run: RunSpec) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Look-ups, each with the key that names what is looked up; "" where a data file says by itself where it is
+        wrong."""
+        yield "base_model", partial(self.check_model, run.base_model)
+        yield "chat_template", partial(sources.chat_template, run.chat_template, self.sweep.file)
+        yield "from_adapter", partial(self.adapter, run.from_adapter)
+        sections: dict[str, RowsSpec | None] = {
+            "data": run.data,
+            "data.replay": run.data.replay if run.data else None,
+            "ewc.data": run.ewc.data if run.ewc else None,
+            "evaluation": run.evaluation,
+            "original_task": run.original_task,
+        }
+        for key, section in sections.items():
+            if section is not None:
+                yield f"{key}.source", partial(sources.data_file, section, self.sweep.file.parent)
+                alone = section.model_copy(update={"replay": None}) if isinstance(section, DataSpec) else section
+                yield "", partial(self.data, alone)
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:

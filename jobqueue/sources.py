@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +24,10 @@ def data_file(spec: RowsSpec, folder: Path) -> Path | None:
     if "://" in spec.source or not (path.is_file() or spec.source.endswith(DATA_SUFFIXES)):
         return None
     if not path.is_file():
-        raise DataError(f"there is no data file {path}", f"Correct `source: {spec.source}`, or give a hub id.")
+        beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, beside, n=1)
+        do = f"Did you mean {close[0]}?" if close else f"Correct `source: {spec.source}`, or give a hub id."
+        raise DataError(f"there is no data file {path}", do)
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,6 @@ class Trial:
     label: str  # what differs from its siblings, e.g. "learning_rate=0.0002 r=16"; "" where nothing does
     differs: Mapping[str, Any]  # dotted key -> value
     run: RunSpec
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A checked sweep file."""
-
-    name: str
-    file: Path  # relative names in the file are relative to its folder
-    trials: Sequence[Trial]
-    ensembles: Sequence[EnsembleSpec] = ()
 
 
 @dataclass
@@ -88,6 +78,35 @@ class _Document:
             raise SpecError(sorted(self.problems, key=lambda p: p.line or 0))
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep file."""
+
+    name: str
+    file: Path  # relative names in the file are relative to its folder
+    trials: Sequence[Trial]
+    ensembles: Sequence[EnsembleSpec] = ()
+    document: _Document | None = field(default=None, repr=False, compare=False)
+
+    def placed(self, problem: Problem, trial: Trial) -> Problem:
+        """A problem with a trial's value of `problem.path`, with the line where that value stands."""
+        if self.document is None:
+            return problem
+        line, _ = self.document.line(self._loc(problem.path, trial))
+        return replace(problem, line=line, file=problem.file if line else "--set")
+
+    def _loc(self, path: str, trial: Trial) -> Sequence[str | int]:
+        varied = next((key for key in trial.differs if f"{path}.".startswith(f"{key}.")), None)
+        if varied is None or self.document is None:
+            return path.split(".")
+        value = trial.differs[varied]
+        sweep = SweepSpec.model_validate(json.loads(json.dumps(self.document.root["sweep"], default=str)))
+        if varied in sweep.grid:
+            return "sweep", "grid", varied, sweep.grid[varied].index(value)
+        entry = next(index for index, entry in enumerate(sweep.list or ()) if entry.get(varied) == value)
+        return "sweep", "list", entry, varied
+
+
 def read_sweep(path: Path, sets: Sequence[str] = ()) -> Sweep:
     """Read and check a sweep file.
 
@@ -115,7 +134,7 @@ def _checked(document: _Document, sets: Sequence[str]) -> Sweep:
     document.check()
     assert isinstance(file, SweepFile)  # else there was a problem
     _check_ensembles(document, file.ensembles, trials)
-    return Sweep(file.name, document.path, trials, file.ensembles)
+    return Sweep(file.name, document.path, trials, file.ensembles, document)
 
 
 def _check_ensembles(document: _Document, given: Sequence[EnsembleSpec], trials: Sequence[Trial]) -> None:

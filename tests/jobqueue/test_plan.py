@@ -239,8 +239,49 @@ def test_all_data_that_cannot_be_used_is_told_at_once(folder: Path) -> None:
 def test_what_the_file_has_wrong_and_what_its_data_has_wrong_are_told_together(folder: Path) -> None:
     with pytest.raises(SpecError) as error:
         plan(folder, base_model="./gone", chat_template="nothing", evaluation={"source": "gone.json"})
-    assert [problem.path for problem in error.value.problems] == ["base_model", "chat_template", ""]
+    paths = [problem.path for problem in error.value.problems]
+    assert paths == ["base_model", "chat_template", "evaluation.source"]
     assert "gone.json" in error.value.problems[2].message
+
+
+LINES = """\
+name: b
+base_model: ./gone
+data: {source: train.jsonl}
+evaluation:
+  source: no.jsonl
+sweep:
+  grid:
+    chat_template:
+      - chatml
+      - nothing
+  list:
+    - {data.source: train.jsonl}
+    - {data.source: trian.jsonl}
+"""
+
+
+def test_what_is_not_there_is_told_with_the_line_that_names_it(folder: Path) -> None:
+    file = folder / "sweep.yaml"
+    file.write_text(LINES)
+    with pytest.raises(SpecError) as error:
+        make_plan(read_sweep(file, ["from_adapter=./none"]), workers_are_here=True)
+    assert [(problem.file, problem.line, problem.path) for problem in error.value.problems] == [
+        ("--set", None, "from_adapter"),
+        (str(file), 2, "base_model"),
+        (str(file), 5, "evaluation.source"),
+        (str(file), 10, "chat_template"),
+        (str(file), 13, "data.source"),
+    ]
+
+
+def test_data_alone_that_is_not_there_is_told_with_its_line_and_the_name_of_a_file_like_it(folder: Path) -> None:
+    file = folder / "sweep.yaml"
+    file.write_text(LINES.replace("./gone", "./model").replace("nothing", "llama-3").replace("no.json", "test.json"))
+    with pytest.raises(DataError) as error:
+        make_plan(read_sweep(file), workers_are_here=True)
+    assert error.value.what == f"{file}:13: data.source: there is no data file {folder / 'trian.jsonl'}"
+    assert error.value.do == "Did you mean train.jsonl?"
 
 
 def test_the_spec_of_a_training_is_a_sweep_file_of_the_same_training(folder: Path) -> None:
