@@ -62,7 +62,10 @@ def watch(batch: str) -> None:
     """
     from cli.render import console
 
-    watch_batch(connect(), batch, console())
+    out = console()
+    ended = watch_batch(connect(), batch, out)
+    if f"{batch}.report" in ended.jobs:
+        out.print(f"`loraq results {batch}` compares its trials.")
 
 
 def watch_batch(client: Client, name: str, out: Console) -> Batch:

@@ -66,6 +66,15 @@ def test_watch_on_a_terminal_shows_progress_and_ends(command: Command, client: F
     assert "medqa has ended: 1 succeeded." in result.stdout
 
 
+def test_watch_ends_with_the_command_that_compares_the_trials(command: Command, client: FakeClient) -> None:
+    client.known["medqa"] = []
+    client.looks = [[running(6)], [make_job("medqa.1"), make_job("medqa.report")]]
+
+    result = command("watch", "medqa")
+
+    assert result.stdout.splitlines()[-1] == "`loraq results medqa` compares its trials."
+
+
 @pytest.mark.parametrize("columns", [None, 120])
 def test_watch_outlives_the_server(
     columns: int | None, command: Command, client: FakeClient, monkeypatch: pytest.MonkeyPatch
