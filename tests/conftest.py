@@ -15,6 +15,9 @@ from jobqueue.settings import Settings
 from jobqueue.store import Store
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers: pytest's importlib mode leaves this folder out
+# The models of tests are tiny. Threads that wait for each other at each of their operations, on cores that have more to
+# do, made some tests ten times slower. The trainers that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
