@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,31 @@ from trainer_child import Child
 from gpu_worker.protocol import Ready
 
 
+@pytest.fixture(scope="session")
+def resting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Child]]:
+    """Gives a trainer that has no job: the one of the module before, or another where that has ended or is at work."""
+    started: list[Child] = []
+
+    def given() -> Child:
+        if not started or not started[-1].rests():
+            if started:
+                started[-1].close()
+            running = Child(tmp_path_factory.mktemp("trainer"))
+            started.append(running)
+            ready = running.next_event()
+            assert isinstance(ready, Ready), running.log.read_text()
+            assert {"torch", "unsloth", "transformers", "trl", "peft"} <= ready.versions.keys()
+        return started[-1]
+
+    yield given
+    if started:
+        started[-1].close()
+
+
 @pytest.fixture(scope="module")
-def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
-    """One trainer for the tests of a module: its start alone takes seconds."""
-    running = Child(tmp_path_factory.mktemp("trainer"))
-    ready = running.next_event()
-    assert isinstance(ready, Ready), running.log.read_text()
-    assert {"torch", "unsloth", "transformers", "trl", "peft"} <= ready.versions.keys()
-    yield running
-    running.close()
+def child(resting: Callable[[], Child]) -> Child:
+    """One trainer for the tests of a module, and for later modules, as it is for jobs: its start takes ten seconds."""
+    return resting()
 
 
 @pytest.fixture

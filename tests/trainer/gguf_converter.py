@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
+import numpy as np
+import safetensors
+from tokenizers import Tokenizer
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -29,8 +29,8 @@ def write(folder: Path, path: Path, outtype: str = "f32", pre: str = "gpt-2", *,
     """The model in `folder` as llama.cpp lays it out; `permutes`: its pairing of the rotary dimensions."""
     config = json.loads((folder / "config.json").read_text())
     raw = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -48,16 +48,15 @@ def write(folder: Path, path: Path, outtype: str = "f32", pre: str = "gpt-2", *,
     size = config["vocab_size"]
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
     writer.add_token_list([tokens.get(number, f"[unused{number}]") for number in range(size)])
-    special = set(tokenizer.added_tokens_decoder)
+    special = set(tokenizer.get_added_tokens_decoder())
     writer.add_token_types([3 if number in special else 1 for number in range(size)])
     merges = raw["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-    for name, weight in weights.items():
-        values = weight.float()
+    writer.add_bos_token_id(tokenizer.token_to_id(named["bos_token"]))
+    writer.add_eos_token_id(tokenizer.token_to_id(named["eos_token"]))
+    writer.add_pad_token_id(tokenizer.token_to_id(named["pad_token"]))
+    writer.add_chat_template((folder / "chat_template.jinja").read_text())
+    for name, values in weights(folder / "model.safetensors").items():
         if permutes and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
@@ -65,16 +64,28 @@ def write(folder: Path, path: Path, outtype: str = "f32", pre: str = "gpt-2", *,
         if short is None:
             _, _, layer, *part, _ = name.split(".")
             short = f"blk.{layer}.{NAMES['.'.join(part)]}.weight"
-        add(writer, short, values.contiguous(), outtype if values.ndim > 1 else "f32")
+        add(writer, short, np.ascontiguousarray(values), outtype if values.ndim > 1 else "f32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def add(writer: Any, name: str, values: torch.Tensor, outtype: str) -> None:
+def weights(file: Path) -> dict[str, Any]:
+    """In 32 bits; without torch, whose import would take ten times as long as everything else here."""
+    found = {}
+    for name, tensor in sorted(safetensors.deserialize(file.read_bytes())):
+        if tensor["dtype"] == "BF16":  # the upper half of a 32-bit number
+            numbers = (np.frombuffer(tensor["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            numbers = np.frombuffer(tensor["data"], {"F16": np.float16, "F32": np.float32}[tensor["dtype"]])
+        found[name] = numbers.astype(np.float32).reshape(tensor["shape"])
+    return found
+
+
+def add(writer: Any, name: str, values: Any, outtype: str) -> None:
     kind = gguf.GGMLQuantizationType[outtype.upper()]
-    numbers = gguf.quants.quantize(values.numpy(), kind)
+    numbers = gguf.quants.quantize(values, kind)
     writer.add_tensor(name, numbers, raw_dtype=None if outtype in ("f32", "f16") else kind)
 
 

@@ -69,7 +69,7 @@ def test_losses_weights_and_counts_are_those_of_the_uninterrupted_run(
 
 
 def test_sigusr1_asks_for_a_checkpoint_at_the_end_of_the_step(child: Child) -> None:
-    child.send(train_spec(training={"max_steps": 60, "logging_steps": 1}))
+    child.send(train_spec(training={"max_steps": 60, "logging_steps": 1, "gradient_accumulation_steps": 1}))
     steps: list[int] = []
     while len(steps) < 3:
         event = child.next_event()

@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpu_worker.protocol import Failed, Progress, Ready
 from jobqueue.templates import NAMED
 
+STILL_LOADED = "the base model is still loaded"
+
 FORKS = """
 import os, sys
 
@@ -154,20 +156,15 @@ def test_the_same_job_in_the_same_process_gives_the_same_adapter(child: Child, t
     assert shorter.outcome["data"]["sha256"] != trained.outcome["data"]["sha256"]
 
 
-def test_which_commit_of_a_hub_model_was_trained_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_commit_of_a_hub_model_was_trained_is_known(child: Child) -> None:
     """unsloth#2393, #6817: failed offline though the model was in the cache, as it is here, with HF_HUB_OFFLINE=1."""
-    cached, commit = tmp_path / "hub" / "models--org--tiny", "0123456789abcdef" * 2 + "01234567"
+    cached = child.folder / "hub" / "hub" / "models--org--tiny"
+    commit = "0123456789abcdef" * 2 + "01234567"
     shutil.copytree(DEMO / "model", cached / "snapshots" / commit)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    trainer = Child(tmp_path)
-    try:
-        assert isinstance(trainer.next_event(), Ready)
-        done = trainer.run(train_spec(base_model="org/tiny", training={"max_steps": 1}))
-        assert done.outcome["commit"] == commit
-    finally:
-        trainer.close()
+    done = child.run(train_spec(base_model="org/tiny", training={"max_steps": 1}))
+    assert done.outcome["commit"] == commit
 
 
 def test_a_loss_that_is_no_number_ends_the_job_within_a_few_steps(child: Child) -> None:
@@ -248,8 +245,10 @@ def test_an_adapter_changes_the_scores_and_half_the_batch_does_not(child: Child,
         assert tuned["scores"] != pytest.approx(plain["scores"], abs=1e-3)
 
 
-def test_adapters_of_one_base_are_asked_on_one_loaded_base_with_the_same_scores(trained: Done, tmp_path: Path) -> None:
-    """Byte for byte those of trainers that load everything anew."""
+def test_adapters_of_one_base_are_asked_on_one_loaded_base_with_the_same_scores(
+    child: Child, trained: Done, tmp_path: Path
+) -> None:
+    """Byte for byte those of another trainer that loads everything anew for each."""
     spec = evaluate_spec(evaluation={"limit": 8})
     other = tmp_path / "other"  # another adapter of the same base
     shutil.copytree(trained.folder / "adapter", other)
@@ -257,21 +256,27 @@ def test_adapters_of_one_base_are_asked_on_one_loaded_base_with_the_same_scores(
     safetensors.torch.save_file({name: -2 * w for name, w in weights.items()}, other / "adapter_model.safetensors")
     asked = [trained.folder / "adapter", other, None]
 
-    def answers_of(jobs: Sequence[Path | None], name: str) -> tuple[list[str], int]:
-        folder = tmp_path / name
-        folder.mkdir()
-        trainer = Child(folder)
-        try:
-            assert isinstance(trainer.next_event(), Ready)
-            done = [trainer.run(spec, adapter) for adapter in jobs]
-            kept = trainer.log.read_text().count("the base model is still loaded")
-            return [(one.folder / "questions.jsonl").read_text() for one in done if one.outcome], kept
-        finally:
-            trainer.close()
+    def answers_of(trainer: Child, jobs: Sequence[Path | None], forgets: bool = False) -> tuple[list[str], int]:
+        """And how often the base model was still there; `forgets`: another one is loaded before each job."""
+        before, answers = trainer.log.read_text().count(STILL_LOADED), []
+        for adapter in jobs:
+            if forgets:
+                quantised = {"method": "qlora", "load_in_4bit": True}
+                trainer.run(evaluate_spec(**quantised, evaluation={"limit": 1, "metrics": ["likelihood"]}))
+            done = trainer.run(spec, adapter)
+            assert done.outcome
+            answers.append((done.folder / "questions.jsonl").read_text())
+        return answers, trainer.log.read_text().count(STILL_LOADED) - before
 
-    alone = [answers_of([adapter], f"alone{place}")[0][0] for place, adapter in enumerate(asked)]
+    alone, kept = answers_of(child, asked, forgets=True)
+    assert kept == 0
     assert len(set(alone)) == 3
-    assert answers_of([*asked, asked[0]], "together") == ([*alone, alone[0]], 3)
+    fresh = Child(tmp_path)
+    try:
+        assert isinstance(fresh.next_event(), Ready)
+        assert answers_of(fresh, [*asked, asked[0]]) == ([*alone, alone[0]], 3)
+    finally:
+        fresh.close()
 
 
 def test_in_four_bits_too_a_score_does_not_depend_on_what_was_asked_before(child: Child, trained: Done) -> None:
@@ -285,11 +290,11 @@ def test_in_four_bits_too_a_score_does_not_depend_on_what_was_asked_before(child
 
 def test_a_base_that_an_adapter_has_changed_is_loaded_anew(child: Child, tmp_path: Path) -> None:
     biased = child.run(train_spec(lora={"bias": "lora_only"}, training={"max_steps": 1}))
-    before = child.log.read_text().count("the base model is still loaded")
+    before = child.log.read_text().count(STILL_LOADED)
     asked = evaluate_spec(evaluation={"limit": 4, "metrics": ["likelihood"]})
     child.run(asked, biased.folder / "adapter")
     child.run(asked)
-    assert child.log.read_text().count("the base model is still loaded") == before
+    assert child.log.read_text().count(STILL_LOADED) == before
 
 
 def test_four_bits_and_all_weights_are_trained_and_asked_too(child: Child) -> None:

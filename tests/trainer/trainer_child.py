@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_worker.protocol import EVENTS_FD, Answer, Checkpoint, Event, Failed, Progress, Request, Result, decode
+from gpu_worker.trainer.child import ENDS_TRAINER
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "cli" / "demo"
@@ -24,13 +25,15 @@ class Child:
     def __init__(self, folder: Path, **more: str) -> None:
         """`more`: of its environment."""
         self.folder = folder
-        self.jobs = 0
+        self.jobs = self._ended = 0
+        self._goes_on = True
         reading, writing = os.pipe()
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("LORAQ_")},
             EVENTS_FD: str(writing),
             "LORAQ_CACHE_DIR": str(folder / "cache"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "HF_HOME": str(folder / "hub"),
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",  # these tests are about a CPU
             **more,
@@ -54,9 +57,17 @@ class Child:
     def next_event(self) -> Event | None:
         """The next event; None once the trainer has closed its end."""
         try:
-            return self.events.get(timeout=DEADLINE_S)
+            event = self.events.get(timeout=DEADLINE_S)
         except queue.Empty:
             raise AssertionError(f"no event within {DEADLINE_S} s; the log:\n{self.log.read_text()[-3000:]}") from None
+        if isinstance(event, (Result, Failed)):
+            self._ended += 1
+            self._goes_on = event.goes_on if isinstance(event, Result) else event.reason not in ENDS_TRAINER
+        return event
+
+    def rests(self) -> bool:
+        """Whether it takes another job: it lives, stays alive, and every job that it was handed was seen to end."""
+        return self.process.poll() is None and self._goes_on and self._ended == self.jobs
 
     def send(
         self,
