@@ -19,11 +19,9 @@ def wake(here: Site, times: int = 1) -> None:
     send_tokens(make_app(here.store.url, 5), ["cpu"] * times)
 
 
-def idle(here: Site, workers: int, admin: redis.Redis) -> None:
+def idle(here: Site, workers: int) -> None:
     """As many workers listen, each with its control process."""
-    wait_for(
-        lambda: sum(client["cmd"] == "brpop" for client in admin.client_list()) == 2 * workers, START_S, "they listen"
-    )
+    wait_for(lambda: here.listening() == 2 * workers, START_S, "they listen")
 
 
 def test_a_job_runs_once_however_long_it_takes_and_however_often_its_message_comes(
@@ -33,7 +31,7 @@ def test_a_job_runs_once_however_long_it_takes_and_however_often_its_message_com
     to a second worker in mid-job. Here nothing lies there to be given again, and a message more does nothing."""
     here.start(**TOKENS_ONLY)
     here.start(**TOKENS_ONLY, LORAQ_DATA_DIR=here.folder / "data2")
-    idle(here, 2, admin)
+    idle(here, 2)
     here.submit("b.1", "sleep:3", **BY_TOKEN)
     wake(here)
     here.beating("b.1")
@@ -52,7 +50,7 @@ def test_a_message_that_a_stopped_and_then_killed_worker_was_handed_costs_no_job
 ) -> None:
     """celery#7950: such a job was lost."""
     worker = here.start(**TOKENS_ONLY)
-    idle(here, 1, admin)
+    idle(here, 1)
     celery = worker.celery()
     celery.suspend()
     here.submit("b.1", "sleep:0.1", **BY_TOKEN)
@@ -85,9 +83,9 @@ def test_after_a_reconnect_a_short_job_does_not_wait_behind_a_long_one_while_ano
     """celery#3765"""
     here.start()
     here.start(LORAQ_DATA_DIR=here.folder / "data2")
-    idle(here, 2, admin)
+    idle(here, 2)
     admin.execute_command("CLIENT", "KILL", "TYPE", "normal")
-    idle(here, 2, admin)
+    idle(here, 2)
     here.submit("long.1", "sleep:8", **BY_TOKEN)
     here.submit("short.1", "sleep:0.1", **BY_TOKEN)
 

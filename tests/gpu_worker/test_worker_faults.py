@@ -95,6 +95,7 @@ def test_sigterm_gives_the_job_back_without_a_failure_and_another_worker_finishe
     """skypilot#7117: a preemption went unnoticed. wandb#4237: a preempted trial did not start again."""
     only = {"LORAQ_POLL_S": 60} if woken_by == "token" else {"LORAQ_SWEEP_S": 60, "LORAQ_LEASE_S": 180}
     worker = here.start(**only, LORAQ_GRACE_S=1)  # which it takes, being deaf
+    wait_for(lambda: here.listening() == 2, START_S, "it listens")
     here.submit("b.1", "deaf/sleep:2", device="cpu", queue="cpu")
     here.beating("b.1")
     assert worker.stop() == 0

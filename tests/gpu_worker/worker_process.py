@@ -75,6 +75,10 @@ class Site:
             )
         return Worker(psutil.Process(process.pid), process, log)
 
+    def listening(self) -> int:
+        """How many processes of workers wait for tokens: of a `loraq worker --cpu`, two. They hear SIGTERM by then."""
+        return sum(client["cmd"] == "brpop" for client in self.store._redis.client_list())
+
     def submit(self, job_id: str, words: str, timeout_minutes: float | None = None, **changes: object) -> None:
         """One train job whose trainer does what `words` say."""
         submit(self.store, train_job(job_id, words, timeout_minutes, **changes))
