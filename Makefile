@@ -26,7 +26,7 @@ demo: setup ## fine-tune a tiny model in two ways on this machine, and compare
 	$(BIN)/loraq demo
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: setup ## check style, types, imports between packages, and the generated pages
 	$(BIN)/ruff check .

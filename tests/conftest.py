@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 
 from jobqueue.embedded import Server, start
+from jobqueue.memory import GIB
 from jobqueue.settings import Settings
 from jobqueue.store import Store
 
@@ -18,6 +20,44 @@ sys.path.insert(0, str(Path(__file__).parent))  # for helpers: pytest's importli
 # The models of tests are tiny. Threads that wait for each other at each of their operations, on cores that have more to
 # do, made some tests ten times slower. The trainers that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("COLUMNS", "LINES"):  # those of whoever runs the tests; readline sets them for pytest's processes too
+    os.environ.pop(name, None)
+
+FOR_ONE_PROCESS = 3 * GIB  # of memory: pytest itself with torch, and the trainer that its tests share
+MOST_PROCESSES = 8  # with more, the longest file alone decides how long all take
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, as far as the memory goes: many tests wait for leases and servers."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fit = psutil.virtual_memory().available // FOR_ONE_PROCESS
+    return max(1, min(cores + 1, fit, MOST_PROCESSES))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which files are handed out to several processes: those whose tests compute and those whose tests
+    wait mixed evenly, so that the cores have work all the time, and then what takes moments, so that all end together.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    files = dict.fromkeys(item.path for item in items)
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(_what_takes_time(file), []).append(file)
+    place = {
+        file: (kind == "nothing", number / len(group))
+        for kind, group in groups.items()
+        for number, file in enumerate(group)
+    }
+    items.sort(key=lambda item: place[item.path])
+
+
+def _what_takes_time(file: Path) -> str:
+    folder = file.relative_to(Path(__file__).parent).parts[0]
+    if folder in ("cli", "jobqueue", "ops") and file.name != "test_cli_local.py":
+        return "nothing"
+    return "computing" if folder == "trainer" else "waiting"
 
 
 @pytest.fixture(autouse=True)
