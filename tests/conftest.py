@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for helpers: pytest's importli
 # The models of tests are tiny. Threads that wait for each other at each of their operations, on cores that have more to
 # do, made some tests ten times slower. The trainers that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once; where it was online, a missing model took 23 s
 for name in ("COLUMNS", "LINES"):  # those of whoever runs the tests; readline sets them for pytest's processes too
     os.environ.pop(name, None)
 
@@ -67,7 +68,6 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
         if name.startswith("LORAQ_"):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("LORAQ_CONFIG", str(tmp_path / "no-config.toml"))
     monkeypatch.setenv("LORAQ_DATA_DIR", str(tmp_path / "data"))
 
