@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## fine-tune a tiny model in two ways on this machine, and compare
 	$(BIN)/loraq demo
 
-test: setup ## run the tests
+test: setup ## run the tests, several files at a time
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: setup ## check style, types, imports between packages, and the generated pages

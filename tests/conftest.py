@@ -55,10 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _what_takes_time(file: Path) -> str:
+    of_files = {"test_cli_local.py": "waiting", "test_state_machine.py": "computing"}
+    of_folders = {"cli": "nothing", "jobqueue": "nothing", "ops": "nothing", "trainer": "computing"}
     folder = file.relative_to(Path(__file__).parent).parts[0]
-    if folder in ("cli", "jobqueue", "ops") and file.name != "test_cli_local.py":
-        return "nothing"
-    return "computing" if folder == "trainer" else "waiting"
+    return of_files.get(file.name) or of_folders.get(folder, "waiting")
 
 
 @pytest.fixture(autouse=True)
