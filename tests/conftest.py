@@ -82,7 +82,9 @@ def server_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 @pytest.fixture(scope="session")
 def server(server_process: Server) -> str:
-    """URL of a real server that all tests of this run share."""
+    """URL of a real server that all tests of this process share."""
+    with redis.Redis.from_url(server_process.url) as client:
+        client.config_set("appendfsync", "always")  # else each submit waits for the second that the disk may take
     return server_process.url
 
 
@@ -90,7 +92,6 @@ def server(server_process: Server) -> str:
 def redis_url(server: str) -> str:
     """URL of a real server that holds nothing: no key, no function."""
     with redis.Redis.from_url(server) as client:
-        client.config_set("appendfsync", "always")  # else each submit waits for the second that the disk may take
         client.flushall()
         client.function_flush()
     return server
