@@ -149,13 +149,26 @@ def test_a_server_that_was_killed_is_back_where_it_was_for_its_worker_and_whoeve
     assert here.processes() == []
 
 
+def occupied(port: int) -> socket.socket:
+    """Somebody listens there. Who looks for the server that was there may have it for a moment: a connection to a port
+    where nobody listens can come from that very port.
+    """
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_server(("127.0.0.1", port))
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_where_the_port_of_a_killed_server_is_taken_server_and_worker_are_replaced(here: Machine) -> None:
     here("up", "--cpu")
     first = {process.pid for process in here.processes()}
     os.kill(here.server.pid, signal.SIGKILL)
     assert eventually(lambda: embedded.recorded(here.data / "server.json") is None)
     parts = urlsplit(json.loads((here.data / "server.json").read_text())["url"])
-    with socket.create_server(("127.0.0.1", parts.port or 0)):
+    with occupied(parts.port or 0):
         up = here("up", "--cpu")
 
     assert "worker started" in up.stdout

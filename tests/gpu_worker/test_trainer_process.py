@@ -191,7 +191,7 @@ def test_a_request_larger_than_the_pipe_keeps_nobody_waiting_and_arrives_whole(s
     trainer.send(Request("b.1", {"prompts": "x" * 1_000_000}, "/nowhere"))
     assert time.monotonic() - began < 1
 
-    assert hear(trainer, Result)[-1] == Result({"length": 1_000_000})
+    assert Result({"length": 1_000_000}) in hear(trainer, Result)
 
 
 def test_a_trainer_that_ends_without_reading_a_large_request_is_heard_of(start: Start) -> None:
