@@ -10,11 +10,13 @@ import click
 
 from cli.main import connect
 from cli.watch import REMIND_S, Patience
+from jobqueue.errors import NotFoundError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from jobqueue.events import Event
+    from jobqueue.job import Job
     from jobqueue.service import Client
 
 BLOCK_S = 2.0
@@ -34,16 +36,27 @@ def logs(job: str, follow: bool, lines: int | None) -> None:
     from cli.render import console
 
     client = connect()
-    client.job(job)
+    found = client.job(job)
     printer = LogPrinter(console(), with_progress=follow)
     past = list(_stored(client, job))
     for event in past[_start(past, lines) :]:
         printer.print(event)
+    if not past and (file := _file(found)):
+        raise NotFoundError(f"{job} ended long ago: what it printed has left the server", f"The storage has it: {file}")
     if not past:
         click.echo(f"{job} is {client.job(job).state}: it has printed nothing.", err=True)
     if follow:
         for event in coming(client, job, past[-1].id if past else "0", Patience(console(stderr=True))):
             printer.print(event)
+
+
+def _file(job: Job) -> str:
+    """Where the storage has what an ended job has printed; "" where it has not run, or prints nothing."""
+    from jobqueue.archive import log_file
+    from jobqueue.job import JobKind
+
+    ran = job.state.final and job.attempt and job.kind is not JobKind.REPORT
+    return log_file(job) if ran else ""
 
 
 def _stored(client: Client, job_id: str, after: str = "0") -> Iterator[Event]:

@@ -25,8 +25,9 @@ from gpu_worker.stop import CUT_OFF, ON_REQUEST, TOLD_TO_STOP, Stop, Stopped
 from gpu_worker.trainer_process import Ended, LogLine, TrainerProcess
 from jobqueue import adapters, ensembles
 from jobqueue.adapters import STORED
-from jobqueue.errors import LoraqError, StaleAttemptError, StorageError
-from jobqueue.job import Claim, FailureReason, JobState, Settlement
+from jobqueue.archive import Lookup
+from jobqueue.errors import ArchivedError, LoraqError, StaleAttemptError, StorageError
+from jobqueue.job import Claim, FailureReason, Job, JobState, Settlement
 from jobqueue.memory import GIB, kind_of
 from jobqueue.settings import Settings
 from jobqueue.storage import Published, Storage, attempt_folder
@@ -118,6 +119,14 @@ class Attempt:
             return None
         return self._storage.published(self._claim.job_id, self._claim.batch, self._claim.submission)
 
+    def _job(self, job_id: str) -> Job:
+        """Another job; its batch may have been archived."""
+        try:
+            return self._lease.insist(lambda: self._store.job(job_id))
+        except ArchivedError:
+            lookup = Lookup(self._store, lambda: self._storage)
+            return self._read("read the archive", lambda: self._lease.insist(lambda: lookup.job(job_id)))
+
     def _request(self) -> Request:
         """The job as this machine can do it: what lies in the storage is copied, no trainer waits for a mount."""
         spec = dict(self._claim.spec)
@@ -141,7 +150,7 @@ class Attempt:
         elif spec.get("members"):
             members = self._members(spec["members"])
         elif spec.get("adapter_job") and "adapter" in spec.get("asked", ("adapter",)):
-            trained = self._lease.insist(lambda: self._store.job(spec["adapter_job"])).outcome["folder"]
+            trained = self._job(spec["adapter_job"]).outcome["folder"]
             adapter = self._adapter(f"{STORED}{trained}/adapter")
         output = self._scratch / "output"
         output.mkdir()

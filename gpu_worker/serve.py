@@ -91,7 +91,7 @@ class Server:
         beat.start()
         side: list[Callable[[], None]] = [self._ask]
         if worker.device.kind == "control":
-            side.append(partial(Sweeper(worker.store, self._app, self._settings).run, worker.leaving))
+            side.append(partial(Sweeper(worker.store, self._app, self._settings, worker.storage).run, worker.leaving))
             side.append(partial(Mover(worker.store, worker.storage, worker.id).run, worker.leaving))
         for task in side:
             threading.Thread(target=task, daemon=True).start()

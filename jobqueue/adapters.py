@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobqueue.base_model import HUB_ID
 from jobqueue.data_spec import DataSpec
-from jobqueue.errors import NotFoundError, Problem, SpecError, StorageError
+from jobqueue.errors import ArchivedError, NotFoundError, Problem, SpecError, StorageError
 from jobqueue.job import Job, JobKind, JobState
 from jobqueue.job_spec import EvaluateSpec, TrainSpec
 from jobqueue.spec import LoraSpec
@@ -63,6 +63,8 @@ def in_storage(plan: Plan, job_of: Callable[[str], Job]) -> Plan:
                 earlier = job_of(source)
                 spec = job.spec.model_copy(update={"from_adapter": f"{STORED}{_trained(earlier, job.spec)}/adapter"})
                 job = replace(job, spec=_with_rows(spec, earlier) if isinstance(spec, TrainSpec) else spec)
+            except ArchivedError as error:
+                problems.append(f"{error.what}. {error.do}")
             except NotFoundError as error:
                 problems.append(f"{error.what}; `loraq ls` lists the batches, and a trial is BATCH/NUMBER")
             except ValueError as error:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from jobqueue import names
-from jobqueue.errors import CapacityError, DataError, LoraqError, NotFoundError
+from jobqueue.errors import ArchivedError, CapacityError, DataError, LoraqError, NotFoundError
 from jobqueue.job import Job, JobKind, JobState
 from jobqueue.job_spec import AskSpec
 from jobqueue.plan import PlannedJob, need_of
@@ -67,6 +67,8 @@ def _trained(store: Store, trial: str) -> Job:
         raise NotFoundError(f"{trial!r} is no trial", "A trial is BATCH/NUMBER: `loraq ls BATCH` shows the numbers.")
     try:
         batch = store.batch(named[1])
+    except ArchivedError:
+        raise
     except NotFoundError:
         raise names.no_batch(named[1], store) from None
     found = [

@@ -7,6 +7,7 @@
       ServerError             5   Redis cannot be reached, or refuses
         UnansweredError       5   it is not known whether Redis has carried out a call
       NotFoundError           6   no such job or batch
+        ArchivedError         6   its records are in the storage, no longer on the server
       StorageError            7   the shared storage cannot be read or written
       CapacityError           8   no worker can ever hold the job
       MachineError            9   this machine lacks what the command needs
@@ -89,6 +90,19 @@ class NotFoundError(LoraqError):
     """There is no such job or batch."""
 
     exit_code = 6
+
+
+class ArchivedError(NotFoundError):
+    """The batch ended long ago: it can be read in the storage, and nothing else be done with it."""
+
+    def __init__(self, batch: str, *others: str, do: str = "") -> None:
+        super().__init__(
+            f"{batch} ended long ago and was archived",
+            do or f"It can be read (`loraq results {batch}`, `loraq show {batch}`); to run it again, submit it again.",
+        )
+        self.batch = batch
+        self.batches = (batch, *others)
+        """A job that was asked for can be of any of these: ids and names may have dots."""
 
 
 class StorageError(LoraqError):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, Literal, cast
 
 from jobqueue.connection import Connection
-from jobqueue.errors import NotFoundError
+from jobqueue.errors import ArchivedError, NotFoundError
 from jobqueue.events import Event
 from jobqueue.job import Batch, Job, JobState, WorkerInfo
 
@@ -29,6 +29,7 @@ class Records(Connection):
             return cast("set[str]", self._redis.smembers(f"{PREFIX}{what}"))
 
     def batch(self, name: str) -> Batch:
+        """Raises NotFoundError; ArchivedError where it was archived."""
         with self._errors():
             record = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}batch:{name}"))
             if not record:
@@ -57,6 +58,23 @@ class Records(Connection):
         with self._errors():
             return cast("list[str]", self._redis.zrange(f"{PREFIX}batches", 0, limit - 1, desc=True))
 
+    def ended_before(self, age_s: float) -> Iterator[str]:
+        """Names of the batches all of whose own jobs ended longer ago, the first submitted first."""
+        with self._errors():
+            seconds, micros = self._redis.time()
+            before = (seconds + micros / 1e6 - age_s) * 1000
+            names = cast("list[str]", self._redis.zrange(f"{PREFIX}batches", "-inf", int(before), byscore=True))
+        for name in names:
+            with self._errors():
+                ids = json.loads(self._redis.hget(f"{PREFIX}batch:{name}", "jobs") or "[]")
+                pipe = self._redis.pipeline(transaction=False)
+                for job_id in ids:
+                    if job_id.startswith(f"{name}."):
+                        pipe.hmget(f"{PREFIX}job:{job_id}", "state", "ended_at")
+                own = pipe.execute()
+            if own and all(state and JobState(state).final and float(ended_at) < before for state, ended_at in own):
+                yield name
+
     def jobs(self, ids: Sequence[str]) -> list[Job]:
         """The jobs of these ids, in their order; ids that there are not are left out."""
         with self._errors():
@@ -72,9 +90,12 @@ class Records(Connection):
         return found
 
     def job(self, job_id: str) -> Job:
+        """Raises NotFoundError; ArchivedError where it is, or could be, of a batch that was archived."""
         found = self.jobs([job_id])
         if not found:
-            raise NotFoundError(f"there is no job {job_id!r}", "See `loraq ls BATCH` for the jobs that there are.")
+            raise self._archived(job_id) or NotFoundError(
+                f"there is no job {job_id!r}", "See `loraq ls BATCH` for the jobs that there are."
+            )
         return found[0]
 
     def events(self, job_id: str, after: str, block_s: float) -> list[Event]:
@@ -129,6 +150,15 @@ class Records(Connection):
         with self._errors():
             return self._redis.llen(queue)
 
-    @staticmethod
-    def _no_batch(name: str) -> NotFoundError:
-        return NotFoundError(f"there is no batch {name!r}", "See `loraq ls` for the batches that there are.")
+    def _no_batch(self, name: str) -> NotFoundError:
+        missing = NotFoundError(f"there is no batch {name!r}", "See `loraq ls` for the batches that there are.")
+        return self._archived(name) or missing
+
+    def _archived(self, target: str) -> ArchivedError | None:
+        """Where a batch of that name was archived, or one that could have a job of that id (both may have dots)."""
+        parts = target.split(".")
+        names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        with self._errors():
+            scores = self._redis.zmscore(f"{PREFIX}archived", names)
+        found = [name for name, at in zip(names, scores, strict=True) if at is not None]
+        return ArchivedError(*found) if found else None

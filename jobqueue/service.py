@@ -7,14 +7,15 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobqueue import adapters, asking, cards, exports, names, sheets, steering, submission
 from jobqueue.aggregate import build_report
+from jobqueue.archive import Lookup
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.cards import Deck
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, LoraqError, NotFoundError, StorageError
+from jobqueue.errors import ArchivedError, BusyError, LoraqError, NotFoundError, StorageError
 from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
 from jobqueue.job import Batch, Job, JobKind, WorkerInfo
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 UploadProgress = Callable[[Path, int, int], None]
 """Called with a file, how many bytes of it have arrived, and how many it has."""
 
+Found = TypeVar("Found")
+
 PREVIEW_S = 60.0  # until a worker begins, and until it ends
 NEWEST = 100  # batches that are listed
 
@@ -54,6 +57,10 @@ class Client:
     @cached_property
     def storage(self) -> Storage:
         return Storage(self.settings.storage_url)
+
+    @cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup(self.store, lambda: self.storage if self._storage_is_known else None)
 
     @cached_property
     def _app(self) -> Celery:
@@ -108,7 +115,7 @@ class Client:
         if not force:
             submission.check_capacities(plan, self.workers())
         key = "" if again else self._key(plan)
-        plan = adapters.in_storage(plan, self.store.job)
+        plan = adapters.in_storage(plan, self._lookup.job)
         self._upload(plan.files, progress or (lambda file, arrived, size: None))
         with submission.sent_in_doubt(key):
             made = submission.written(plan, key, self.settings.owner, self.store, self.storage)
@@ -176,22 +183,33 @@ class Client:
     # -- looking
 
     def batches(self) -> list[Batch]:
-        """The newest, newest first."""
-        return [self.store.batch(name) for name in self.store.batch_names(NEWEST)]
+        """The newest, newest first; not those that were archived."""
+        found = []
+        for name in self.store.batch_names(NEWEST):
+            with suppress(NotFoundError):  # removed or archived since
+                found.append(self.store.batch(name))
+        return found
 
     def batch(self, name: str) -> Batch:
-        try:
-            return self.store.batch(name)
-        except NotFoundError:
-            raise names.no_batch(name, self.store) from None
+        return self._named(self._lookup.batch, name)
 
     def jobs(self, batch: str) -> list[Job]:
         """All jobs of a batch, evaluations of base models and the report included."""
-        return self.store.jobs(self.batch(batch).jobs)
+        return self._named(self._lookup.jobs, batch)
+
+    def _named(self, look_up: Callable[[str], Found], name: str) -> Found:
+        try:
+            return look_up(name)
+        except ArchivedError:
+            raise
+        except NotFoundError:
+            raise names.no_batch(name, self.store) from None
 
     def job(self, job_id: str) -> Job:
         try:
-            return self.store.job(job_id)
+            return self._lookup.job(job_id)
+        except ArchivedError:
+            raise
         except NotFoundError:
             raise names.no_job(job_id, self.store) from None
 
@@ -279,7 +297,7 @@ class Client:
         return self.store.jobs(job_ids)
 
     def remove(self, name: str, *, files: bool = False) -> None:
-        """Forgets an ended batch; with `files`, its adapters, logs and scores in the storage too.
+        """Forgets an ended batch, archived or not; with `files`, its adapters, logs and scores in the storage too.
 
         Raises NotFoundError, BusyError where a job has not ended, and StorageError where this machine does not know the
         storage with the files.

@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     """What a worker asks of the storage (an adapter written, a checkpoint read) and takes longer hangs."""
     max_failures: int = Field(default=3, ge=1)
     """A job that has failed this often is not tried again."""
+    archive_days: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """A batch whose jobs have ended so long ago leaves the server: its records go to the storage, and are read there.
+    0: it stays until `loraq rm`."""
     model_roots: tuple[Path, ...] = (Path("/"),)
     """Folders below which a worker may read local models and data that a spec names."""
     judge_urls: tuple[str, ...] = ("https://api.openai.com/v1",)

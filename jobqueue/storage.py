@@ -3,6 +3,7 @@
 storage.json                                       a mark: the empty folder below a mount has none
 trials/<random>                                    of workers that see whether they can write
 blobs/<sha256>/<name>                              data that was submitted, by content
+batches/<batch>/archive.json                       its records, once it has left the server
 batches/<batch>/<job>/<attempt>-<nonce>/...        what one attempt made; only that attempt writes there
 incoming/<sha256>/<number>                         pieces of a file that is on its way from a machine without storage
 judgements/<judge>/<question>.json                 what a judge said of one answer, for all who ask it the same

@@ -11,6 +11,7 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:batch:<name>        hash    key (of its submit), owner, submitted_at T, trials, base_model, jobs (JSON list of ids)
   {loraq}:submits             hash    key of a submit -> the batch that it made
   {loraq}:batches             zset    names by submission T
+  {loraq}:archived            zset    names of batches that are in the storage alone, by the T at which they went there
   {loraq}:queue:<q>:<owner>   zset    queued jobs of an owner in a memory class; see `place`
   {loraq}:owners:<q>          set     owners that have a job in that class
   {loraq}:queues              set     classes that have ever held a job
@@ -219,7 +220,7 @@ local function submit(_, args)
     redis.call('HSET', P .. 'submits', submit_key, known) -- a write: its sender will ask whether all before it is on disk
     return { 2, known }
   end
-  if redis.call('EXISTS', batch) == 1 then return { 0 } end
+  if redis.call('EXISTS', batch) == 1 or redis.call('ZSCORE', P .. 'archived', name) then return { 0 } end
   redis.call('HSET', P .. 'submits', submit_key, name)
   redis.call('HSET', batch, 'key', submit_key, 'owner', owner, 'submitted_at', now, 'trials', trials, 'base_model', base_model, 'jobs', ids)
   redis.call('ZADD', P .. 'batches', now, name)
@@ -500,19 +501,22 @@ local function retry(_, ids)
   return both(changed, woken)
 end
 
--- remove(name): forgets an ended batch and its own jobs -> 1, 0 where there is none, -1 where a job has not ended
-local function remove(_, args)
-  local name = args[1]
-  local batch = P .. 'batch:' .. name
-  local ids, submit_key = unpack(redis.call('HMGET', batch, 'jobs', 'key'))
-  if not ids then return 0 end
-  local own = {}
+-- The jobs of an ended batch: its own, and base models' evaluations; or nil and why: 0 it is not there, -1 it goes on.
+local function ended(name)
+  local ids = redis.call('HGET', P .. 'batch:' .. name, 'jobs')
+  if not ids then return nil, 0 end
+  local own, others = {}, {}
   for _, id in ipairs(cjson.decode(ids)) do
-    if string.sub(id, 1, #name + 1) == name .. '.' then own[#own + 1] = id end
+    local list = string.sub(id, 1, #name + 1) == name .. '.' and own or others
+    list[#list + 1] = id
   end
   for _, id in ipairs(own) do
-    if not FINAL[field(id, 'state')] then return -1 end
+    if not FINAL[field(id, 'state')] then return nil, -1 end
   end
+  return own, others
+end
+
+local function forget(name, own)
   for _, id in ipairs(own) do
     -- A base model's evaluation may go on for others: its end is not to be told to a later batch of this name.
     for kind, others in pairs({ ['then'] = 'needs', finally = 'follows' }) do
@@ -520,9 +524,42 @@ local function remove(_, args)
     end
     redis.call('DEL', key(id), key(id) .. ':then', key(id) .. ':finally', key(id) .. ':history', key(id) .. ':events')
   end
-  redis.call('DEL', batch)
+  redis.call('HDEL', P .. 'submits', redis.call('HGET', P .. 'batch:' .. name, 'key'))
+  redis.call('DEL', P .. 'batch:' .. name)
   redis.call('ZREM', P .. 'batches', name)
-  redis.call('HDEL', P .. 'submits', submit_key)
+end
+
+-- remove(name): forgets an ended batch and its own jobs, or that it was archived
+--   -> 1, 0 where there is none, -1 where a job has not ended
+local function remove(_, args)
+  local name = args[1]
+  local own, why = ended(name)
+  if own then
+    forget(name, own)
+    return 1
+  end
+  return why == 0 and redis.call('ZREM', P .. 'archived', name) or why
+end
+
+-- archive(name, seen): as remove, of a batch that was written to the storage; its name stays taken
+-- `seen` is what was written: "<attempt>:<ended_at>" of each of its own jobs, a space between.
+--   -> 1, 2 where it was archived before, 0 where there is none, -1 where a job has not ended, or has been at work since
+local function archive(_, args)
+  local name, seen = unpack(args)
+  local own, others = ended(name)
+  if not own then return others == 0 and redis.call('ZSCORE', P .. 'archived', name) and 2 or others end
+  local now, last = {}, 0
+  for i, id in ipairs(own) do
+    local attempt, ended_at = unpack(redis.call('HMGET', key(id), 'attempt', 'ended_at'))
+    now[i], last = attempt .. ':' .. ended_at, math.max(last, tonumber(ended_at))
+  end
+  if table.concat(now, ' ') ~= seen then return -1 end
+  -- Base models' evaluations stay, to be compared with, without what they have printed: log.txt in the storage has it.
+  for _, id in ipairs(others) do
+    if FINAL[field(id, 'state')] and number(id, 'ended_at') <= last then redis.call('DEL', key(id) .. ':events') end
+  end
+  forget(name, own)
+  redis.call('ZADD', P .. 'archived', time(), name)
   return 1
 end
 
@@ -613,6 +650,7 @@ register('release', release, SETTLES)
 register('retry', retry, GROWS)
 register('mark', mark, SETTLES)
 register('remove', remove, SETTLES)
+register('archive', archive, SETTLES)
 register('sweep', sweep, SETTLES)
 register('heartbeat', heartbeat, SETTLES)
 register('leave', leave, SETTLES)

@@ -12,7 +12,7 @@ import redis
 
 from jobqueue.durability import Keeping, look, wait_until_on_disk
 from jobqueue.errors import ServerError, StaleAttemptError
-from jobqueue.job import Claim, Settlement
+from jobqueue.job import Claim, Job, Settlement
 from jobqueue.memory import memory_class
 from jobqueue.records import Records
 
@@ -155,11 +155,25 @@ class Store(Records):
         return self._split(self._call("retry", *ids))
 
     def remove(self, name: str) -> bool:
-        """Forgets an ended batch and its own jobs. False: one of them has not ended. Raises NotFoundError."""
+        """Forgets an ended batch and its own jobs, or that it was archived. False: one of the jobs has not ended.
+
+        Raises NotFoundError.
+        """
         answer = self._call("remove", name)
         if answer == 0:
             raise self._no_batch(name)
         return bool(answer == 1)
+
+    def archive(self, name: str, written: Sequence[Job]) -> bool:
+        """Forgets an ended batch, its name excepted, if its own jobs are as they were `written`; True: it is archived.
+
+        Raises NotFoundError where it is not there, and was not archived before.
+        """
+        seen = " ".join(f"{job.attempt}:{round(job.ended_at * 1000)}" for job in written)
+        answer = self._call("archive", name, seen)
+        if answer == 0:
+            raise self._no_batch(name)
+        return bool(answer > 0)
 
     def mark(self, what: Literal["held_classes", "drained"], member: str, on: bool) -> bool:
         """Holds a memory class, or drains a worker or a host, or ends that. False: it was so already."""

@@ -1,4 +1,4 @@
-"""The periodic round that keeps promises when nobody else can: expired leases, estimates, lost wake-ups.
+"""The periodic round that keeps promises when nobody else can: expired leases, estimates, lost wake-ups, old batches.
 
 Every host's control worker sweeps; each step is atomic in the store, so that they do not get in each other's way.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from jobqueue import base_model
+from jobqueue.archive import DAY_S, archive_old
 from jobqueue.broker import MAX_TOKENS, queue_name, send_tokens
 from jobqueue.errors import LoraqError, ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, Job
@@ -22,22 +23,26 @@ from jobqueue.job_spec import ControlSpec, JobSpec
 from jobqueue.memory import estimate, kind_of, memory_class
 from jobqueue.retry import after_failure
 from jobqueue.settings import Settings
+from jobqueue.storage import Storage
 from jobqueue.store import Store
 
 if TYPE_CHECKING:
     from celery import Celery
 
 LOOK_AT_SERVER_S = 60.0
+LOOK_FOR_OLD_S = 3600.0
 
 log = logging.getLogger(__name__)
 PARSE: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
 
 
 class Sweeper:
-    """One round at a time over the store of `settings`."""
+    """One round at a time over the store of `settings`; without a storage, nothing is archived."""
 
-    def __init__(self, store: Store, app: Celery, settings: Settings) -> None:
-        self._store, self._app, self._settings = store, app, settings
+    def __init__(self, store: Store, app: Celery, settings: Settings, storage: Storage | None = None) -> None:
+        self._store, self._app, self._settings, self._storage = store, app, settings, storage
+        self._archiving: threading.Thread | None = None
+        self._archive_at = 0.0
         self._sizing: threading.Thread | None = None
         self._warnings: list[str] = []
         self._look_at = 0.0
@@ -47,6 +52,7 @@ class Sweeper:
         while not stop.wait(self._settings.sweep_s):
             try:
                 self.look_at_server()
+                self.look_for_old()
                 self.round()
             except ServerError as error:
                 log.warning("no sweep: %s", error.what)
@@ -61,6 +67,16 @@ class Sweeper:
         before, self._warnings = self._warnings, self._store.keeping().warnings
         for text in set(self._warnings) - set(before):
             log.warning("Redis at %s %s", self._store.where, text)
+
+    def look_for_old(self) -> None:
+        """Now and then archives batches that ended long ago; beside the rounds, as a storage may hang."""
+        days = self._settings.archive_days
+        busy = self._archiving is not None and self._archiving.is_alive()
+        if self._storage is None or not days or busy or time.monotonic() < self._archive_at:
+            return
+        self._archive_at = time.monotonic() + min(LOOK_FOR_OLD_S, days * DAY_S)
+        self._archiving = threading.Thread(target=archive_old, args=(self._store, self._storage, days), daemon=True)
+        self._archiving.start()
 
     def round(self) -> None:
         found = self._store.sweep(self._settings.lease_s)
