@@ -49,7 +49,11 @@ def archive(store: Store, storage: Storage, name: str) -> bool:
     if storage.read_text(file) != text:
         raise StorageError(f"{file} is not what was written to the storage {storage.url}", "Look after the storage.")
     storage.pin()
-    return store.archive(name, own)
+    try:
+        return store.archive(name, own)
+    except NotFoundError:  # removed meanwhile
+        storage.remove(file)
+        raise
 
 
 def _to_disk(file: Path) -> None:

@@ -11,9 +11,11 @@ from click.testing import CliRunner, Result
 from helpers import claim, must_claim, new_job, snapshot, states, submit
 
 from cli.main import loraq
+from jobqueue.archive import archive
 from jobqueue.job import JobState, Settlement
 from jobqueue.memory import GIB
 from jobqueue.settings import Settings
+from jobqueue.storage import Storage
 from jobqueue.store import Store
 
 Run = Callable[..., Result]
@@ -179,3 +181,30 @@ def test_every_name_that_there_is_not_is_told(run: Run) -> None:
     said = run("drain", "nobody", "no one").stderr.splitlines()
 
     assert ["nobody" in said[0], "no one" in said[1], len(said)] == [True, True, 3]
+
+
+def test_an_archived_batch_is_shown_listed_and_removed_and_says_where_its_logs_are(
+    store: Store, run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(store, new_job("b.1", spec={"kind": "train", "base_model": "m"}), new_job("b.2"))
+    first = must_claim(store)
+    store.append(first, [("log", "I train")], 0)
+    store.settle(first, Settlement(JobState.FAILED, "nan_loss", "the loss is NaN"))
+    store.settle(must_claim(store), Settlement(JobState.SUCCEEDED, outcome={"folder": "batches/b/b.2/1-aa"}))
+    looks = (("ls", "b"), ("results", "b"), ("show", "b"), ("show", "b.1"))
+    shown = [run(*words, "--json").stdout for words in looks]
+    assert archive(store, Storage(settings.storage_url), "b")
+
+    assert [run(*words, "--json").stdout for words in looks] == shown
+    assert run("ls").stdout.startswith("There is no batch yet")
+    for job, file in (("b.1", "batches/b/b.1/1-*/log.txt"), ("b.2", "batches/b/b.2/1-aa/log.txt")):
+        logs = run("logs", job)
+        assert logs.exit_code == 6
+        assert logs.stderr.splitlines()[-1] == f"The storage has it: {file}"
+    again = run("retry", "b")
+    assert (again.exit_code, again.stderr.splitlines()[0]) == (6, "b ended long ago and was archived")
+
+    monkeypatch.delenv("LORAQ_STORAGE")
+    assert "Set LORAQ_STORAGE, as the workers have it" in run("results", "b").stderr
+    assert run("rm", "b").stdout == "b: removed.\n"
+    assert run("rm", "b").exit_code == 6

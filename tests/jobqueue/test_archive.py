@@ -231,6 +231,23 @@ def test_two_workers_at_once_do_no_harm(
     slow.close()
 
 
+def test_a_batch_that_is_removed_in_between_leaves_nothing(
+    client: Client, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended(client.store)
+    write = storage.write_text
+
+    def late(relative: str, text: str) -> None:
+        if relative.endswith("archive.json"):
+            client.remove("b", files=True)
+        write(relative, text)
+
+    monkeypatch.setattr(storage, "write_text", late)
+    with pytest.raises(NotFoundError):
+        archive(client.store, storage, "b")
+    assert not storage.exists("batches/b/archive.json")
+
+
 def test_its_name_stays_taken_until_it_is_removed(client: Client, storage: Storage) -> None:
     ended(client.store)
     archive(client.store, storage, "b")
