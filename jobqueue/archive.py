@@ -100,7 +100,7 @@ def log_file(job: Job) -> str:
 class Lookup:
     """Batches and jobs wherever they are: on the server, or in the storage.
 
-    Raises NotFoundError as the store does; ArchivedError where this machine does not know the storage.
+    Raises NotFoundError as the store does, StorageError, and ArchivedError where this machine knows no storage.
     """
 
     def __init__(self, store: Store, storage: Callable[[], Storage | None]) -> None:
@@ -140,7 +140,7 @@ class Lookup:
         try:
             return TypeAdapter(Archived).validate_python(json.loads(storage.read_text(file)))
         except NotFoundError as error:
-            raise NotFoundError(
+            raise StorageError(
                 f"{name} was archived, and {error.what}", "Set LORAQ_STORAGE, as the workers have it."
             ) from None
         except ValueError as error:

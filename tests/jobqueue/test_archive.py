@@ -272,7 +272,7 @@ def test_a_machine_without_the_storage_is_told_what_it_lacks(client: Client, sto
     with pytest.raises(ArchivedError, match="Set LORAQ_STORAGE"):
         afar.job("b.1.eval")
     elsewhere = Client(Settings(redis_url=client.store.url, storage=storage.url + "-of-others"))
-    with pytest.raises(NotFoundError, match=r"b was archived, and batches/b/archive\.json is not in the storage"):
+    with pytest.raises(StorageError, match=r"b was archived, and batches/b/archive\.json is not in the storage"):
         elsewhere.batch("b")
     storage.write_text("batches/b/archive.json", '{"batch": 1}')
     with pytest.raises(StorageError, match="cannot be read"):
@@ -289,7 +289,7 @@ def test_what_cannot_be_done_with_it_is_one_clear_error(client: Client, storage:
                 do(target)
     with pytest.raises(ArchivedError, match="b ended long ago and was archived"):
         client.ask("b/1", ["?"])
-    with pytest.raises(NotFoundError, match=r"there is no job 'b\.7'\nSee `loraq ls b`"):
+    with pytest.raises(NotFoundError, match=r"there is no job 'b\.7'"):
         client.job("b.7")
 
 
@@ -338,3 +338,13 @@ def test_the_sweeper_looks_now_and_then_beside_its_rounds(client: Client, storag
     looked = sweeper._archiving
     sweeper.look_for_old()
     assert sweeper._archiving is looked, "the next look is an hour away"
+
+
+def test_a_server_at_its_memory_limit_is_emptied(client: Client, storage: Storage) -> None:
+    ended(client.store)
+    try:
+        client.store._redis.config_set("maxmemory", 1)
+        assert archive(client.store, storage, "b")
+    finally:
+        client.store._redis.config_set("maxmemory", 0)
+    assert archived(client.store) == ["b"]
