@@ -145,3 +145,18 @@ def test_a_kernel_that_gives_other_numbers_is_not_taken(monkeypatch: pytest.Monk
     varlen.works.cache_clear()
     assert varlen.works() is False
     varlen.works.cache_clear()
+
+
+def test_a_trial_that_finds_no_memory_is_no_verdict_for_later_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would have got another layout, and a resume other losses."""
+
+    def full(_: object) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    varlen.works.cache_clear()
+    monkeypatch.setattr(varlen, "_tried", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        varlen.works()
+    monkeypatch.setattr(varlen, "_tried", lambda way: [torch.ones(3)])
+    assert varlen.works()
+    varlen.works.cache_clear()
