@@ -21,7 +21,7 @@ from gpu_worker.trainer import model as models  # first: it imports Unsloth
 import torch
 
 from gpu_worker.protocol import Progress, Request
-from gpu_worker.trainer import gguf, parked, stock, usage
+from gpu_worker.trainer import gguf, parked, published, stock, usage
 from gpu_worker.trainer.clock import Clock
 from gpu_worker.trainer.compare import EIGHT_BITS, TOLERANCE, Answer, answer, closeness
 from gpu_worker.trainer.data import chat_of, end_ids
@@ -100,9 +100,9 @@ def _merge(spec: ExportSpec, request: Request, prompts: list[Prompt], folder: Pa
     parked.forget()
     usage.reset_peak()
     whole = spec.method == "full"  # what was trained is a model already
-    name = models.resolve(request.adapter if whole else spec.base_model)
+    name = published.resolve(request.adapter if whole else spec.base_model)
     revision = None if whole else spec.revision
-    config = models.config_of(name, revision)
+    config = published.config_of(name, revision)
     if getattr(config, "quantization_config", None):
         raise bad_spec(
             f"{spec.base_model} is quantised, and an adapter is merged into 16-bit weights: "
@@ -140,7 +140,7 @@ def _merge(spec: ExportSpec, request: Request, prompts: list[Prompt], folder: Pa
 def _checked(what: str, folder: Path, reference: Reference, computed_in: Dtype | None) -> dict[str, Any]:
     """The outcome's word of a model that was written. Raises JobFailure (wrong_export)."""
     name = str(folder)
-    with stock.classes(models.config_of(name, None)):
+    with stock.classes(published.config_of(name, None)):
         written = models.load_for_asking(name, False, computed_in=computed_in)
         chat = chat_of(written.tokenizer)
         read = [_ids(chat, prompt) for prompt in reference.prompts]

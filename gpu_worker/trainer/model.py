@@ -6,22 +6,19 @@ import unsloth
 
 # isort: split
 import gc
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from gpu_worker.trainer import gguf, stock, varlen
+from gpu_worker.trainer import published, stock, varlen
 from gpu_worker.trainer.byte_tokenizer import byte_tokenizer
 from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
 from gpu_worker.trainer.generation import make_savable
@@ -59,9 +56,9 @@ def load(
 
     Raises JobFailure: bad_spec where there is no such model or it cannot be trained here.
     """
-    name = resolve(base_model)
-    tokenizer = tokenizer or tokenizer_of(name, revision)
-    stock.remember(config_of(name, revision))
+    name = published.resolve(base_model)
+    tokenizer = tokenizer or published.tokenizer_of(name, revision)
+    stock.remember(published.config_of(name, revision))
     with tempfile.TemporaryDirectory() as stand_in, _refusals(f"{base_model} cannot be loaded"):
         # Unsloth's own tokenizer is not used, so it gets a tiny one. It would load the model's twice, a second on a
         # GPU, and exchange a pad token that equals eos, or refuse the model where it finds no other. Padding is masked
@@ -134,9 +131,9 @@ def load_for_asking(
     hundred, and a score should be what anybody gets who loads the adapter. Raises JobFailure: bad_spec where
     there is no such model.
     """
-    name = resolve(base_model)
-    tokenizer = tokenizer_of(name, revision)
-    config = config_of(name, revision)
+    name = published.resolve(base_model)
+    tokenizer = published.tokenizer_of(name, revision)
+    config = published.config_of(name, revision)
     options: dict[str, Any] = {
         "revision": revision or "main",
         "dtype": dtype(computed_in),
@@ -250,70 +247,3 @@ def free() -> None:
     if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def resolve(base_model: str) -> str:
-    """An absolute folder, or a hub id. Raises JobFailure (bad_spec)."""
-    path = Path(base_model).expanduser()
-    if path.is_file():
-        if not gguf.is_gguf(path):
-            raise bad_spec(f"{base_model} is a file, but not a GGUF model; name a folder, a .gguf file or a hub id")
-        return str(gguf.folder_of(path))
-    if path.is_dir():
-        _check_folder(path)
-        return str(path.absolute())
-    if base_model.startswith(("/", ".", "~")) or base_model.count("/") > 1 or base_model.endswith(".gguf"):
-        raise bad_spec(f"base_model {base_model} does not exist on this worker")
-    return base_model
-
-
-def _check_folder(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        adapter = (path / "adapter_config.json").is_file()
-        what = "an adapter, not a base model" if adapter else "no model: it has no config.json"
-        raise bad_spec(f"base_model {path} is {what}")
-    indexes = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
-    needed = {name for index in indexes for name in json.loads(index.read_text())["weight_map"].values()}
-    missing = sorted(name for name in needed if not (path / name).is_file())
-    if missing:
-        raise bad_spec(f"base_model {path} lacks {', '.join(missing[:3])}; copy the folder again")
-    if not needed and not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise bad_spec(f"base_model {path} has no weights (*.safetensors)")
-
-
-def tokenizer_of(name: str, revision: str | None) -> Any:
-    """As its makers published it. Raises JobFailure."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision or "main")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(name, "tokenizer", error) from error
-    if not tokenizer.is_fast:
-        raise bad_spec(f"{name} has no fast tokenizer (tokenizer.json), which masking the prompt needs")
-    return tokenizer
-
-
-def config_of(name: str, revision: str | None) -> Any:
-    """Of a causal language model. Raises JobFailure."""
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(name, "config", error) from error
-    causal = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ["ForCausalLM"])
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
-        kind = ", ".join(config.architectures or [config.model_type])
-        raise bad_spec(f"{name} is no causal language model ({kind}); answers can only be trained into one")
-    return config
-
-
-def _unreadable(name: str, what: str, error: Exception) -> JobFailure:
-    """A hub that cannot be reached may be there later; a model that is not there will not."""
-    text = one_line(str(error))
-    if "gated repo" in text.lower() or "401 client error" in text.lower():
-        return bad_spec(
-            f"{name} is gated or private, and this worker may not read it; ask for access on its page of the hub, "
-            "and set HF_TOKEN in the worker's environment"
-        )
-    unreachable = ("couldn't connect", "offline mode is enabled")
-    if any(words in text.lower() for words in unreachable) or "connection" in type(error).__name__.lower():
-        return JobFailure(FailureReason.STORAGE, f"{name}: its {what} cannot be fetched: {text}")
-    return bad_spec(one_line(f"{name}: its {what} cannot be read: {text}"))

@@ -18,7 +18,7 @@ import torch
 from peft import PeftConfig, PeftModel
 
 from gpu_worker.trainer import model as models
-from gpu_worker.trainer import stock
+from gpu_worker.trainer import published, stock
 from gpu_worker.trainer.failures import JobFailure
 from gpu_worker.trainer.merge import Merged
 from jobqueue import base_model
@@ -54,10 +54,10 @@ def loaded_for_asking(spec: EvaluateSpec | AskSpec, adapter: str | Merged | None
     Raises JobFailure: bad_spec where there is no such model, storage where there is no adapter.
     """
     whole = spec.method == "full" and isinstance(adapter, str)  # what was trained is a whole model
-    name = models.resolve(adapter if whole and isinstance(adapter, str) else spec.base_model)
+    name = published.resolve(adapter if whole and isinstance(adapter, str) else spec.base_model)
     revision = None if whole else spec.revision
     with (
-        stock.classes(models.config_of(name, revision)),
+        stock.classes(published.config_of(name, revision)),
         _loaded(spec, name, revision, None if whole else adapter) as base,
     ):
         yield base
@@ -78,7 +78,7 @@ def _loaded(
         base = models.load_for_asking(name, spec.load_in_4bit, revision, spec.dtype)
     else:
         log.info("the base model is still loaded")
-        base = models.Loaded(model, models.tokenizer_of(name, revision), name)
+        base = models.Loaded(model, published.tokenizer_of(name, revision), name)
         del model
     if adapter is None:
         yield base
@@ -90,7 +90,7 @@ def _loaded(
         yield models.Loaded(tuned.get_base_model().eval(), base.tokenizer, base.name, tuned.disable_adapter)
         if not _restored(tuned, before):
             return
-    if name == models.resolve(spec.base_model) and _fits(base.model) and _move(base.model, "cpu"):
+    if name == published.resolve(spec.base_model) and _fits(base.model) and _move(base.model, "cpu"):
         _parked = Parked(key, base.model)
 
 

@@ -19,7 +19,7 @@ from transformers import set_seed
 from trl import SFTTrainer
 
 from gpu_worker.protocol import Progress, Request
-from gpu_worker.trainer import adapters, batches, trackers, usage
+from gpu_worker.trainer import adapters, batches, published, trackers, usage
 from gpu_worker.trainer.best import Best
 from gpu_worker.trainer.checkpoint import Checkpoints, counts_of
 from gpu_worker.trainer.clock import Clock
@@ -59,7 +59,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     trackers.check(training.report_to)
     file = rows.load(spec.data)  # before the model: a bad file costs seconds, not minutes
     clock.lap("data_s")
-    tokenizer = models.tokenizer_of(models.resolve(spec.base_model), spec.revision)
+    tokenizer = published.tokenizer_of(published.resolve(spec.base_model), spec.revision)
     chat = chat_of(tokenizer, spec.chat_template)
     trained, kept_back = rows.split(spec.data, [example for _, example in file.examples])
     with ThreadPoolExecutor(1) as beside:  # while the model loads
