@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import psutil
 
 from gpu_worker.gpu import Card, CardError, Device, Reading, main_memory_bytes, usable
-from gpu_worker.trainer_process import DAEMON, mark_of
+from gpu_worker.marks import DAEMON, mark_of
 from jobqueue.memory import GIB
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from pathlib import Path
 import psutil
 
 from gpu_worker.gpu import RAM_SHARE, Device, choose
-from gpu_worker.trainer_process import end_leftovers, worker_cache
+from gpu_worker.marks import end_leftovers
+from gpu_worker.trainer_process import worker_cache
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError
 from jobqueue.settings import Settings

@@ -26,7 +26,8 @@ from pathlib import Path
 
 from gpu_worker import guardian
 from gpu_worker.gpu import Device
-from gpu_worker.trainer_process import CACHE, DAEMON, KILLED_S, MARK, MPS_PIPES, TrainerProcess, end_marked, marked
+from gpu_worker.marks import CACHE, DAEMON, KILLED_S, MARK, end_marked, marked
+from gpu_worker.trainer_process import MPS_PIPES, TrainerProcess
 from jobqueue.errors import MachineError
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from gpu_worker.checkpoints import CheckpointKeeper
 from gpu_worker.health import Watch
 from gpu_worker.lease import Lease
+from gpu_worker.marks import KILLED_S
 from gpu_worker.mps import Mps
-from gpu_worker.trainer_process import KILLED_S, TrainerProcess
+from gpu_worker.trainer_process import TrainerProcess
 from jobqueue.job import FailureReason
 from jobqueue.settings import Settings
 

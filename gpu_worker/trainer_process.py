@@ -16,21 +16,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from gpu_worker import guardian
 from gpu_worker.gpu import Device
+from gpu_worker.marks import CACHE, MARK, end_marked
 from gpu_worker.protocol import EVENTS_FD, Event, Ready, Request, decode
 
 log = logging.getLogger(__name__)
-MARK = "LORAQ_TRAINER"  # in the environment of everything that a trainer starts
-DAEMON = "LORAQ_DAEMON"  # in that of a GPU's MPS daemon and its servers
-CACHE = "LORAQ_CACHE_DIR"
 MPS_PIPES = "CUDA_MPS_PIPE_DIRECTORY"  # where whoever uses CUDA finds an MPS daemon, see gpu_worker/mps.py
 NO_MPS = "/nonexistent"  # there it finds none, and takes turns with the others
 MACHINE = Path("/etc/machine-id")  # systemd's, never changed
 MAX_LINE = 8_000  # characters of a log line; the rest of it is cut
-KILLED_S = 5.0  # how long a process may live after its SIGKILL, in the kernel's hands
 READ, READS = 1 << 16, 16  # bytes at once (what a pipe holds), and how often before whoever waits is answered
 
 
@@ -273,57 +268,3 @@ class TrainerProcess:
             with contextlib.suppress(BrokenPipeError):
                 self.guardian.stdin.close()
         return self._exit_code
-
-
-def end_marked(mark: str, name: str = MARK) -> None:
-    """SIGKILL to every process with that mark, until there is none."""
-    give_up_at = time.monotonic() + KILLED_S
-    while (left := marked(mark, name)) and time.monotonic() < give_up_at:
-        for process in left:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        time.sleep(0.02)
-
-
-def marked(mark: str, name: str = MARK) -> list[psutil.Process]:
-    """Every living process that carries that mark in its environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(name) == mark:
-                found.append(process)
-    return found
-
-
-def mark_of(pid: int, cache: Path, name: str = MARK) -> str | None:
-    """The mark of a process that a trainer (or, by that name, a daemon) of the worker with that cache is, or has
-    started; None for any other."""
-    with contextlib.suppress(psutil.Error, OSError):
-        environment = psutil.Process(pid).environ()
-        return environment.get(name) if environment.get(CACHE) == str(cache) else None
-    return None
-
-
-def end_leftovers(cache: Path) -> None:
-    """Ends what an earlier life of the worker with that cache has left behind.
-
-    A guardian ends everything below it, and a worker what a dead guardian has left; where both were killed at once, a
-    child of the trainer in a session of its own, or an MPS server, is nobody's.
-    """
-    by_mark: dict[str, list[psutil.Process]] = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            environment = process.environ()
-            if environment.get(CACHE) == str(cache) and (mark := environment.get(MARK) or environment.get(DAEMON)):
-                by_mark.setdefault(mark, []).append(process)
-    for left in by_mark.values():
-        if not any(_is_guardian(process) for process in left):
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-
-
-def _is_guardian(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.status() != psutil.STATUS_ZOMBIE and guardian.__file__ in process.cmdline()
-    return False

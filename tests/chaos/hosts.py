@@ -16,7 +16,7 @@ import psutil
 from helpers import wait_for
 from proxy import Proxy
 
-from gpu_worker.trainer_process import MARK
+from gpu_worker.marks import MARK
 
 ROOT = Path(__file__).parents[2]
 STUB = ROOT / "tests" / "stub_trainer.py"

@@ -19,7 +19,7 @@ import pytest
 from helpers import wait_for
 
 from gpu_worker import guardian
-from gpu_worker.trainer_process import MARK, marked
+from gpu_worker.marks import MARK, marked
 
 GRACE_S = 0.4
 DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_IGN)"

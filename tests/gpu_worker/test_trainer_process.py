@@ -15,6 +15,7 @@ from helpers import wait_for
 
 from gpu_worker import guardian, trainer_process
 from gpu_worker.gpu import Device
+from gpu_worker.marks import marked
 from gpu_worker.protocol import Failed, Progress, Ready, Request, Result
 from gpu_worker.trainer_process import (
     MAX_LINE,
@@ -22,7 +23,6 @@ from gpu_worker.trainer_process import (
     LogLine,
     Message,
     TrainerProcess,
-    marked,
     trainer_environment,
     worker_cache,
 )

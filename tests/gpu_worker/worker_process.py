@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from helpers import new_job, submit, wait_for
 
-from gpu_worker.trainer_process import MARK
+from gpu_worker.marks import MARK
 from jobqueue.data_spec import DataSpec
 from jobqueue.job import Job, JobState
 from jobqueue.job_spec import TrainSpec
