@@ -35,7 +35,7 @@ Fields of a record
   attempt(the fence) nonce(proof of the claim) settled(number, nonce and state of the last settled attempt) failures
   rung(of the job's ladder of splits, where the next attempt begins; grows when memory ran out)
   submission(of the submit that made it, random) said(entries of its stream that the attempt has appended)
-  kept_by(the worker that runs empty for it) kept_until(T)
+  kept_by(the worker that runs empty for it) kept_until(T) kept_since(T) kept_turns(how often another took that over)
   submitted_at queued_at claimed_at ended_at not_before (T) worker reason message progress(JSON) outcome(JSON)
 ]]
 
@@ -44,6 +44,7 @@ local HALF_LIFE = 24 * 3600 * 1000 -- of GPU seconds in the fair share
 local PAGE, LOOK = 16, 1024 -- how many jobs of an owner and class a claim reads at once, and looks at in all
 local PATIENCE = 60 * 1000 -- a job that has waited for longer lets no other overtake it where it would fit
 local RESERVED = 15 * 1000 -- how long a device is kept free for a job that waits, since it last asked
+local TURN = 10 * 60 * 1000 -- after which another device may be kept free instead; the next turn is half as long again
 local MOST_CORRECTION = 2 -- of an estimate: what is further off is something else than its constants
 local GPU_ALIVE = 30 * 1000 -- a GPU worker that has been silent for longer does not keep CPU workers away
 local ANSWERS_KEPT = 24 * 3600 * 1000 -- after their end
@@ -278,10 +279,18 @@ local function before(a, b)
   return a.seq < b.seq
 end
 
--- Whether this worker may run empty for the job: no other does.
+-- Whether this worker may run empty for the job: no other does, or one that did not get empty in its turn. Turns grow, so
+-- that at last one is as long as the jobs that have to end.
 local function keeps(id, worker, now)
-  local by, til = unpack(redis.call('HMGET', key(id), 'kept_by', 'kept_until'))
-  return not by or by == worker or tonumber(til) < now
+  local by, til, since, turns = unpack(redis.call('HMGET', key(id), 'kept_by', 'kept_until', 'kept_since', 'kept_turns'))
+  return not by or by == worker or tonumber(til) < now or now - (since or 0) > TURN * 1.5 ^ (turns or 0)
+end
+
+local function keep(id, worker, now)
+  local by = field(id, 'kept_by')
+  if by ~= worker then redis.call('HSET', key(id), 'kept_by', worker, 'kept_since', now) end
+  redis.call('HINCRBY', key(id), 'kept_turns', by and by ~= worker and 1 or 0)
+  redis.call('HSET', key(id), 'kept_until', now + RESERVED)
 end
 
 -- The first job of that owner and class which the worker may and can hold; for a CPU worker none that wants a GPU.
@@ -322,7 +331,7 @@ local function best(worker, device, free, whole, queues, now)
     end
   end
   if not chosen or not chosen.blocked then return chosen and chosen.id end
-  redis.call('HSET', key(chosen.id), 'kept_by', worker, 'kept_until', now + RESERVED)
+  keep(chosen.id, worker, now)
 end
 
 -- claim(not after, worker, device gpu|cpu|control, free bytes, bytes if nothing ran there, lease, nonce, class...)
@@ -340,6 +349,7 @@ local function claim(_, args)
     id = best(worker, device, tonumber(free), tonumber(whole), { unpack(args, 8) }, now)
     if not id then return {} end
     unplace(id)
+    redis.call('HDEL', key(id), 'kept_by', 'kept_until', 'kept_since', 'kept_turns')
     redis.call('HINCRBY', key(id), 'attempt', 1)
     redis.call('HSET', key(id), 'state', 'running', 'nonce', nonce, 'worker', worker, 'claimed_at', now, 'ended_at', 0,
       'cancel', '', 'progress', '', 'reason', '', 'message', '', 'said', 0)

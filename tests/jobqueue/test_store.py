@@ -316,6 +316,36 @@ def test_one_device_only_runs_empty_for_a_job_that_waits(store: Store) -> None:
     assert next_one("host/gpu0", 22 * GIB) == "big.1", "whoever has the room takes it"
 
 
+def test_a_device_that_does_not_run_empty_in_its_turn_goes_on_and_another_one_runs_empty(store: Store) -> None:
+    """One job of ten hours on it, and the big job waited for ten hours, though other devices had short ones."""
+    submit(store, new_job("big.1", need=20 * GIB, queue="gpu24"))
+    submit(store, *(new_job(f"small.{number}") for number in range(1, 5)))
+    big = "{loraq}:job:big.1"
+    store._redis.hset(big, "queued_at", 0)
+
+    def next_one(worker: str) -> str | None:
+        found = store.claim(
+            worker, "gpu", 10 * GIB, LEASE_S, secrets.token_hex(8), ["gpu8", "gpu24"], whole_bytes=24 * GIB
+        )
+        return found and found.job_id
+
+    def minutes_pass(minutes: int) -> None:
+        store._redis.hincrby(big, "kept_since", -minutes * 60_000)
+
+    assert next_one("host/gpu0") is None
+    minutes_pass(9)
+    assert next_one("host/gpu1") == "small.1"
+    minutes_pass(2)
+    assert next_one("host/gpu0") is None, "as long as no other takes its place"
+    assert next_one("host/gpu1") is None
+    assert next_one("host/gpu0") == "small.2"
+    minutes_pass(14)
+    assert next_one("host/gpu0") == "small.3", "a second turn is longer"
+    minutes_pass(2)
+    assert next_one("host/gpu0") is None
+    assert next_one("host/gpu1") == "small.4"
+
+
 def test_what_goes_before_a_big_job_by_priority_does_not_wait_for_it(store: Store) -> None:
     submit(store, new_job("big.1", need=20 * GIB, queue="gpu24"))
     submit(store, new_job("urgent.1", priority=5))
