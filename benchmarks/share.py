@@ -6,8 +6,8 @@
     python benchmarks/share.py figures OUT_DIR
 
 `fault`: once all jobs train, the one with seed 0 indexes a tensor out of its bounds on the GPU, and does so again in
-each of its attempts: a device-side assertion, for which MPS ends all clients. It must fail, the others must succeed and
-pay nothing. `memory`: there, it takes all the memory that it may have, and runs out of it in its first attempt; all
+each of its attempts: a device-side assertion, for which MPS may end all clients. It must fail, the others must succeed
+and pay nothing. `memory`: there, it takes all the memory that it may have, and runs out of it in its first attempt; all
 must succeed, the others in theirs. Each subcommand writes its own part into OUT_DIR, unless it is there already;
 `figures` makes share.json of the parts.
 """
