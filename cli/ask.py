@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from cli import complete
 from cli.main import connect
 from jobqueue.errors import DataError
 
@@ -27,7 +28,7 @@ SIDE_BY_SIDE = 100  # columns of a terminal from which on answers stand beside e
 
 
 @click.command()
-@click.argument("trial", metavar="BATCH/TRIAL")
+@click.argument("trial", metavar="BATCH/TRIAL", shell_complete=complete.trials)
 @click.argument("prompt", required=False)
 @click.option(
     "--file",

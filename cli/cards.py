@@ -7,6 +7,7 @@ from typing import Literal
 
 import click
 
+from cli import complete
 from cli.main import connect
 
 DELIMITERS = {"comma": ",", "semicolon": ";"}
@@ -18,7 +19,7 @@ def cards() -> None:
 
 
 @cards.command()
-@click.argument("batch")
+@click.argument("batch", shell_complete=complete.batches)
 @click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="The sheet to write."
 )
@@ -48,7 +49,7 @@ def export(batch: str, out: Path, questions: int, seed: int, delimiter: Literal[
 
 
 @cards.command("import")
-@click.argument("batch")
+@click.argument("batch", shell_complete=complete.batches)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def import_cards(batch: str, files: tuple[Path, ...], as_json: bool) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli import complete
 from cli.main import connect
 from cli.steer import each
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("batch", required=False)
+@click.argument("batch", required=False, shell_complete=complete.batches)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def ls(batch: str | None, as_json: bool) -> None:
     """List batches, or the jobs of one.
@@ -104,7 +105,7 @@ def print_jobs(out: Console, jobs: Sequence[Job]) -> None:
 
 
 @click.command()
-@click.argument("targets", metavar="BATCH|JOB...", nargs=-1, required=True)
+@click.argument("targets", metavar="BATCH|JOB...", nargs=-1, required=True, shell_complete=complete.jobs)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def cancel(targets: tuple[str, ...], as_json: bool) -> None:
     """Stop batches or jobs.

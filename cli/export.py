@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from cli import complete
 from cli.main import connect
 
 
 @click.command()
-@click.argument("trial", metavar="BATCH/NUMBER")
+@click.argument("trial", metavar="BATCH/NUMBER", shell_complete=complete.trials)
 @click.option(
     "--format",
     "formats",

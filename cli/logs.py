@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli import complete
 from cli.main import connect
 from cli.watch import REMIND_S, Patience
 from jobqueue.errors import NotFoundError
@@ -24,7 +25,7 @@ BLOCK_S = 2.0
 
 
 @click.command()
-@click.argument("job")
+@click.argument("job", shell_complete=complete.jobs)
 @click.option("-f", "--follow", is_flag=True, help="Go on until the job has ended.")
 @click.option("-n", "--lines", type=click.IntRange(min=0), help="Only the last so many lines.")
 def logs(job: str, follow: bool, lines: int | None) -> None:

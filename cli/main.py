@@ -47,6 +47,7 @@ COMMANDS = {
     "up": ("cli.local", "Start a server and a worker on this machine."),
     "down": ("cli.local", "Stop what `loraq up` started."),
     "demo": ("cli.local", "Try everything with a tiny model."),
+    "completion": ("cli.complete", "Print what makes a shell complete commands, options and names."),
 }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
+from cli import complete
 from cli.main import connect
 from jobqueue.errors import DataError
 
@@ -25,7 +26,7 @@ Format = Literal["table", "json", "csv", "markdown", "plot"]
 
 
 @click.command()
-@click.argument("batches", nargs=-1, required=True, metavar="BATCH...")
+@click.argument("batches", nargs=-1, required=True, metavar="BATCH...", shell_complete=complete.batches)
 @click.option("--json", "json_", is_flag=True, help="Print one JSON document; of several batches, a list.")
 @click.option("--csv", is_flag=True, help="Print plain numbers in base units, a line for each trial.")
 @click.option("--markdown", is_flag=True, help="Print the table for a README or a pull request.")

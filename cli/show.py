@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli import complete
 from cli.main import connect
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ LOOKS_LIKE_A_JOB = re.compile(r"(base|ask|preview)-[0-9a-f]+|.*\.(\d+|\d+\.(eval
 
 
 @click.command()
-@click.argument("target", metavar="BATCH|JOB")
+@click.argument("target", metavar="BATCH|JOB", shell_complete=complete.jobs)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show(target: str, as_json: bool) -> None:
     """Show a batch or a job in full.

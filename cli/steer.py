@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from cli import complete
 from cli.main import connect
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _jobs(targets: Sequence[str], act: Callable[[str], list[Job]], done: str, no
 
 
 @click.command()
-@click.argument("targets", metavar="BATCH|JOB|CLASS...", nargs=-1, required=True)
+@click.argument("targets", metavar="BATCH|JOB|CLASS...", nargs=-1, required=True, shell_complete=complete.jobs)
 @as_json_option
 def hold(targets: tuple[str, ...], as_json: bool) -> None:
     """Keep jobs, batches or a memory class from being started.
@@ -66,7 +67,7 @@ def hold(targets: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("targets", metavar="BATCH|JOB|CLASS...", nargs=-1, required=True)
+@click.argument("targets", metavar="BATCH|JOB|CLASS...", nargs=-1, required=True, shell_complete=complete.jobs)
 @as_json_option
 def release(targets: tuple[str, ...], as_json: bool) -> None:
     """End a hold."""
@@ -74,7 +75,7 @@ def release(targets: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("targets", metavar="BATCH|JOB...", nargs=-1, required=True)
+@click.argument("targets", metavar="BATCH|JOB...", nargs=-1, required=True, shell_complete=complete.jobs)
 @click.option("--failed", is_flag=True, help="Only what failed: what was cancelled stays so.")
 @as_json_option
 def retry(targets: tuple[str, ...], failed: bool, as_json: bool) -> None:
@@ -88,7 +89,7 @@ def retry(targets: tuple[str, ...], failed: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("names", metavar="BATCH...", nargs=-1, required=True)
+@click.argument("names", metavar="BATCH...", nargs=-1, required=True, shell_complete=complete.batches)
 @click.option("--files", is_flag=True, help="Also what it has in the storage: adapters, logs, scores.")
 def rm(names: tuple[str, ...], files: bool) -> None:
     """Forget batches that have ended.
@@ -103,7 +104,7 @@ def rm(names: tuple[str, ...], files: bool) -> None:
 
 
 @click.command()
-@click.argument("targets", metavar="WORKER|HOST...", nargs=-1, required=True)
+@click.argument("targets", metavar="WORKER|HOST...", nargs=-1, required=True, shell_complete=complete.workers)
 @as_json_option
 def drain(targets: tuple[str, ...], as_json: bool) -> None:
     """Empty a worker, or all workers of a host.
@@ -115,7 +116,7 @@ def drain(targets: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("targets", metavar="WORKER|HOST...", nargs=-1, required=True)
+@click.argument("targets", metavar="WORKER|HOST...", nargs=-1, required=True, shell_complete=complete.workers)
 @as_json_option
 def undrain(targets: tuple[str, ...], as_json: bool) -> None:
     """Let drained workers take jobs again."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from cli import complete
 from cli.main import connect
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Patience:
 
 
 @click.command()
-@click.argument("batch")
+@click.argument("batch", shell_complete=complete.batches)
 def watch(batch: str) -> None:
     """Follow a batch until it has ended.
 
