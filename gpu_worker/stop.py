@@ -80,6 +80,8 @@ class Stop:
             kept_before, give_up_at = self._wait_for
             if self._keeper.kept > kept_before or now >= give_up_at:
                 self._end(Stopped(FailureReason.PREEMPTED, TOLD_TO_STOP))
+        else:
+            self._wait_for = None  # what was told may have been taken back
 
     def _end(self, why: Stopped) -> None:
         self.begun = why
