@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from jobqueue.errors import MachineError
 from jobqueue.job import WorkerInfo
+from jobqueue.memory import GIB
 from jobqueue.processes import start_process, write_private
 from jobqueue.settings import Settings
 
@@ -74,20 +75,29 @@ def _require(extra: str, packages: tuple[str, ...], why: str) -> None:
 
 def has_nvidia_gpu() -> bool:
     """Whether there is a GPU that a worker could use."""
+    return bool(gpu_names())
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that a worker could use, each with its memory."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
+        return []
     try:
         import pynvml
     except ImportError:
-        return False
+        return []
     try:
         pynvml.nvmlInit()
         try:
-            return bool(pynvml.nvmlDeviceGetCount())
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            return [
+                f"{pynvml.nvmlDeviceGetName(handle)}, {pynvml.nvmlDeviceGetMemoryInfo(handle).total / GIB:.0f} GiB"
+                for handle in handles
+            ]
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
-        return False
+        return []
 
 
 def worker_command(options: Sequence[str]) -> list[str]:

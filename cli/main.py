@@ -46,6 +46,7 @@ COMMANDS = {
     "worker": ("cli.local", "Work on jobs with this machine's GPUs."),
     "up": ("cli.local", "Start a server and a worker on this machine."),
     "down": ("cli.local", "Stop what `loraq up` started."),
+    "doctor": ("cli.doctor", "Look for what is wrong with settings, server, storage, workers and this machine."),
     "demo": ("cli.local", "Try everything with a tiny model."),
     "completion": ("cli.complete", "Print what makes a shell complete commands, options and names."),
 }
@@ -171,13 +172,17 @@ def _mistake(details: Mapping[str, Any], settings: Sequence[str]) -> str:
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
+    click.echo(f"loraq {installed_version()}")
+    ctx.exit()
+
+
+def installed_version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        click.echo(f"loraq {version('loraq')}")
+        return version("loraq")
     except PackageNotFoundError:
-        click.echo("loraq (not installed: run from its source)")
-    ctx.exit()
+        return "(not installed: run from its source)"
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-import uuid
 from pathlib import Path
 
 from jobqueue.errors import LoraqError
@@ -56,14 +55,8 @@ class StorageWatch:
             self._wanted.wait(AGAIN_S if self._problem else TRY_S)
 
     def _try(self) -> str:
-        name = f"trials/{uuid.uuid4().hex}"
         try:
-            self._storage.pin()
-            self._storage.write_text(name, CONTENT)
-            written = self._storage.read_text(name)
-            self._storage.remove(name)
-            if written != CONTENT:
-                return f"the storage {self._storage.url} gives back something else than what was written"
+            self._storage.try_out()
             file = self._folder / "trial"
             file.write_text(CONTENT)
             file.unlink()

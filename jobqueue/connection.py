@@ -80,6 +80,14 @@ class Connection:
         """Host and port, without the password."""
         return _where(self.url)
 
+    def server(self) -> tuple[str, float]:
+        """What runs there, as "Valkey 8.1.0", and its clock in seconds since the epoch."""
+        with self._errors():
+            info = self._redis.info("server")
+            seconds, micros = self._redis.time()
+        name = "Valkey" if "valkey_version" in info else "Redis"
+        return f"{name} {info.get('valkey_version') or info['redis_version']}", seconds + micros / 1e6
+
     def _not_after(self) -> int:
         """The server's time, in ms, at which this client will have given up the call that it now makes."""
         with self._errors():

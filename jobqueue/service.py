@@ -60,7 +60,7 @@ class Client:
 
     @cached_property
     def _lookup(self) -> Lookup:
-        return Lookup(self.store, lambda: self.storage if self._storage_is_known else None)
+        return Lookup(self.store, lambda: self.storage if self.storage_is_known else None)
 
     @cached_property
     def _app(self) -> Celery:
@@ -127,7 +127,7 @@ class Client:
     def _upload(self, files: Mapping[str, Path], progress: UploadProgress) -> None:
         """To the storage, or, where this machine does not know it, through the server to a control worker."""
         for source, path in files.items():
-            if self._storage_is_known:
+            if self.storage_is_known:
                 self.storage.put_blob(path, source)
             else:
                 Sender(self.store, path, source, partial(progress, path)).send()
@@ -225,7 +225,7 @@ class Client:
         found, jobs = self.batch(batch), self.jobs(batch)
         made = next((job.outcome for job in jobs if job.kind is JobKind.REPORT and job.outcome), None)
         report = BatchReport.from_dict(made) if made else build_report(found, jobs)
-        if self._storage_is_known:
+        if self.storage_is_known:
             with suppress(StorageError):  # the report itself needs no storage
                 report = replace(report, people=cards.imported(batch, self.storage))
         return report.priced(self.settings.gpu_hour_price)
@@ -247,12 +247,12 @@ class Client:
         return cards.read_filled(batch, sheets.contents(files), self._known_storage())
 
     @property
-    def _storage_is_known(self) -> bool:
+    def storage_is_known(self) -> bool:
         """Whether this machine can reach the workers' storage."""
         return self.settings.storage is not None or self.settings.redis_url is None
 
     def _known_storage(self) -> Storage:
-        if not self._storage_is_known:
+        if not self.storage_is_known:
             raise StorageError("this machine does not know the workers' storage", "Set LORAQ_STORAGE, as they have it.")
         return self.storage
 

@@ -81,6 +81,18 @@ class Storage:
         path = f"{self._root}/{relative}"
         return path if self.local else self._fs.unstrip_protocol(path)
 
+    def try_out(self) -> None:
+        """Writes a file, reads it back, and removes it. Raises StorageError where any of that does not work."""
+        name, content = f"trials/{uuid.uuid4().hex}", "loraq was here\n"
+        self.pin()
+        self.write_text(name, content)
+        written = self.read_text(name)
+        self.remove(name)
+        if written != content:
+            raise StorageError(
+                f"the storage {self.url} gives back something else than what was written", "Look after the storage."
+            )
+
     def pin(self) -> None:
         """From now on it must keep its mark: where a mount has gone, the folder below it can be written as well.
 
