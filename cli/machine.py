@@ -78,6 +78,16 @@ def has_nvidia_gpu() -> bool:
     return bool(gpu_names())
 
 
+def _gpu_name(index: int) -> str:
+    import pynvml
+
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        return f"{pynvml.nvmlDeviceGetName(handle)}, {pynvml.nvmlDeviceGetMemoryInfo(handle).total / GIB:.0f} GiB"
+    except pynvml.NVMLError as error:
+        return f"GPU {index}, which does not answer ({error})"
+
+
 def gpu_names() -> list[str]:
     """The GPUs that a worker could use, each with its memory."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
@@ -89,11 +99,7 @@ def gpu_names() -> list[str]:
     try:
         pynvml.nvmlInit()
         try:
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-            return [
-                f"{pynvml.nvmlDeviceGetName(handle)}, {pynvml.nvmlDeviceGetMemoryInfo(handle).total / GIB:.0f} GiB"
-                for handle in handles
-            ]
+            return [_gpu_name(index) for index in range(pynvml.nvmlDeviceGetCount())]
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:

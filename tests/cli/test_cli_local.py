@@ -260,6 +260,22 @@ def test_no_gpu_is_found_where_none_may_be_used(monkeypatch: pytest.MonkeyPatch)
     assert not machine.has_nvidia_gpu()
 
 
+def test_gpus_are_named_with_their_memory_also_beside_one_that_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "0.json").write_text(json.dumps({"total": 80 * 2**30, "free": 0}))
+    (tmp_path / "1.json").write_text(json.dumps({"error": "GPU_IS_LOST"}))
+    fake = Path(__file__).parents[1] / "fake_nvml"
+    paths = os.pathsep.join([str(fake), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": paths, "FAKE_NVML": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0,1"}
+    script = "from cli import machine; print(*machine.gpu_names(), machine.has_nvidia_gpu(), sep='\\n')"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    first, second, found = ended.stdout.splitlines()
+    assert first == "NVIDIA Fake 80GB, 80 GiB"
+    assert second.startswith("GPU 1, which does not answer (")
+    assert found == "True"
+
+
 def test_a_worker_sees_the_settings_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = Settings(data_dir=tmp_path, lease_s=70, model_roots=(Path("/models"), Path("/data")), owner="ann")
     environment = machine.worker_environment(given, "redis://:secret@host:1/0")
