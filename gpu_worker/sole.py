@@ -6,13 +6,12 @@ would take the scratch of what runs for litter.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import time
 from pathlib import Path
 from typing import IO
 
 from jobqueue.errors import MachineError
+from jobqueue.processes import locked
 
 log = logging.getLogger(__name__)
 ENDS_S = 2.0  # what a worker that was killed may take until it is gone
@@ -24,20 +23,15 @@ def hold(cache: Path, label: str) -> IO[str]:
     Raises MachineError where another worker has it.
     """
     file = (cache / "lock").open("w")
-    give_up_at = time.monotonic() + ENDS_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        if locked(file.fileno(), ENDS_S):
             return file
-        except BlockingIOError:
-            if time.monotonic() >= give_up_at:
-                file.close()
-                raise MachineError(
-                    f"another worker serves {label} from {cache}",
-                    "End it; or, where that is on another host or with another GPU, set LORAQ_DATA_DIR to a folder of "
-                    "this worker's own.",
-                ) from None
-            time.sleep(0.05)
-        except OSError as error:  # a file system without locks
-            log.warning("whether another worker uses %s cannot be told: %s", cache, error)
-            return file
+    except OSError as error:  # a file system without locks
+        log.warning("whether another worker uses %s cannot be told: %s", cache, error)
+        return file
+    file.close()
+    raise MachineError(
+        f"another worker serves {label} from {cache}",
+        "End it; or, where that is on another host or with another GPU, set LORAQ_DATA_DIR to a folder of "
+        "this worker's own.",
+    )

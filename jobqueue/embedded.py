@@ -11,7 +11,6 @@ It listens on the loopback interface only and asks for a password that is in no 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobqueue.errors import MachineError, ServerError
-from jobqueue.processes import start_process, write_private
+from jobqueue.processes import locked, start_process, write_private
 from jobqueue.settings import Settings
 
 START_S = 20.0
@@ -194,18 +193,11 @@ def server_binary() -> Path:
 def _lock(folder: Path) -> int:
     """A descriptor that holds the folder's lock; the lock lasts until the last copy of it is closed."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(OSError):  # of a file system without locks
+        if locked(lock, LOCK_S):
             return lock
-        except OSError:
-            if time.monotonic() > deadline:
-                os.close(lock)
-                raise ServerError(
-                    f"another embedded server uses {folder}", "End it with `loraq down`, or set LORAQ_DATA_DIR."
-                ) from None
-        time.sleep(0.02)
+    os.close(lock)
+    raise ServerError(f"another embedded server uses {folder}", "End it with `loraq down`, or set LORAQ_DATA_DIR.")
 
 
 def _earlier(folder: Path) -> tuple[int, str] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -103,3 +105,19 @@ def write_private(file: Path, text: str) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def locked(descriptor: int, within_s: float) -> bool:
+    """Takes the lock of an open file for this process alone; False: another one has it all that time.
+
+    It lasts until the last copy of the descriptor is closed. Raises OSError where the file system has no locks.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(0.02)
