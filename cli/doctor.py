@@ -68,18 +68,19 @@ def _machine(settings: Settings) -> Iterator[Finding]:
 
     yield Finding("ok", "machine", f"loraq {installed_version()}, Python {platform.python_version()}")
     yield _disk(settings.data_dir)
+    gpus = machine.gpu_names()
     try:
         machine.require_worker_extra()
     except MachineError as error:
-        if machine.has_nvidia_gpu():
+        if gpus:
             yield problem("machine", error)
         else:
             yield Finding("ok", "machine", "submits only: what trains is not installed")
         return
-    if not machine.has_nvidia_gpu():
+    if not gpus:
         yield Finding("note", "machine", "no NVIDIA GPU is seen", "Without one: loraq worker --cpu, for trying out.")
         return
-    yield Finding("ok", "machine", ", ".join(machine.gpu_names()))
+    yield Finding("ok", "machine", ", ".join(gpus))
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         yield problem("machine", MachineError("there is no C compiler, which Triton needs", "Install gcc."))
     if shutil.which("nvidia-cuda-mps-control") is None:
@@ -92,13 +93,14 @@ def _machine(settings: Settings) -> Iterator[Finding]:
 def _disk(folder: Path) -> Finding:
     from jobqueue.doctor import Finding, problem
     from jobqueue.errors import MachineError
+    from jobqueue.memory import GIB
 
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not os.access(there, os.W_OK | os.X_OK):
         return problem(
             "machine", MachineError(f"{folder} cannot be written", "Set LORAQ_DATA_DIR to a folder of yours.")
         )
-    free = shutil.disk_usage(there).free / 2**30
+    free = shutil.disk_usage(there).free / GIB
     if free < FREE_GIB:
         what = f"{free:.0f} GiB are free for {folder}: a model in 16 bits may take more"
         return Finding("note", "machine", what, "Make room, or set LORAQ_DATA_DIR to a larger disk.")

@@ -53,8 +53,8 @@ def _server(client: Client) -> Iterator[Finding]:
     if abs(ahead) > CLOCK_S:
         which = "ahead of" if ahead > 0 else "behind"
         yield Finding("note", "clock", f"the server's is {abs(ahead):.0f} s {which} this machine's", "Set both by NTP.")
-    for text in store.keeping().warnings:
-        yield Finding("problem", "server", f"Redis at {store.where} {text}", exit_code=ServerError.exit_code)
+    for text in client.warnings():
+        yield Finding("problem", "server", text, exit_code=ServerError.exit_code)
 
 
 def _storage(client: Client) -> Iterator[Finding]:
