@@ -18,6 +18,14 @@ HUB_S = 5.0  # how long the hub may take to say what a model's commit is
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
+def no_model(folder: Path) -> str:
+    """What a folder is that holds no base model, "" where it may hold one."""
+    if (folder / "config.json").is_file():
+        return ""
+    adapter = (folder / "adapter_config.json").is_file()
+    return "an adapter, not a base model" if adapter else "no model: it has no config.json"
+
+
 def locate(name: str, folder: Path) -> str:
     """A hub id as it is, anything that is a path made absolute (relative to `folder`, the sweep file's).
 

@@ -57,10 +57,10 @@ class SpecError(LoraqError):
     exit_code = 3
 
     def __init__(self, problems: list[Problem]) -> None:
-        self.problems = problems
+        self.problems = sorted(problems, key=lambda problem: problem.line or 0)
         count = len(problems)
         super().__init__(
-            "\n".join(map(str, problems)),
+            "\n".join(map(str, self.problems)),
             f"{count} problem{'s' if count > 1 else ''}; nothing was submitted. "
             f"Correct {'them' if count > 1 else 'it'} and try again.",
         )

@@ -45,8 +45,7 @@ class Lookups:
                     problem = Problem(error.what, str(self.sweep.file), path=path)
                     of_data.setdefault(error.what, (self.sweep.placed(problem, trial) if path else problem, error.do))
         if problems:
-            found = [*problems, *(problem for problem, _ in of_data.values())]
-            raise SpecError(sorted(found, key=lambda problem: problem.line or 0))
+            raise SpecError([*problems, *(problem for problem, _ in of_data.values())])
         if of_data:
             found = sorted((problem for problem, _ in of_data.values()), key=lambda problem: problem.line or 0)
             what = [str(problem) if problem.path else problem.message for problem in found]
@@ -142,9 +141,7 @@ class Lookups:
     def check_model(self, name: str) -> None:
         """Raises SpecError, also where the workers see that folder and it holds no model."""
         located = Path(self.model(name))
-        if self.workers_are_here and located.is_dir() and not (located / "config.json").is_file():
-            adapter = (located / "adapter_config.json").is_file()
-            what = "an adapter, not a base model" if adapter else "no model: it has no config.json"
+        if self.workers_are_here and located.is_dir() and (what := base_model.no_model(located)):
             raise SpecError([Problem(f"{located} is {what}", str(self.sweep.file), path="base_model")])
 
     def check_revision(self, revision: str | None, located: str) -> None:

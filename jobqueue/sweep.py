@@ -75,7 +75,7 @@ class _Document:
 
     def check(self) -> None:
         if self.problems:
-            raise SpecError(sorted(self.problems, key=lambda p: p.line or 0))
+            raise SpecError(self.problems)
 
 
 @dataclass(frozen=True)

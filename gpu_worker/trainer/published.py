@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from gpu_worker.trainer import gguf
 from gpu_worker.trainer.failures import JobFailure, bad_spec, one_line
+from jobqueue.base_model import no_model
 from jobqueue.job import FailureReason
 
 
@@ -30,9 +31,7 @@ def resolve(base_model: str) -> str:
 
 
 def _check_folder(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        adapter = (path / "adapter_config.json").is_file()
-        what = "an adapter, not a base model" if adapter else "no model: it has no config.json"
+    if what := no_model(path):
         raise bad_spec(f"base_model {path} is {what}")
     indexes = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
     needed = {name for index in indexes for name in json.loads(index.read_text())["weight_map"].values()}
