@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from jobqueue import names
-from jobqueue.errors import ArchivedError, CapacityError, DataError, LoraqError, NotFoundError
+from jobqueue.errors import CapacityError, DataError, LoraqError, NotFoundError
 from jobqueue.job import Job, JobKind, JobState
 from jobqueue.job_spec import AskSpec
 from jobqueue.plan import PlannedJob, need_of
@@ -65,12 +65,8 @@ def _trained(store: Store, trial: str) -> Job:
     named = TRIAL.fullmatch(trial)
     if named is None:
         raise NotFoundError(f"{trial!r} is no trial", "A trial is BATCH/NUMBER: `loraq ls BATCH` shows the numbers.")
-    try:
+    with names.told(names.no_batch, named[1], store):
         batch = store.batch(named[1])
-    except ArchivedError:
-        raise
-    except NotFoundError:
-        raise names.no_batch(named[1], store) from None
     found = [
         job for job in store.jobs([".".join(named.groups())]) if job.kind is JobKind.TRAIN or job.spec.get("members")
     ]

@@ -84,15 +84,18 @@ class Connection:
         """What runs there, as "Valkey 8.1.0", and its clock in seconds since the epoch."""
         with self._errors():
             info = self._redis.info("server")
-            seconds, micros = self._redis.time()
         name = "Valkey" if "valkey_version" in info else "Redis"
-        return f"{name} {info.get('valkey_version') or info['redis_version']}", seconds + micros / 1e6
+        return f"{name} {info.get('valkey_version') or info['redis_version']}", self._clock()
+
+    def _clock(self) -> float:
+        """The server's, in seconds since the epoch."""
+        with self._errors():
+            seconds, micros = self._redis.time()
+        return float(seconds + micros / 1e6)
 
     def _not_after(self) -> int:
         """The server's time, in ms, at which this client will have given up the call that it now makes."""
-        with self._errors():
-            seconds, micros = self._redis.time()
-        return int(seconds * 1000 + micros / 1000 + self._timeout_s * 1000)
+        return int(1000 * (self._clock() + self._timeout_s))
 
     def _call(self, name: str, *args: object, connection: redis.Redis | None = None) -> Any:
         client = connection or self._redis

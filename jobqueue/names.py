@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from jobqueue.errors import NotFoundError
+from jobqueue.errors import ArchivedError, NotFoundError
 from jobqueue.store import Store
 
 JOBS = "`loraq ls BATCH` lists the jobs of a batch, `loraq ls` the batches."
+
+
+@contextmanager
+def told(better: Callable[[str, Store], NotFoundError], name: str, store: Store) -> Iterator[None]:
+    """Within the block a name of nothing is told by `better`, one of those below; that of an archived batch is left."""
+    try:
+        yield
+    except ArchivedError:
+        raise
+    except NotFoundError:
+        raise better(name, store) from None
 
 
 def no_batch(name: str, store: Store) -> NotFoundError:

@@ -60,9 +60,8 @@ class Records(Connection):
 
     def ended_before(self, age_s: float) -> Iterator[str]:
         """Names of the batches all of whose own jobs ended longer ago, the first submitted first."""
+        before = (self._clock() - age_s) * 1000
         with self._errors():
-            seconds, micros = self._redis.time()
-            before = (seconds + micros / 1e6 - age_s) * 1000
             names = cast("list[str]", self._redis.zrange(f"{PREFIX}batches", "-inf", int(before), byscore=True))
         for name in names:
             with self._errors():
@@ -120,15 +119,15 @@ class Records(Connection):
 
     def workers(self) -> list[WorkerInfo]:
         """Every worker that has not left, the silent ones with alive=False."""
+        now = self._clock()
         with self._errors():
-            seconds, micros = self._redis.time()
             records = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}workers"))
         found, known = [], {field.name for field in fields(WorkerInfo)}
         for worker_id, record in sorted(records.items()):
             seen, _, text = record.partition(" ")
             info = json.loads(text)
             # what was said in the future was said before the clock went back
-            silent_s = abs(seconds + micros / 1e6 - float(seen) / 1000)
+            silent_s = abs(now - float(seen) / 1000)
             found.append(
                 WorkerInfo(
                     id=worker_id,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from jobqueue import adapters, asking, cards, exports, names, sheets, steering, submission
 from jobqueue.aggregate import build_report
@@ -15,7 +15,7 @@ from jobqueue.archive import Lookup
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.cards import Deck
 from jobqueue.embedded import connect_url
-from jobqueue.errors import ArchivedError, BusyError, LoraqError, NotFoundError, StorageError
+from jobqueue.errors import BusyError, LoraqError, NotFoundError, StorageError
 from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
 from jobqueue.job import Batch, Job, JobKind, WorkerInfo
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 UploadProgress = Callable[[Path, int, int], None]
 """Called with a file, how many bytes of it have arrived, and how many it has."""
-
-Found = TypeVar("Found")
 
 PREVIEW_S = 60.0  # until a worker begins, and until it ends
 NEWEST = 100  # batches that are listed
@@ -191,27 +189,17 @@ class Client:
         return found
 
     def batch(self, name: str) -> Batch:
-        return self._named(self._lookup.batch, name)
+        with names.told(names.no_batch, name, self.store):
+            return self._lookup.batch(name)
 
     def jobs(self, batch: str) -> list[Job]:
         """All jobs of a batch, evaluations of base models and the report included."""
-        return self._named(self._lookup.jobs, batch)
-
-    def _named(self, look_up: Callable[[str], Found], name: str) -> Found:
-        try:
-            return look_up(name)
-        except ArchivedError:
-            raise
-        except NotFoundError:
-            raise names.no_batch(name, self.store) from None
+        with names.told(names.no_batch, batch, self.store):
+            return self._lookup.jobs(batch)
 
     def job(self, job_id: str) -> Job:
-        try:
+        with names.told(names.no_job, job_id, self.store):
             return self._lookup.job(job_id)
-        except ArchivedError:
-            raise
-        except NotFoundError:
-            raise names.no_job(job_id, self.store) from None
 
     def workers(self) -> list[WorkerInfo]:
         return self.store.workers()
@@ -303,10 +291,8 @@ class Client:
         storage with the files.
         """
         storage = self._known_storage() if files else None
-        try:
+        with names.told(names.no_batch, name, self.store):
             has_ended = self.store.remove(name)
-        except NotFoundError:
-            raise names.no_batch(name, self.store) from None
         if not has_ended:
             raise BusyError(f"{name} has not ended", f"Wait for it, or stop it first: loraq cancel {name}")
         if storage is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobqueue import names
-from jobqueue.errors import ArchivedError, NotFoundError
+from jobqueue.errors import NotFoundError
 from jobqueue.job import Batch, FailureReason, Job, JobState
 from jobqueue.store import Store
 
@@ -59,12 +59,8 @@ def _batch(store: Store, target: str) -> Batch | None:
 
 
 def _job(store: Store, target: str) -> Job:
-    try:
+    with names.told(names.neither, target, store):
         return store.job(target)
-    except ArchivedError:
-        raise
-    except NotFoundError:
-        raise names.neither(target, store) from None
 
 
 def _ids(batch: Batch) -> list[str]:

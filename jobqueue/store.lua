@@ -288,8 +288,10 @@ end
 
 local function keep(id, worker, now)
   local by = field(id, 'kept_by')
-  if by ~= worker then redis.call('HSET', key(id), 'kept_by', worker, 'kept_since', now) end
-  redis.call('HINCRBY', key(id), 'kept_turns', by and by ~= worker and 1 or 0)
+  if by ~= worker then
+    redis.call('HSET', key(id), 'kept_by', worker, 'kept_since', now)
+    redis.call('HINCRBY', key(id), 'kept_turns', by and 1 or 0)
+  end
   redis.call('HSET', key(id), 'kept_until', now + RESERVED)
 end
 
