@@ -201,9 +201,8 @@ def figures(out: Path) -> dict[str, Any]:
         found["limit_ratio_16x1b"] = round(slowest / (6 * PARAMETERS["1b"] * tokens / (rate["tflops"] * 1e12)), 3)
         found["job_step_ms_16x1b"] = round(job_step_ms(batch["jobs"], batch["steps"]), 1)
     if batch := batches.get("1x1b"):
-        again = parts.get("first-step", batch)  # the same on another machine, or of a newer version
-        found["first_step_with_spare_s"] = again["first_step_s"][0]
-        (alone,) = again["jobs"]
+        found["first_step_with_spare_s"] = batch["first_step_s"][0]
+        (alone,) = batch["jobs"]
         found["tokens_per_s_1x1b"] = alone["outcome"]["training"]["tokens_per_s"]
         found["peak_gib_1x1b"] = round(alone["outcome"]["memory"]["peak_reserved_bytes"] / 2**30, 2)
         if (many := batches.get("16x1b")) and many["steps"] == batch["steps"]:
