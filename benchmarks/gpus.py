@@ -26,6 +26,7 @@ from makespan import SWEEP, wait_for_spares
 from session import Session
 
 SAMPLE_S = 2.0
+KEPT = ("id", "state", "worker", "attempt", "queued_at", "claimed_at", "ended_at")  # of a job
 
 
 class Sampler(threading.Thread):
@@ -95,8 +96,15 @@ def run(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
         "makespan_s": round(max(job["ended_at"] for job in jobs) - began, 2),
         "workers": {name: occupation(jobs, name, slots, began) for name, slots in workers.items()},
         "cpu_percent": sampler.cpu_percent, "memory_bytes": sampler.memory_bytes, "gpu_percent": sampler.gpu_percent,
-        "steps": options.steps, "cores": os.cpu_count(), "python": platform.python_version(), "jobs": jobs,
+        "steps": options.steps, "cores": os.cpu_count(), "python": platform.python_version(),
+        "versions": (jobs[0]["outcome"] or {}).get("versions"), "jobs": [brief(job) for job in jobs],
     }  # fmt: skip
+
+
+def brief(job: dict[str, Any]) -> dict[str, Any]:
+    """What of a job is raw data here; losses and specs of all would be megabytes."""
+    outcome = job["outcome"] or {}
+    return {name: job[name] for name in KEPT} | {name: outcome.get(name) for name in ("time", "memory")}
 
 
 def occupation(jobs: list[dict[str, Any]], worker: str, slots: int, began: float) -> dict[str, Any]:

@@ -117,16 +117,23 @@ def product(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def curve(options: argparse.Namespace) -> dict[str, Any]:
-    """Batches of fewer and fewer jobs at once, on trainers that have trained before."""
+    """Batches of fewer and fewer jobs at once, each begun when all trainers stand ready."""
     most = max(AT_ONCE)
-    with started(options, most, 0, "curve") as session:
-        work_off(session, options, "warm-up", most, 3)
-        found = {n: work_off(session, options, f"at-once-{n}", n, options.steps) for n in AT_ONCE}
-    jobs = [job for batch in found.values() for job in batch]
+    found, ready_s = {}, []
+    with started(options, most, most, "curve") as session:
+        for n in AT_ONCE:
+            began = time.monotonic()
+            wait_for_spares(session, most)
+            ready_s.append(round(time.monotonic() - began, 1))
+            found[n] = work_off(session, options, f"at-once-{n}", n, options.steps)
     return {
         "steps": options.steps,
-        "at_once": {n: round(job_step_ms(batch, options.steps), 1) for n, batch in found.items() if whole(batch)},
-        "jobs": jobs,
+        "at_once": {
+            n: round(job_step_ms(batch, options.steps), 1) for n, batch in found.items() if side_by_side(batch)
+        },
+        "ready_s": ready_s,
+        "cores": len(os.sched_getaffinity(0)),
+        "jobs": [job for batch in found.values() for job in batch],
     }
 
 
@@ -151,7 +158,8 @@ def wait_for_spares(session: Session, spares: int) -> None:
         before = trainers_time(session)
         time.sleep(2)
         after = trainers_time(session)
-        if sum(after[pid] - at < 0.05 for pid, at in before.items() if pid in after and at > IMPORT_S) >= spares:
+        quiet = [pid for pid, at in before.items() if pid in after and at > IMPORT_S and after[pid] - at < 0.05]
+        if len(quiet) >= spares and len(quiet) == len(after):
             return
     raise SystemExit("the spares never stood ready")
 
@@ -170,6 +178,15 @@ def trainers_time(session: Session) -> dict[int, float]:
 def whole(jobs: list[dict[str, Any]]) -> bool:
     """Whether none has failed; those of the yardstick have no state."""
     return all(job.get("state", "succeeded") == "succeeded" for job in jobs)
+
+
+def side_by_side(jobs: list[dict[str, Any]]) -> bool:
+    """Whether all have succeeded, and all trained at once for most of the time that one of them took."""
+    if not whole(jobs):
+        return False
+    trained = [job["outcome"]["time"]["train_s"] for job in jobs]
+    last_began = max(job["ended_at"] - seconds for job, seconds in zip(jobs, trained, strict=True))
+    return bool(min(job["ended_at"] for job in jobs) - last_began > 0.7 * sum(trained) / len(trained))
 
 
 def job_step_ms(jobs: list[dict[str, Any]], steps: int) -> float:
