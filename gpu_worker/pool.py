@@ -129,6 +129,8 @@ class TrainerPool:
             self._resting = [r for r in self._resting if r not in tired and r not in dead]
             surplus = self._surplus()
             lack = min(self._spares - len(spares) + len(dead), self._most() - len(self._resting))
+            if self.at_work:  # one after the other: an import takes a core, which those at work may need
+                lack = min(lack, int(all(spare.trainer.ready for spare in spares if spare not in dead)))
         for resting in (*tired, *dead, *surplus):
             resting.trainer.kill()
         if dead:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 from gpu_worker import guardian
@@ -65,7 +66,21 @@ def worker_cache(data_dir: Path, device: Device) -> Path:
 def trainer_environment(device: str, cache: Path) -> dict[str, str]:
     """What a trainer is told by its environment; `cache` is this worker's own, so that no two trainers race in it."""
     ours = {"LORAQ_DEVICE": device, CACHE: str(cache), "PYTHONUNBUFFERED": "1", MPS_PIPES: NO_MPS}
-    return {**os.environ, **ours}
+    return {**os.environ, **ours, **_bytecode(cache)}
+
+
+def _bytecode(cache: Path) -> dict[str, str]:
+    """Has the next trainer find compiled what one has imported, where nothing is kept beside the source.
+
+    Images of containers often forbid that (PYTHONDONTWRITEBYTECODE): each import of torch and Unsloth then compiles
+    thousands of files anew.
+    """
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None or Path(cache_from_source(torch.origin)).exists():
+        return {}
+    if not sys.dont_write_bytecode and os.access(Path(torch.origin).parent, os.W_OK):
+        return {}
+    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache / "bytecode")}
 
 
 class TrainerProcess:
@@ -113,6 +128,7 @@ class TrainerProcess:
         self._unsent = b""  # of the request
         self._ended = False
         self.rested = False  # it has been without a job for a while
+        self.ready = False  # it has imported everything
 
     # -- telling
 
@@ -186,13 +202,14 @@ class TrainerProcess:
             found.append(Ended(self._clean_up()))
         return found
 
-    @staticmethod
-    def _event(line: bytes) -> Message:
+    def _event(self, line: bytes) -> Message:
         """Half an event, of a trainer that was killed while it wrote, is no more than a line of its log."""
         try:
-            return decode(line)
+            event = decode(line)
         except ValueError:
             return LogLine(f"not an event: {line[:MAX_LINE]!r}")
+        self.ready |= isinstance(event, Ready)
+        return event
 
     def _log_lines(self) -> list[str]:
         lines = []

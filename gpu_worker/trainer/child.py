@@ -7,6 +7,7 @@ A trainer that cannot give its memory back, or that failed in a way nobody fores
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -41,6 +42,7 @@ QUIET = {
     "datasets": logging.WARNING,
 }
 """Loggers whose words at import stood first in every job's log, and are of no use to whoever reads it."""
+BLOCKING_SYNC = 4  # CU_CTX_SCHED_BLOCKING_SYNC, of cuda.h
 Emit = Callable[[Event], None]
 
 
@@ -50,6 +52,8 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True)
     requests, emit = _channels()
     _environment()
+    if os.environ.get("LORAQ_DEVICE") == "gpu":
+        _sleep_on_gpu()
     _import()
     from gpu_worker.trainer import checkpoint, usage
     from gpu_worker.trainer import model as models
@@ -117,6 +121,21 @@ def _environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
+
+
+def _sleep_on_gpu() -> None:
+    """Has CUDA let threads sleep that wait for the GPU: else each job of those that share it keeps a core busy so.
+
+    PyTorch has no switch for it. It is to be said before there is a context.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # the import will say what is missing
+        return
+    device = ctypes.c_int()
+    error = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0)
+    if error := error or cuda.cuDevicePrimaryCtxSetFlags_v2(device, BLOCKING_SYNC):
+        log.warning("threads that wait for the GPU keep a core busy: CUDA error %d", error)
 
 
 def _import() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from gpu_worker import worker as workers
 from gpu_worker.admission import Admission, grown
 from gpu_worker.gpu import Device
 from gpu_worker.main import FIRST_DELAY_S, LAST_DELAY_S, Served
+from gpu_worker.pool import TrainerPool
 from gpu_worker.serve import Server
 from gpu_worker.worker import FIRST_PAUSE_S, Worker
 from jobqueue.broker import make_app
@@ -166,6 +168,35 @@ def test_a_resting_trainer_waits_for_the_job_that_has_the_whole_card_and_does_no
         other.kill()
     finally:
         worker.pool.close()
+
+
+def test_beside_a_job_one_spare_is_imported_after_the_other(tmp_path: Path) -> None:
+    """Sixteen at once took the cores from the jobs that they were to follow."""
+    ready = tmp_path / "ready"
+    code = f"""
+import os, time
+while not os.path.exists({str(ready)!r}): time.sleep(0.01)
+os.write(int(os.environ["LORAQ_EVENTS_FD"]), b'{{"type": "ready", "versions": {{}}}}\\n')
+time.sleep(60)
+"""
+    pool = TrainerPool({**os.environ}, tmp_path, 0.2, [sys.executable, "-c", code], spares=3, most=lambda: 3)
+    at_work = pool.take("/stub/a")
+    try:
+        pool.tend()
+        pool.tend()
+        assert pool.resting == 1, "the next waits until this one is ready"
+        ready.touch()
+        wait_for(lambda: pool.tend() or pool.resting == 3, SOON_S, "one after the other")
+
+        ready.unlink()
+        pool.give_back(pool.take("/stub/b"), "/stub/b", clean=False)
+        pool.give_back(at_work, "/stub/a", clean=False)
+        pool.close()
+        pool.tend()
+        assert pool.resting == 3, "nobody is disturbed"
+    finally:
+        at_work.kill()
+        pool.close()
 
 
 @pytest.mark.parametrize("slots", [1, 16])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import signal
+import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -320,3 +323,26 @@ def test_hosts_that_share_a_home_do_not_share_what_is_a_machine_s_own(
     assert worker_cache(tmp_path, Device("gpu", "a GPU", index=0)) in found, (
         "in containers one for all that start there"
     )
+
+
+def test_trainers_keep_what_they_compile_where_the_environment_forbids_it_beside_the_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a container each of sixteen trainers compiled all of torch and Unsloth anew, half a minute of a core each."""
+    source = tmp_path / "site" / "torch"
+    source.mkdir(parents=True)
+    (source / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(source.parent))
+    monkeypatch.setattr(trainer_process, "find_spec", PathFinder.find_spec)  # not by what this process has imported
+    importing = [sys.executable, "-c", "import torch"]
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    environment = trainer_environment("cpu", tmp_path / "cache")
+    subprocess.run(importing, env={**environment, "PYTHONPATH": str(source.parent)}, check=True)
+    assert list((tmp_path / "cache" / "bytecode").rglob("torch/__init__.*.pyc"))
+    assert not list(source.rglob("*.pyc"))
+
+    py_compile.compile(str(source / "__init__.py"))  # as pip does when it installs
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert "PYTHONPYCACHEPREFIX" not in trainer_environment("cpu", tmp_path / "cache")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,3 +101,21 @@ def test_unsloth_is_imported_first_and_no_import_is_looked_at_for_garbage() -> N
     assert words[:2] == ["first", "unsloth"]
     assert int(words[3]) > 100_000
     assert words[5] == "True"
+
+
+def test_threads_that_wait_for_the_gpu_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said to CUDA's driver, by a library of its name, before anything makes a context."""
+    source, driver = tmp_path / "cuda.c", tmp_path / "libcuda.so.1"
+    source.write_text("""
+int flags = -1;
+int cuInit(unsigned int flags) { return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = 7 + ordinal; return 0; }
+int cuDevicePrimaryCtxSetFlags_v2(int device, unsigned int wanted) { flags = wanted; return device == 7 ? 0 : 101; }
+""")
+    subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", "-o", driver, source], check=True)
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(str(tmp_path / name)))
+
+    child._sleep_on_gpu()
+
+    assert ctypes.c_int.in_dll(load(str(driver)), "flags").value == 4, "CU_CTX_SCHED_BLOCKING_SYNC"
