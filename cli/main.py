@@ -31,6 +31,7 @@ COMMANDS = {
     "ls": ("cli.control", "List batches, or the jobs of one."),
     "show": ("cli.show", "Show a batch or a job in full."),
     "watch": ("cli.watch", "Follow a batch until it has ended."),
+    "top": ("cli.top", "Show workers, what runs and what waits, refreshed."),
     "logs": ("cli.logs", "Show what a job has printed."),
     "results": ("cli.results", "Show which trial is better, by how much, and what it cost."),
     "ask": ("cli.ask", "Ask a trial's base model and its adapter the same, and show both answers."),

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import click
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jobqueue.job import Batch, Job, JobState
+from jobqueue.job import Batch, Job, JobState, WorkerInfo
 
 WIDE = 10_000
 """Columns of an output that is no terminal: a file or a pipe gets whole lines."""
@@ -76,6 +77,13 @@ def memory(count: float | None) -> str:
     if not count:
         return NONE
     return f"{count / 2**30:.1f} GiB" if count >= 0.1 * 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def of_memory(used: float | None, most: float | None) -> str:
+    """`3.1/5.0 GiB`, or as much of it as is known."""
+    if not used or not most:
+        return memory(used) if used else ""
+    return f"{used / 2**30:.1f}/{memory(most)}" if most >= 0.1 * 2**30 else f"{used / 2**20:.0f}/{memory(most)}"
 
 
 def duration(seconds: float | None) -> str:
@@ -147,6 +155,10 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural}"
 
 
+def bar(done: float, total: float, width: int = 16) -> ProgressBar:
+    return ProgressBar(total=total, completed=done, width=width)
+
+
 # --- Jobs -------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +168,15 @@ def state(job: Job) -> Text:
         return Text("stopping", "yellow")
     why = f" ({job.reason})" if job.reason and job.state is JobState.FAILED else ""
     return Text(f"{job.state}{why}", STATE_STYLES[job.state])
+
+
+def worker_state(worker: WorkerInfo) -> Text:
+    """What it does, or why it takes nothing."""
+    if not worker.alive:
+        return Text("silent", "bold red")
+    if worker.note:
+        return Text(worker.note, "yellow")
+    return Text("at work", "bold blue") if worker.running else Text("idle", "green")
 
 
 def batch_state(value: JobState) -> Text:
@@ -212,11 +233,13 @@ class Column:
     header: str
     right: bool = False
     wrap: bool = False  # may break at spaces, where it is longer than WRAP; nothing else is ever broken
+    cut: int = 0  # may be cut to so many characters, with an ellipsis; 0: never
     rank: int = 0  # the higher, the sooner it goes where the terminal is too narrow; 0 always stays
     below: str | None = None  # header of the column in whose cells it stands as a second line, where room is short
 
 
 Row = Sequence[RenderableType]
+Section = tuple[list[Column], list[list[RenderableType]]]
 
 
 def table(out: Console, columns: Sequence[Column], rows: Sequence[Row], *, header: bool = True) -> Table:
@@ -234,13 +257,21 @@ def table(out: Console, columns: Sequence[Column], rows: Sequence[Row], *, heade
     for i in sorted(range(len(shown)), key=lambda i: shown[i].rank):
         if not shown[i].rank or _width([sizes[j] for j in (*kept, i)]) <= out.width:
             kept = sorted([*kept, i])
-    out.width = max(out.width, sum(sizes[i].minimum + GAP for i in kept) - GAP)  # better the terminal breaks the line
+    least = sum(sizes[i].minimum + GAP for i in kept) - GAP
+    if least > out.width:  # better the terminal breaks the line; else it is left alone, and follows the terminal's
+        out.width = least
     made = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=header, header_style="bold")
     for i in kept:
-        column, least = shown[i], sizes[i].minimum
+        column = shown[i]
         justify: Literal["left", "right"] = "right" if column.right else "left"
-        made.add_column(column.header, justify=justify, no_wrap=not column.wrap, min_width=least)
+        made.add_column(
+            column.header, justify=justify, no_wrap=not (column.wrap or column.cut), min_width=sizes[i].minimum
+        )
     for row in cells:
+        for i in kept:
+            cell = row[i]
+            if shown[i].cut and isinstance(cell, Text):
+                cell.no_wrap, cell.overflow = True, "ellipsis"
         made.add_row(*(row[i] for i in kept))
     left_out = [" ".join(shown[i].header.split()) for i in range(len(shown)) if i not in kept and shown[i].header]
     if left_out:
@@ -282,4 +313,6 @@ def _size(out: Console, column: Column, cells: Sequence[RenderableType], header:
     title = [Text(column.header)] if header else []
     sizes = [Measurement.get(out, out.options.update(width=WIDE), cell) for cell in [*title, *cells]]
     most = max((size.maximum for size in sizes), default=0)
+    if column.cut:
+        return Measurement(min(column.cut, most), min(column.cut, most))
     return Measurement(max((size.minimum for size in sizes), default=0) if column.wrap else most, most)

@@ -60,21 +60,16 @@ def find(client: Client, target: str) -> Batch | Job:
 
 def _waits_for(client: Client, job: Job) -> str:
     """The jobs that it still waits for, or what else keeps it from running."""
-    from cli.render import memory
     from jobqueue.job import JobState
+    from jobqueue.overview import waits_for
 
-    if job.state is JobState.QUEUED:
-        living = [worker.usable_bytes for worker in client.workers() if worker.alive and worker.device != "control"]
-        if not job.kind.control and (not living or job.need_bytes > max(living)):
-            return f"a larger worker: the largest that lives has {memory(max(living))}" if living else "a worker"
-    if job.state is not JobState.WAITING:
-        return ""
-    if job.waits and job.batch and job.kind.control:
+    if job.state is JobState.WAITING and job.batch and job.kind.control:
         others = [other.id for other in client.jobs(job.batch) if other.id != job.id and not other.state.final]
         return " ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    if job.waits:
-        return str(job.spec.get("adapter_job") or f"{job.waits} jobs")
-    return "a worker's estimate of its memory"
+    if job.state is JobState.RUNNING or job.state.final:
+        return ""
+    seen = client.overview(most=0)
+    return waits_for(job, seen.workers, seen.held_classes, seen.now)
 
 
 def _print_batch(out: Console, batch: Batch, jobs: Sequence[Job]) -> None:

@@ -141,10 +141,11 @@ def _mark(targets: Sequence[str], undo: bool, as_json: bool) -> None:
 @as_json_option
 def workers(as_json: bool) -> None:
     """List the workers, what they run, and why one takes nothing."""
-    from cli.render import Column, age, console, memory, print_json, table
+    from cli.render import Column, age, console, memory, print_json, table, worker_state
 
     client = connect()
-    found, held = client.workers(), client.store.marked("held_classes")
+    seen = client.overview(most=0)
+    found, held = seen.workers, seen.held_classes
     for warning in client.warnings():
         console(stderr=True).print(f"warning: {warning}", style="yellow")
     if as_json:
@@ -164,13 +165,10 @@ def workers(as_json: bool) -> None:
     ]
     rows: list[list[RenderableType]] = []
     for worker in found:
-        state = worker.note or ("at work" if worker.running else "idle") if worker.alive else "silent"
         usable = memory(worker.usable_bytes) if worker.usable_bytes else ""
         slots = f"{worker.slots} {worker.share}" if worker.slots > 1 else str(worker.slots)
-        running = " ".join(worker.running)
-        rows.append([worker.id, worker.device, usable, slots.strip(), state, running, age(worker.seen_at)])
+        running, seen_at = " ".join(worker.running), age(worker.seen_at)
+        rows.append([worker.id, worker.device, usable, slots.strip(), worker_state(worker), running, seen_at])
     console().print(table(console(), columns, rows))
     if held:
-        console().print(
-            f"Held, so that nothing of it starts: {', '.join(sorted(held))} (`loraq release`).", style="yellow"
-        )
+        console().print(f"Held, so that nothing of it starts: {', '.join(held)} (`loraq release`).", style="yellow")

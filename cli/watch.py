@@ -15,6 +15,7 @@ from cli.main import connect
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from cli.render import Section
     from jobqueue.job import Batch, Job
     from jobqueue.service import Client
 
@@ -129,13 +130,13 @@ def _follow_on_terminal(out: Console, looks: Iterator[list[Job]]) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    changes, pace = _Changes(), Pace()
+    changes = _Changes()
     with Live(Text(""), console=out, auto_refresh=False, transient=True) as live:
         for jobs in looks:
             for job, text in changes.since(jobs):
                 if job.state.final:
                     out.print(f"{job.id}: {text}", style="red" if job.message else "green")
-            live.update(running_table(out, jobs, pace), refresh=True)
+            live.update(running_table(out, jobs), refresh=True)
 
 
 class _Changes:
@@ -174,59 +175,51 @@ def _happened(job: Job) -> str:
     return f"{text}{took}: {job.message}" if job.message else text + took
 
 
-class Pace:
-    """How long running jobs still take, from the steps seen since the watching began."""
-
-    def __init__(self) -> None:
-        self._first: dict[str, tuple[object, int, float]] = {}
-
-    def left_s(self, job: Job, now: float) -> float | None:
-        """Seconds until the job's phase is done; None until two looks saw it move."""
-        step, steps = job.progress.get("step"), job.progress.get("steps")
-        if step is None or not steps:
-            return None
-        phase = (job.attempt, job.progress.get("phase"))
-        known, first_step, first_at = self._first.setdefault(job.id, (phase, step, now))
-        if known != phase:
-            self._first[job.id] = (phase, step, now)
-            return None
-        return (steps - step) * (now - first_at) / (step - first_step) if step > first_step else None
-
-
-def running_table(out: Console, jobs: Sequence[Job], pace: Pace) -> RenderableType:
-    """One line per running job, and how many there are of the others."""
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
+def running_cells(jobs: Sequence[Job], now: float, *, everywhere: bool = False, bars: bool = True) -> Section:
+    """One row per running job, of one batch or of everywhere; `now` is in seconds since the epoch."""
     from rich.text import Text
 
-    from cli.render import Column, counts, duration, memory, number, state, step, table
-    from jobqueue.job import JobState
+    from cli.render import Column, bar, duration, number, of_memory, state, step
+    from jobqueue.overview import left_s
 
     columns = [
         Column("job"),
-        Column("trial", wrap=True, rank=5),
+        Column("trial", cut=16, rank=12) if everywhere else Column("trial", wrap=True, rank=5),
         Column("phase"),
-        Column("", rank=8),
+        Column("", rank=10),
         Column("step", right=True, rank=1),
         Column("loss", right=True, rank=3),
         Column("tokens/s", right=True, rank=7),
         Column("memory", right=True, rank=6),
+        Column("took", right=True, rank=9),
         Column("left", right=True, rank=2),
+        Column("worker", rank=4 if everywhere else 8),
+        Column("owner", rank=8 if everywhere else 11),
     ]
     rows: list[list[RenderableType]] = []
     for job in jobs:
-        if job.state is not JobState.RUNNING:
-            continue
         p = job.progress
         phase = state(job) if job.cancel_requested else Text(str(p.get("phase", "start")))
-        bar = ProgressBar(total=p["steps"], completed=p.get("step") or 0, width=16) if p.get("steps") else ""
+        done = bar(p.get("step") or 0, p["steps"]) if bars and p.get("steps") else ""
         loss = number(p.get("loss"), 3) if p.get("loss") is not None else ""
         tokens = number(p.get("tokens_per_s")) if p.get("tokens_per_s") else ""
-        held = memory(p.get("reserved_bytes")) if p.get("reserved_bytes") else ""
-        left_s = pace.left_s(job, time.monotonic())
-        left = duration(left_s) if left_s is not None else ""
-        rows.append([job.id, job.trial, phase, bar, step(p), loss, tokens, held, left])
-    summary = Text(counts(Counter(job.state for job in jobs)), "bold")
+        held = of_memory(p.get("peak_bytes") or p.get("reserved_bytes"), p.get("promised_bytes"))
+        left = duration(left_s(p)) if left_s(p) is not None else ""
+        took = duration(now - job.claimed_at)
+        rows.append([job.id, job.trial, phase, done, step(p), loss, tokens, held, took, left, job.worker, job.owner])
+    return columns, rows
+
+
+def running_table(out: Console, jobs: Sequence[Job]) -> RenderableType:
+    """One line per running job of a batch, and how many there are of the others."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from cli.render import counts, table
+    from jobqueue.job import JobState
+
+    columns, rows = running_cells([job for job in jobs if job.state is JobState.RUNNING], time.time())
     room = max(1, out.height - 4)
     more = [Text(f"and {len(rows) - room} more running", "dim")] if len(rows) > room else []
+    summary = Text(counts(Counter(job.state for job in jobs)), "bold")
     return Group(*([table(out, columns, rows[:room])] if rows else []), *more, summary)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from gpu_worker.admission import Admission
@@ -18,6 +19,7 @@ from gpu_worker.confine import check_source
 from gpu_worker.health import Watch
 from gpu_worker.journal import Journal
 from gpu_worker.lease import Lease
+from gpu_worker.pace import Pace
 from gpu_worker.patience import DrainedError, Patience
 from gpu_worker.pool import TrainerPool
 from gpu_worker.protocol import Answer, Checkpoint, Failed, Progress, Request, Result
@@ -28,7 +30,7 @@ from jobqueue.adapters import STORED
 from jobqueue.archive import Lookup
 from jobqueue.errors import ArchivedError, LoraqError, StaleAttemptError, StorageError
 from jobqueue.job import Claim, FailureReason, Job, JobState, Settlement
-from jobqueue.memory import GIB, kind_of
+from jobqueue.memory import CONTEXT, GIB, kind_of
 from jobqueue.settings import Settings
 from jobqueue.storage import Published, Storage, attempt_folder
 from jobqueue.store import Store
@@ -270,15 +272,17 @@ class Attempt:
         stop = Stop(
             self._lease, self._draining, self._keeper, trainer, self._watch, self._settings, timeout_minutes, mps
         )
+        context_bytes = CONTEXT if self._watch.limits else 0
+        pace = Pace(partial(self._admission.budget, self._claim.nonce), context_bytes)
         while True:
             for message in trainer.messages(seconds=0.5):
                 stop.heard_at = time.monotonic()
                 if isinstance(message, LogLine):
                     journal.line(message.text)
                 elif isinstance(message, Progress):
-                    journal.event(message)
                     if message.budget_bytes is not None:
                         self._admission.lower(self._claim.nonce, message.budget_bytes)
+                    journal.event(pace.seen(message, time.monotonic()))
                     stop.can_save = message.phase == "train"
                 elif isinstance(message, Answer):
                     journal.event(message)

@@ -105,6 +105,18 @@ def choose(wanted: list[str]) -> list[Device]:
 
 
 @dataclass(frozen=True)
+class Load:
+    """How busy a device is, for people to see; 0 or None for what it does not tell."""
+
+    total_bytes: int = 0
+    used_bytes: int = 0
+    utilization: int | None = None  # percent of the last moments in which it computed
+    temperature_c: int | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+
+
+@dataclass(frozen=True)
 class Reading:
     """One look at a card."""
 
@@ -115,6 +127,7 @@ class Reading:
     uncorrected: int = 0  # ECC errors that could not be corrected, since the last reset
     recovery: str | None = None  # what the driver says must be done, "" for nothing; None: it does not say
     xids: tuple[int, ...] = ()  # critical events since the look before
+    load: Load = Load()
 
 
 class CardError(Exception):
@@ -148,14 +161,16 @@ class Card:
                 if again == held:
                     break
                 held = again
+            reserved = _where_told(nvml, lambda: int(_memory_v2(nvml, device).reserved), 0)
             return Reading(
                 total_bytes=int(memory.total),
                 free_bytes=int(memory.free),
                 held=held,
-                reserved_bytes=_where_told(nvml, lambda: int(_memory_v2(nvml, device).reserved), 0),
+                reserved_bytes=reserved,
                 uncorrected=_where_told(nvml, lambda: _uncorrected(nvml, device), 0),
                 recovery=_where_told(nvml, lambda: _recovery(nvml, device), None),
                 xids=tuple(_xids(nvml, events)) if events is not None else (),
+                load=_load(nvml, device, int(memory.total), int(memory.total - memory.free) - reserved),
             )
         except pynvml.NVMLError as error:
             self.close()
@@ -238,6 +253,29 @@ def _recovery(nvml: Any, device: Any) -> str | None:
     if value.nvmlReturn != nvml.NVML_SUCCESS:
         return None
     return RECOVERY.get(int(value.value.uiVal), "a recovery that this release does not know")
+
+
+def _load(nvml: Any, device: Any, total_bytes: int, used_bytes: int) -> Load:
+    def gauge(ask: Callable[[], Answer]) -> Answer | None:
+        try:
+            return ask()
+        except nvml.NVMLError:  # nothing that a job depends on
+            return None
+
+    return Load(
+        total_bytes=total_bytes,
+        used_bytes=max(0, used_bytes),
+        utilization=gauge(lambda: int(nvml.nvmlDeviceGetUtilizationRates(device).gpu)),
+        temperature_c=gauge(lambda: int(nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU))),
+        power_w=gauge(lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1000),
+        power_limit_w=gauge(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000),
+    )
+
+
+def machine_load() -> Load:
+    """Of this machine's processors, since it was last asked, and main memory."""
+    memory = psutil.virtual_memory()
+    return Load(int(memory.total), int(memory.total - memory.available), round(psutil.cpu_percent()))
 
 
 def usable(total_bytes: int, free_bytes: int, ours_bytes: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from gpu_worker.gpu import Card, CardError, Device, Reading, main_memory_bytes, usable
+from gpu_worker.gpu import Card, CardError, Device, Load, Reading, machine_load, main_memory_bytes, usable
 from gpu_worker.marks import DAEMON, mark_of
 from jobqueue.memory import GIB
 
@@ -164,6 +164,10 @@ class Watch(Protocol):
     def health(self) -> Health:
         """By the last look, a few seconds ago at most."""
 
+    @property
+    def load(self) -> Load:
+        """How busy it is, by the last look."""
+
     def look(self) -> Health:
         """Now."""
 
@@ -178,6 +182,10 @@ class MainMemory:
 
     def __init__(self, usable_bytes: int) -> None:
         self.health = Health(usable_bytes)
+
+    @property
+    def load(self) -> Load:
+        return machine_load() if self.health.usable_bytes else Load()
 
     def look(self) -> Health:
         return self.health
@@ -206,6 +214,7 @@ class CardWatch:
     ) -> None:
         self._card, self._mark_of, self._alive, self._clock = card, mark_of, alive, clock
         self._health = self._said = Health()
+        self.load = Load()
         self._held: Mapping[int, int] = {}
         self._marks: dict[int, str] = {}  # of processes of ours that hold memory, also when they have ended
         self._wanted = threading.Event()
@@ -244,8 +253,9 @@ class CardWatch:
         try:
             seen = self._card.read()
         except CardError as error:
-            seen, ours = error, NOBODY
+            seen, ours, self.load = error, NOBODY, Load()
         else:
+            self.load = seen.load
             marks = {pid: self._mark_of(pid) or self._marks.get(pid) for pid in seen.held}
             self._held, self._marks = seen.held, {pid: mark for pid, mark in marks.items() if mark}
             alive = {pid: seen.held[pid] for pid in self._marks if psutil.pid_exists(pid)}

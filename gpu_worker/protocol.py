@@ -55,6 +55,9 @@ class Progress:
     tokens_per_s: float | None = None
     reserved_bytes: int | None = None  # GPU memory that the trainer's allocator holds now
     budget_bytes: int | None = None  # what the job will hold itself to from now on, at most what it was given
+    seconds_per_step: float | None = None  # this and what follows is added by the worker, see gpu_worker/pace.py
+    peak_bytes: int | None = None  # the most memory that the attempt was seen to hold, the CUDA context included
+    promised_bytes: int | None = None  # of that at most
     type: Literal["progress"] = "progress"
 
 

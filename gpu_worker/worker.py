@@ -8,6 +8,7 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import asdict
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Literal
@@ -274,6 +275,8 @@ class Worker:
             "running": sorted(self._running.values()),
             "note": self.note(),
             "every_s": self.settings.heartbeat_s,
+            "promised_bytes": self._admission.promised,
+            **asdict(self._watch.load),
         }
 
     @property

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from jobqueue.memory import memory_class
+SILENT_HEARTBEATS = 3  # a worker that has missed so many is not alive
 
 
 class JobState(StrEnum):
@@ -138,6 +138,7 @@ class Job:
     cancel_requested: bool
     waits: int  # jobs that it still waits for
     rung: int = 0  # of its ladder of splits, where the next attempt begins; see jobqueue/microbatch.py
+    queue: str = ""  # the memory class it waits in; "" while its size is not known
     held: bool = False  # not to be claimed until it is released
     needs: tuple[str, ...] = ()  # jobs that had to succeed before it
     progress: dict[str, Any] = field(default_factory=dict)  # the last progress event
@@ -145,17 +146,6 @@ class Job:
         default_factory=dict
     )  # what a succeeded job reports; of another the `last_lines` of its log
     history: list[dict[str, Any]] = field(default_factory=list)  # ended attempts, oldest first
-
-    @property
-    def queue(self) -> str:
-        """The memory class it waits in; "" while its size is not known."""
-        if self.kind is JobKind.PREVIEW:
-            return "preview"
-        if self.kind.control:
-            return "control"
-        if self.spec.get("resources", {}).get("device") == "cpu":
-            return "cpu"
-        return memory_class(self.need_bytes) if self.need_bytes else ""
 
     @property
     def seconds(self) -> float:
@@ -195,6 +185,7 @@ class Job:
             cancel_requested=record.get("cancel") == "1",
             waits=int(number("waits")),
             rung=int(number("rung")),
+            queue=record.get("queue", ""),
             held=record.get("hold") == "1",
             needs=tuple(parsed("needs", [])),
             progress=parsed("progress", {}),
@@ -249,3 +240,27 @@ class WorkerInfo:
     note: str = ""  # why it takes no job, where that is so
     share: str = ""  # how its jobs share the GPU: mps, timeslice, off (one at a time); "" where there is none
     versions: Mapping[str, str] = field(default_factory=dict)
+    # Of the device as it last looked, 0 or None where it does not say:
+    total_bytes: int = 0
+    used_bytes: int = 0
+    promised_bytes: int = 0  # to the jobs that run, together
+    utilization: int | None = None  # percent of a moment in which it computed
+    temperature_c: int | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+
+    @classmethod
+    def from_record(cls, worker_id: str, record: str, now: float) -> WorkerInfo:
+        """The entry of `{loraq}:workers`; without what newer releases add."""
+        seen, _, text = record.partition(" ")
+        info = json.loads(text)
+        # what was said in the future was said before the clock went back
+        silent_s = abs(now - float(seen) / 1000)
+        known = {field.name for field in fields(cls)}
+        return cls(
+            id=worker_id,
+            seen_at=float(seen) / 1000,
+            alive=silent_s <= SILENT_HEARTBEATS * info.pop("every_s"),
+            running=tuple(info.pop("running")),
+            **{name: value for name, value in info.items() if name in known},
+        )

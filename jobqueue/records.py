@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import Any, Literal, cast
 
 from jobqueue.connection import Connection
 from jobqueue.errors import ArchivedError, NotFoundError
 from jobqueue.events import Event
 from jobqueue.job import Batch, Job, JobState, WorkerInfo
+from jobqueue.overview import Overview
 
 PREFIX = "{loraq}:"
-SILENT_HEARTBEATS = 3  # a worker that has missed so many is not alive
 
 
 class Records(Connection):
@@ -122,22 +121,11 @@ class Records(Connection):
         now = self._clock()
         with self._errors():
             records = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}workers"))
-        found, known = [], {field.name for field in fields(WorkerInfo)}
-        for worker_id, record in sorted(records.items()):
-            seen, _, text = record.partition(" ")
-            info = json.loads(text)
-            # what was said in the future was said before the clock went back
-            silent_s = abs(now - float(seen) / 1000)
-            found.append(
-                WorkerInfo(
-                    id=worker_id,
-                    seen_at=float(seen) / 1000,
-                    alive=silent_s <= SILENT_HEARTBEATS * info.pop("every_s"),
-                    running=tuple(info.pop("running")),
-                    **{name: value for name, value in info.items() if name in known},  # not what newer releases add
-                )
-            )
-        return found
+        return [WorkerInfo.from_record(worker_id, record, now) for worker_id, record in sorted(records.items())]
+
+    def overview(self, owner: str, host: str, most: int) -> Overview:
+        """The whole cluster, in one call that changes nothing; see `Client.overview`."""
+        return Overview.from_answer(json.loads(self._call("overview", owner, host, most)), owner, host)
 
     def correction(self, kind: str) -> float:
         """What an estimate for that kind of job is to be multiplied with; 1 where none has been measured."""

@@ -20,6 +20,7 @@ from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
 from jobqueue.job import Batch, Job, JobKind, WorkerInfo
 from jobqueue.memory import all_classes
+from jobqueue.overview import Overview
 from jobqueue.plan import Plan, make_plan
 from jobqueue.ratings import Ratings
 from jobqueue.results import BatchReport
@@ -40,6 +41,7 @@ UploadProgress = Callable[[Path, int, int], None]
 
 PREVIEW_S = 60.0  # until a worker begins, and until it ends
 NEWEST = 100  # batches that are listed
+LISTED = 200  # jobs in each list of an overview
 
 
 class Client:
@@ -203,6 +205,16 @@ class Client:
 
     def workers(self) -> list[WorkerInfo]:
         return self.store.workers()
+
+    def overview(self, owner: str = "", host: str = "", most: int = LISTED) -> Overview:
+        """Workers, what runs and what waits, as they are at one moment: one cheap call of the server.
+
+        Args:
+            owner: only this one's jobs.
+            host: only this host's, or worker's, workers and what runs there.
+            most: jobs in each of its two lists; counts are of all. The server reads so many records in one go.
+        """
+        return self.store.overview(owner, host, most)
 
     def events(self, job_id: str, after: str = "0", block_s: float = 0) -> list[Event]:
         """At most 1,000 entries of a job's stream after the one of that id; waits up to `block_s` for one."""

@@ -12,11 +12,13 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:submits             hash    key of a submit -> the batch that it made
   {loraq}:batches             zset    names by submission T
   {loraq}:archived            zset    names of batches that are in the storage alone, by the T at which they went there
-  {loraq}:queue:<q>:<owner>   zset    queued jobs of an owner in a memory class; see `place`
+  {loraq}:queue:<q>:<owner>   zset    queued jobs of an owner in a memory class; for those who look, `waiting` and `held` are two more
   {loraq}:owners:<q>          set     owners that have a job in that class
   {loraq}:queues              set     classes that have ever held a job
   {loraq}:delayed             zset    queued jobs that may not be claimed before T
   {loraq}:running             zset    running jobs by the T at which their lease ends
+  {loraq}:open                hash    kind of job -> how many of them have not ended
+  {loraq}:ended               zset    ends of jobs lately, "<kind> <state> <seconds> <id>:<attempt> <owner>", by their T
   {loraq}:claims              hash    nonce of a claim -> the job that runs by it
   {loraq}:held_classes        set     memory classes of which nothing is claimed
   {loraq}:drained             set     workers, and hosts, that claim nothing
@@ -48,6 +50,7 @@ local TURN = 10 * 60 * 1000 -- after which another device may be kept free inste
 local MOST_CORRECTION = 2 -- of an estimate: what is further off is something else than its constants
 local GPU_ALIVE = 30 * 1000 -- a GPU worker that has been silent for longer does not keep CPU workers away
 local ANSWERS_KEPT = 24 * 3600 * 1000 -- after their end
+local LATELY = 3600 * 1000
 local FORGET = 24 * 3600 * 1000 -- of silent workers
 local SOON_FORGOTTEN = { ask = true, preview = true }
 local FINAL = { succeeded = true, failed = true, cancelled = true }
@@ -112,25 +115,36 @@ local function quiet(now, lease)
   return now < till
 end
 
--- Into its class, in the order of priority (higher first), then of submission.
-local function place(id)
-  local queue, owner, priority, seq = unpack(redis.call('HMGET', key(id), 'queue', 'owner', 'priority', 'seq'))
+-- Into a queue, in the order of priority (higher first), then of submission.
+local function place(id, queue)
+  local owner, priority, seq = unpack(redis.call('HMGET', key(id), 'owner', 'priority', 'seq'))
   redis.call('ZADD', P .. 'queue:' .. queue .. ':' .. owner, -priority * 2 ^ 43 + seq, id)
   redis.call('SADD', P .. 'owners:' .. queue, owner)
+end
+
+-- Into its class, from where it can be claimed.
+local function offer(id)
+  local queue = field(id, 'queue')
+  place(id, queue)
   redis.call('SADD', P .. 'queues', queue)
   return queue
 end
 
+-- Out of whichever queue it is in.
 local function unplace(id)
   local queue, owner = unpack(redis.call('HMGET', key(id), 'queue', 'owner'))
-  redis.call('ZREM', P .. 'queue:' .. queue .. ':' .. owner, id)
+  for _, name in ipairs({ queue, 'waiting', 'held' }) do
+    redis.call('ZREM', P .. 'queue:' .. name .. ':' .. owner, id)
+  end
   redis.call('ZREM', P .. 'delayed', id)
 end
 
 -- Queued, now or from `not_before` on, or held. Returns the class to wake, or nil.
 local function enqueue(id, now, not_before)
+  unplace(id)
   if field(id, 'hold') == '1' then
     redis.call('HSET', key(id), 'state', 'held', 'not_before', not_before)
+    place(id, 'held')
     return nil
   end
   redis.call('HSET', key(id), 'state', 'queued', 'queued_at', now, 'not_before', not_before)
@@ -138,7 +152,7 @@ local function enqueue(id, now, not_before)
     redis.call('ZADD', P .. 'delayed', not_before, id)
     return nil
   end
-  return place(id)
+  return offer(id)
 end
 
 -- One thing less to wait for.
@@ -157,8 +171,13 @@ end
 
 -- The end of a job, and what it means for those that waited for it.
 local function finish(id, now, state, reason, message, woken)
+  unplace(id)
   redis.call('HSET', key(id), 'state', state, 'ended_at', now, 'reason', reason, 'message', message)
   redis.call('SREM', P .. 'unsized', id)
+  local kind, owner, claimed = unpack(redis.call('HMGET', key(id), 'kind', 'owner', 'claimed_at'))
+  local took = claimed == '0' and 0 or (now - claimed) / 1000
+  redis.call('HINCRBY', P .. 'open', kind, -1)
+  redis.call('ZADD', P .. 'ended', now, table.concat({ kind, state, took, id .. ':' .. number(id, 'attempt'), owner }, ' '))
   event(id, 'state', reason == '' and state or (state .. ': ' .. reason .. ': ' .. message))
   for _, other in ipairs(redis.call('SMEMBERS', key(id) .. ':then')) do
     if state == 'succeeded' then
@@ -171,7 +190,7 @@ local function finish(id, now, state, reason, message, woken)
     arrived(other, now, woken)
   end
   redis.call('DEL', key(id) .. ':then', key(id) .. ':finally')
-  if SOON_FORGOTTEN[field(id, 'kind')] then -- it is of no batch, with which it would go
+  if SOON_FORGOTTEN[kind] then -- it is of no batch, with which it would go
     for _, part in ipairs({ '', ':history', ':events' }) do redis.call('PEXPIRE', key(id) .. part, ANSWERS_KEPT) end
   end
 end
@@ -192,6 +211,8 @@ local function begin(id, needs, follows, now, woken)
     end
   end
   redis.call('HSET', key(id), 'state', 'waiting', 'waits', waits)
+  redis.call('HINCRBY', P .. 'open', field(id, 'kind'), 1)
+  place(id, 'waiting')
   arrived(id, now, woken)
 end
 
@@ -450,7 +471,6 @@ local function cancel(_, ids)
       redis.call('HSET', key(id), 'cancel', '1')
       asked[#asked + 1] = id
     elseif state == 'queued' or state == 'waiting' or state == 'held' then
-      if state == 'queued' then unplace(id) end
       finish(id, now, 'cancelled', '', 'on request', woken)
       asked[#asked + 1] = id
     end
@@ -469,6 +489,7 @@ local function hold(_, ids)
       if state == 'queued' then
         unplace(id)
         redis.call('HSET', key(id), 'state', 'held')
+        place(id, 'held')
       end
       changed[#changed + 1] = id
     end
@@ -497,6 +518,7 @@ local function retry(_, ids)
     if early then
       unplace(id)
       runs_no_more(id)
+      if not FINAL[state] then redis.call('HINCRBY', P .. 'open', kind, -1) end -- `begin` counts it again
     end
     local ended = FINAL[state] and not SOON_FORGOTTEN[kind] -- which will be forgotten soon
     if ended then redis.call('HSET', key(id), 'hold', '') end
@@ -605,7 +627,7 @@ local function sweep(_, args)
   end
   for _, id in ipairs(redis.call('ZRANGE', P .. 'delayed', '-inf', now, 'BYSCORE', 'LIMIT', 0, 100)) do
     redis.call('ZREM', P .. 'delayed', id)
-    if field(id, 'state') then place(id) end
+    if field(id, 'state') then offer(id) end
   end
   for _, queue in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
     local count = 0
@@ -619,6 +641,7 @@ local function sweep(_, args)
     if now - string.match(workers[i + 1], '^%d+') > FORGET then redis.call('HDEL', P .. 'workers', workers[i]) end
   end
   redis.call('ZREMRANGEBYSCORE', P .. 'gpu_workers', '-inf', now - FORGET)
+  redis.call('ZREMRANGEBYSCORE', P .. 'ended', '-inf', now - LATELY)
   local unsized = redis.call('SRANDMEMBER', P .. 'unsized', 200)
   return cjson.encode({ expired = expired, unsized = unsized, queues = queues })
 end
@@ -636,6 +659,112 @@ end
 local function leave(_, args) -- what it was to GPU_ALIVE it stays: it may be started again, and CPU workers need not begin
   redis.call('HDEL', P .. 'workers', args[1])
   return 1
+end
+
+-- What is shown of a job in a list: neither its spec nor what came of it, which are the most of a record.
+local SHOWN = { 'id', 'kind', 'state', 'batch', 'trial', 'owner', 'priority', 'queue', 'need', 'attempt', 'failures',
+  'submitted_at', 'queued_at', 'claimed_at', 'ended_at', 'not_before', 'worker', 'reason', 'message', 'cancel', 'waits',
+  'hold', 'needs', 'progress' }
+
+-- The first `most` of these jobs, those left out that are gone.
+local function records(ids, most)
+  local found = {}
+  for i = 1, math.min(most, #ids) do
+    local values, record = redis.call('HMGET', key(ids[i]), unpack(SHOWN)), {}
+    for j, name in ipairs(SHOWN) do
+      if values[j] ~= '' then record[name] = values[j] or nil end
+    end
+    if record.id then found[#found + 1] = record end
+  end
+  return found
+end
+
+-- Ids of what runs for that owner and on that host, worker by worker; and all that each worker runs.
+local function running_ids(owner, host)
+  local chosen, workers, busy = {}, {}, {}
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'running', 0, -1)) do
+    local of, worker = unpack(redis.call('HMGET', key(id), 'owner', 'worker'))
+    if worker then
+      busy[worker] = busy[worker] or {}
+      table.insert(busy[worker], id)
+      if (owner == '' or of == owner) and (host == '' or worker == host or string.match(worker, '^[^/]*') == host) then
+        chosen[#chosen + 1], workers[id] = id, worker
+      end
+    end
+  end
+  table.sort(chosen, function(a, b) return workers[a] .. ' ' .. a < workers[b] .. ' ' .. b end)
+  return chosen, busy
+end
+
+-- Ids of the first `most` jobs of these queues, by priority and submission; how many there are, and how many in each.
+local function queued_ids(queues, owner, most)
+  local heads, ids, all, each = {}, {}, 0, {}
+  for _, queue in ipairs(queues) do
+    for _, of in ipairs(owner ~= '' and { owner } or redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
+      local list = P .. 'queue:' .. queue .. ':' .. of
+      local count = redis.call('ZCARD', list)
+      if count > 0 then all, each[queue] = all + count, (each[queue] or 0) + count end
+      local found = most > 0 and redis.call('ZRANGE', list, 0, most - 1, 'WITHSCORES') or {}
+      for i = 1, #found, 2 do heads[#heads + 1] = { id = found[i], score = tonumber(found[i + 1]) } end
+    end
+  end
+  table.sort(heads, function(a, b) return a.score < b.score end)
+  for i = 1, math.min(most, #heads) do ids[i] = heads[i].id end
+  return ids, all, each
+end
+
+-- Ids of jobs that may not be claimed yet.
+local function delayed_ids(owner)
+  local ids = {}
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'delayed', 0, LOOK - 1)) do
+    if owner == '' or field(id, 'owner') == owner then ids[#ids + 1] = id end
+  end
+  return ids
+end
+
+-- How many jobs of each kind have ended lately and how, of the newest; and the seconds that their last attempts took
+-- together: {{kind, state, count, seconds}}
+local function ended_lately(owner, now)
+  local found, list = {}, {}
+  for _, word in ipairs(redis.call('ZRANGE', P .. 'ended', now, now - LATELY, 'BYSCORE', 'REV', 'LIMIT', 0, LOOK)) do
+    local kind, state, seconds, of = string.match(word, '^(%S+) (%S+) (%S+) %S+ (.*)$')
+    if owner == '' or of == owner then
+      local name = kind .. ' ' .. state
+      if not found[name] then
+        found[name] = { kind, state, 0, 0 }
+        list[#list + 1] = found[name]
+      end
+      found[name][3], found[name][4] = found[name][3] + 1, found[name][4] + seconds
+    end
+  end
+  return list
+end
+
+local function map(hash)
+  local flat, found = redis.call('HGETALL', P .. hash), {}
+  for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
+  return found
+end
+
+-- overview(owner or "", host or worker or "", most) -> JSON: the whole cluster in one look that changes nothing, see
+-- jobqueue/overview.py; `most` jobs in a list. What it costs grows with what runs and what is listed, not with what waits.
+local function overview(_, args)
+  local owner, host, most = args[1], args[2], tonumber(args[3])
+  local now = time()
+  local running, busy = running_ids(owner, host)
+  local queued, queued_count, classes = queued_ids(redis.call('SMEMBERS', P .. 'queues'), owner, most)
+  local delayed = delayed_ids(owner)
+  local held, held_count = queued_ids({ 'held' }, owner, math.max(0, most - #queued - #delayed))
+  local waiting, waiting_count = queued_ids({ 'waiting' }, owner, math.max(0, most - #queued - #delayed - #held))
+  return cjson.encode({
+    now = now, workers = map('workers'), busy = busy,
+    drained = redis.call('SMEMBERS', P .. 'drained'), held_classes = redis.call('SMEMBERS', P .. 'held_classes'),
+    open = map('open'), ended = ended_lately(owner, now),
+    counts = { running = #running, queued = queued_count + #delayed, held = held_count, waiting = waiting_count },
+    classes = classes,
+    running = records(running, most), queued = records(queued, most), delayed = records(delayed, most - #queued),
+    held = records(held, most), waiting = records(waiting, most),
+  })
 end
 
 -- orderly(): the server is about to stop with everything on disk; the next process of it need not be distrusted
@@ -667,3 +796,4 @@ register('sweep', sweep, SETTLES)
 register('heartbeat', heartbeat, SETTLES)
 register('leave', leave, SETTLES)
 register('orderly', orderly, SETTLES)
+register('overview', overview, { 'no-writes' })

@@ -32,12 +32,18 @@ class Record:
 
     @property
     def place(self) -> str:
-        """The one index in which it is."""
+        """The one index in which it is that decides what happens to it."""
         if self.state == "queued":
             return "delayed" if self.delayed else f"queue:{self.queue}:{self.new.owner}"
         if self.state == "running":
             return "running"
         return "unsized" if self.state == "waiting" and "size" in self.waits_for else ""
+
+    @property
+    def places(self) -> list[str]:
+        """Every index in which it is."""
+        aside = f"queue:{self.state}:{self.new.owner}" if self.state in ("waiting", "held") else ""
+        return [place for place in (aside, self.place) if place]
 
 
 class Model:

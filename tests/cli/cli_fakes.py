@@ -17,6 +17,7 @@ from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
 from jobqueue.exports import plan_export
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
+from jobqueue.overview import Overview
 from jobqueue.plan import Plan, make_plan
 from jobqueue.preview import Preview
 from jobqueue.results import BatchReport
@@ -63,6 +64,7 @@ def make_job(job_id: str, state: JobState = JobState.SUCCEEDED, **fields: Any) -
         "message": "",
         "cancel_requested": False,
         "waits": 0,
+        "queue": "gpu8",
     }
     return Job(**known | fields)
 
@@ -267,6 +269,9 @@ class FakeClient:
 
     def workers(self) -> list[WorkerInfo]:
         return self.present
+
+    def overview(self, most: int = 0) -> Overview:
+        return Overview(time.time(), "", "", tuple(self.present), (), {}, {}, {}, (), (), None)
 
     def events(self, job_id: str, after: str = "0", block_s: float = 0) -> list[Event]:
         """The next of `streams`, which must begin after `after`; nothing when they are used up."""

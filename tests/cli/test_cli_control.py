@@ -95,8 +95,8 @@ def test_show_of_a_job_has_attempts_memory_time_and_spec(command: Command, clien
 def test_show_says_what_a_job_waits_for(command: Command, client: FakeClient) -> None:
     client.known["medqa"] = [
         make_job("medqa.1", JobState.RUNNING, progress={"phase": "train", "step": 3, "steps": 20, "loss": 1.5}),
-        make_job("medqa.1.eval", JobState.WAITING, waits=1),
-        make_job("medqa.2", JobState.WAITING, need_bytes=0),
+        make_job("medqa.1.eval", JobState.WAITING, waits=1, needs=("medqa.1",)),
+        make_job("medqa.2", JobState.WAITING, need_bytes=0, queue=""),
         make_job("medqa.report", JobState.WAITING, waits=3),
     ]
 

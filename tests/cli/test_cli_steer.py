@@ -134,7 +134,9 @@ def test_nothing_is_forgotten_where_files_are_to_go_from_a_storage_that_this_mac
 
 def test_workers_are_listed_with_what_they_run_and_why_one_takes_nothing(store: Store, run: Run) -> None:
     assert "There is no worker" in run("workers").stdout
-    store.heartbeat("box/gpu0", "gpu", {**INFO, "slots": 16, "share": "mps", "running": ["b.1"], "note": ""})
+    submit(store, new_job("b.1"))
+    must_claim(store, worker="box/gpu0")
+    store.heartbeat("box/gpu0", "gpu", {**INFO, "slots": 16, "share": "mps", "running": [], "note": ""})
     store.heartbeat("box/gpu1", "gpu", {**INFO, "running": [], "note": "drained"})
 
     header, first, second = run("workers").stdout.splitlines()

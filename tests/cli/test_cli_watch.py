@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from cli_fakes import Command, FakeClient, make_events, make_job
 from rich.console import Console
 
-from cli.watch import Pace, running_table
+from cli.watch import running_table
 from jobqueue.errors import ServerError
 from jobqueue.job import FailureReason, Job, JobState
 
@@ -129,7 +130,7 @@ def test_running_table_fits_the_terminal(width: int, has_trial: bool, has_tokens
     jobs = [running(5, f"a-batch-of-mine.{n}") for n in range(3)] + [make_job("a-batch-of-mine.4", JobState.QUEUED)]
     out = Console(width=width, height=20, force_terminal=True, color_system=None, file=io.StringIO())
 
-    out.print(running_table(out, jobs, Pace()))
+    out.print(running_table(out, jobs))
 
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert all(f"a-batch-of-mine.{n}" in text for n in range(3))
@@ -143,21 +144,34 @@ def test_running_table_fits_the_terminal(width: int, has_trial: bool, has_tokens
 def test_more_running_jobs_than_lines() -> None:
     out = Console(width=100, height=10, force_terminal=True, color_system=None, file=io.StringIO())
 
-    out.print(running_table(out, [running(5, f"b.{n}") for n in range(50)], Pace()))
+    out.print(running_table(out, [running(5, f"b.{n}") for n in range(50)]))
 
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert len(text.splitlines()) <= 10
     assert "and 44 more running" in text
 
 
-def test_time_left_comes_from_the_steps_seen() -> None:
-    pace = Pace()
+def test_a_job_shows_how_long_it_still_takes_and_what_it_has_needed_of_its_promise() -> None:
+    out = Console(width=140, height=10, force_terminal=True, color_system=None, file=io.StringIO())
+    job = running(4)
+    known = {"seconds_per_step": 5.0, "peak_bytes": 3 * 2**30, "promised_bytes": 5 * 2**30}
 
-    assert pace.left_s(running(4), 100.0) is None
-    assert pace.left_s(running(4), 105.0) is None
-    assert pace.left_s(running(8), 108.0) == pytest.approx(24.0)  # 12 steps at 2 s
-    assert pace.left_s(running(1, attempt=2), 110.0) is None  # began anew
-    assert pace.left_s(running(2, attempt=2), 111.0) == pytest.approx(18.0)
+    out.print(running_table(out, [replace(job, progress=job.progress | known)]))
+
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "1 min 20 s" in text, "16 steps at 5 s"
+    assert "3.0/5.0 GiB" in text
+
+
+def test_a_table_goes_on_to_follow_the_width_of_the_terminal() -> None:
+    out = Console(force_terminal=True, file=io.StringIO(), _environ={"COLUMNS": "100", "LINES": "20"})
+    running_table(out, [running(5)])
+
+    assert out._width == 100, "as the environment says, not what the table once had"
+    free = Console(force_terminal=True, file=io.StringIO(), _environ={})
+    running_table(free, [running(5)])
+
+    assert free._width is None
 
 
 def test_logs_are_printed_as_they_are(command: Command, client: FakeClient) -> None:

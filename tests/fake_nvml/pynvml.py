@@ -2,6 +2,7 @@
 
 Xids, ECC errors and lost cards cannot be provoked. FAKE_NVML names a folder with a JSON file for each GPU, `0.json`
 and so on: `total`, `free`, `held` (pid -> bytes),
+`busy` (percent), `temperature`, `power` and `power_limit` (mW; absent: the card does not tell),
 `uncorrected`, `recovery` (a number; absent: the driver does not say), `xids` (each told once), `error` (a name after
 NVML_ERROR_, instead of any answer about the card), `hangs` (seconds).
 """
@@ -66,6 +67,30 @@ def nvmlDeviceGetUUID(device):
 def nvmlDeviceGetMemoryInfo(device, version=None):
     state = _state(device)
     return SimpleNamespace(total=state["total"], free=state["free"], reserved=state.get("reserved", 0))
+
+
+def _told_by(device, name):
+    state = _state(device)
+    if name not in state:
+        raise NVMLError(_real.NVML_ERROR_NOT_SUPPORTED)  # noqa: F821
+    return state[name]
+
+
+def nvmlDeviceGetUtilizationRates(device):
+    return SimpleNamespace(gpu=_told_by(device, "busy"), memory=0)
+
+
+def nvmlDeviceGetTemperature(device, sensor):
+    assert sensor == _real.NVML_TEMPERATURE_GPU
+    return _told_by(device, "temperature")
+
+
+def nvmlDeviceGetPowerUsage(device):
+    return _told_by(device, "power")
+
+
+def nvmlDeviceGetEnforcedPowerLimit(device):
+    return _told_by(device, "power_limit")
 
 
 def nvmlDeviceGetComputeRunningProcesses(device):

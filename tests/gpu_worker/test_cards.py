@@ -197,6 +197,34 @@ def test_a_cancel_is_confirmed_when_the_memory_is_free_and_not_before(cards: Car
     assert (job.state, job.message) == (JobState.CANCELLED, "on request")
 
 
+def test_how_busy_a_card_is_is_told_as_far_as_the_card_tells_it(cards: Cards) -> None:
+    cards.set(0, free=TOTAL - GIB // 2, busy=97, temperature=62, power=412_300, power_limit=700_000)
+    cards.set(1, reserved=GIB // 4, free=TOTAL - GIB // 2)
+
+    wait_for(lambda: cards.worker(0).utilization == 97 and cards.worker(1).used_bytes, START_S, "both have looked")
+    told, silent = cards.worker(0), cards.worker(1)
+    assert (told.total_bytes, told.used_bytes) == (TOTAL, GIB // 2)
+    assert (told.temperature_c, told.power_w, told.power_limit_w) == (62, 412.3, 700.0)
+    assert silent.used_bytes == GIB // 4, "what the driver keeps is nobody's"
+    assert (silent.utilization, silent.temperature_c, silent.power_w) == (None, None, None)
+    assert (silent.note, silent.promised_bytes) == ("", 0)
+
+
+def test_a_running_job_shows_what_it_was_promised_and_how_fast_it_goes(cards: Cards) -> None:
+    here = cards.here
+    run_on(cards, "shown.1", 0, "sleep:60", need=2 * GIB)
+
+    wait_for(lambda: here.store.job("shown.1").progress.get("seconds_per_step"), START_S, "two steps were seen")
+    seen = here.store.overview("", "", 10)
+    job = next(job for job in seen.running if job.id == "shown.1")
+    assert 0.04 < job.progress["seconds_per_step"] < 1, "a step takes 0.05 s, on an idle machine"
+    assert job.progress["promised_bytes"] >= 2 * GIB
+    wait_for(lambda: cards.worker(0).promised_bytes == job.progress["promised_bytes"], START_S, "the worker says so")
+    assert [worker.running for worker in seen.workers if worker.id == job.worker] == [("shown.1",)]
+    here.store.cancel(["shown.1"])
+    here.ended("shown.1")
+
+
 def test_an_xid_that_is_the_cards_fault_stops_the_card_and_one_of_a_program_does_not(cards: Cards) -> None:
     """The last test here: a real worker looks at such a card every 15 s only."""
     cards.set(0, xids=[13, 31, 43, 79])

@@ -403,6 +403,8 @@ class StoreMachine(RuleBasedStateMachine):
         for name in names:
             pipe.hmget(f"{P}job:{name}", "state", "attempt", "nonce", "failures", "waits", "cancel")
         records = pipe.execute()
+        opened = sum(int(count) for count in self.redis.hvals(f"{P}open"))
+        assert opened == sum(job.state not in FINAL for job in self.model.jobs.values())
         places: dict[str, list[str]] = {name: [] for name in names}
         for index in (*self.redis.scan_iter(f"{P}queue:*"), f"{P}delayed", f"{P}running"):
             for name in self.redis.zrange(index, 0, -1):
@@ -412,7 +414,7 @@ class StoreMachine(RuleBasedStateMachine):
         for name, (state, attempt, nonce, failures, waits, cancel) in zip(names, records, strict=True):
             job = self.model.jobs[name]
             assert state == job.state, name
-            assert places[name] == ([job.place] if job.place else []), name
+            assert places[name] == job.places, name
             assert (int(attempt), nonce or "", int(failures)) == (job.attempt, job.nonce, job.failures), name
             if state in ("waiting", "queued", "held"):
                 assert int(waits) == len(job.waits_for), f"{name} waits for {job.waits_for}"
