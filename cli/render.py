@@ -240,6 +240,7 @@ class Column:
 
 Row = Sequence[RenderableType]
 Section = tuple[list[Column], list[list[RenderableType]]]
+"""Columns and rows of a table."""
 
 
 def table(out: Console, columns: Sequence[Column], rows: Sequence[Row], *, header: bool = True) -> Table:

@@ -93,7 +93,7 @@ class _Looks:
             os.read(self._read, 4096)
         if self._failed is not None:
             raise self._failed
-        return b"".join(os.read(key, 4096) for key in keys if key in ready)
+        return b"".join(os.read(key, 4096) or b"q" for key in keys if key in ready)  # nothing: the terminal is gone
 
     def show_again(self, *_: object) -> None:
         os.write(self._write, b".")
@@ -142,9 +142,8 @@ def _show(out: Console, looks: _Looks, where: str) -> None:
     from cli.top_frame import frame
 
     signal.signal(signal.SIGWINCH, looks.show_again)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # not without leaving the terminal as it was
+    # Not without leaving the terminal as it was
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _keys() as keys, Live(console=out, screen=True, auto_refresh=False) as live:
         while True:
             # Measured on a console of its own: a table may make that wider than the terminal, which then cuts it

@@ -81,7 +81,7 @@ def _devices_in_all(seen: Overview) -> Text:
 def _does(worker: WorkerInfo) -> str:
     if not worker.alive:
         return "silent"
-    return "busy" if worker.running else "taking no job" if worker.note else "free"
+    return "busy" if worker.running else "free" if worker.takes_jobs else "taking no job"
 
 
 def _devices(seen: Overview, width: int, bars: bool) -> Section:

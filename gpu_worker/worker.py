@@ -274,6 +274,7 @@ class Worker:
             "share": self.share,
             "running": sorted(self._running.values()),
             "note": self.note(),
+            "takes_jobs": self.well() and not self.draining(),
             "every_s": self.settings.heartbeat_s,
             "promised_bytes": self._admission.promised,
             **asdict(self._watch.load),

@@ -237,7 +237,8 @@ class WorkerInfo:
     running: tuple[str, ...]  # job ids
     seen_at: float  # seconds since the epoch
     alive: bool  # seen within the last three heartbeats
-    note: str = ""  # why it takes no job, where that is so
+    note: str = ""  # why it takes no job, or less than it could, where that is so
+    takes_jobs: bool = True  # or it is drained or sick, or pauses
     share: str = ""  # how its jobs share the GPU: mps, timeslice, off (one at a time); "" where there is none
     versions: Mapping[str, str] = field(default_factory=dict)
     # Of the device as it last looked, 0 or None where it does not say:
@@ -256,6 +257,7 @@ class WorkerInfo:
         info = json.loads(text)
         # what was said in the future was said before the clock went back
         silent_s = abs(now - float(seen) / 1000)
+        info.setdefault("takes_jobs", not info.get("note"))  # of older releases
         known = {field.name for field in fields(cls)}
         return cls(
             id=worker_id,

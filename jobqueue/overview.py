@@ -69,8 +69,9 @@ class Overview:
 def _corrected(worker: WorkerInfo, answer: Mapping[str, Any]) -> WorkerInfo:
     """What it runs, and whether it is drained, the server knows before the worker says so."""
     running = tuple(sorted(answer["busy"].get(worker.id, ())))
-    drained = {worker.id, worker.host} & set(answer["drained"])
-    return replace(worker, running=running, note="drained" if drained else worker.note)
+    if {worker.id, worker.host} & set(answer["drained"]):
+        worker = replace(worker, note="drained", takes_jobs=False)
+    return replace(worker, running=running)
 
 
 def _sum(ended: Sequence[tuple[str, str, int, float]], state: JobState) -> int:
@@ -84,14 +85,15 @@ def waits_for(job: Job, workers: Sequence[WorkerInfo], held_classes: Collection[
     if job.state is JobState.WAITING:
         return _needed(job) if job.queue else "a worker's estimate of its memory"
     if job.not_before > now:
-        return f"{time.strftime('%H:%M:%S', time.localtime(job.not_before))}, after it failed ({job.reason})"
+        why = f", after it failed ({job.reason})" if job.reason else ""
+        return time.strftime("%H:%M:%S", time.localtime(job.not_before)) + why
     if job.queue in held_classes:
         return f"the release of {job.queue}"
     able, living = _able(job, workers), _living(job, workers)
     if not able:
         most = max((worker.usable_bytes for worker in living), default=0)
         return f"a larger worker: the largest that lives has {most / GIB:.1f} GiB" if living else "a worker"
-    ready = [worker for worker in able if not worker.note]
+    ready = [worker for worker in able if worker.takes_jobs]
     if not ready:
         return f"{able[0].id}: {able[0].note}"
     idle = [worker for worker in ready if len(worker.running) < worker.slots]
@@ -140,11 +142,12 @@ def empty_in(seen: Overview, opened: Mapping[str, int], ended: Sequence[tuple[st
         opened: jobs that have not ended, by kind.
         ended: (kind, state, how many, their seconds) within the last hour.
     """
-    if not any(opened.values()):
+    if seen.owner or seen.host or seen.held_classes or seen.counts[JobState.HELD]:
+        return None
+    if not sum(seen.counts.values()):
         return 0.0
     now = [job for job in seen.running if job.kind in LASTING]
-    partial = seen.owner or seen.host or seen.held_classes or seen.counts[JobState.HELD]
-    if partial or not now or any(not _able(waiting.job, seen.workers) for waiting in seen.queue if waiting.job.queue):
+    if not now or any(not _able(waiting.job, seen.workers) for waiting in seen.queue if waiting.job.queue):
         return None
     work = 0.0
     for kind in LASTING:

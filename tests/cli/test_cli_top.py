@@ -49,7 +49,9 @@ def overview(running: int = 3, waiting: int = 3, **changes: Any) -> Overview:
     )
     load = {"total_bytes": 80 * GIB, "used_bytes": 31 * GIB, "promised_bytes": 40 * GIB, "utilization": 97,
             "temperature_c": 62, "power_w": 412.0, "power_limit_w": 700.0}  # fmt: skip
-    sick = replace(worker, id="athene/gpu1", note="sick: Xid 79 at 12:03, GPU has fallen off the bus", running=())
+    sick = replace(
+        worker, id="athene/gpu1", note="sick: Xid 79 at 12:03, GPU has fallen off the bus", running=(), takes_jobs=False
+    )
     control = replace(worker, id="athene/control", device="control", uuid="")
     jobs = [
         make_job(f"b.{n}", JobState.RUNNING, trial="r=8", worker="athene/gpu0", progress=progress)

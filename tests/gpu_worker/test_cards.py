@@ -133,7 +133,7 @@ def test_memory_of_a_foreign_process_makes_the_card_smaller_while_the_worker_run
 
         assert succeeded_once(here.ended("small.1")), "what fits is taken"
         assert here.store.job("large.1").state is JobState.QUEUED
-        assert cards.worker(0).usable_bytes < 4 * GIB
+        assert (cards.worker(0).usable_bytes < 4 * GIB, cards.worker(0).takes_jobs) == (True, True)
     finally:
         other.kill()
         other.wait()
@@ -231,6 +231,7 @@ def test_an_xid_that_is_the_cards_fault_stops_the_card_and_one_of_a_program_does
 
     cards.note(0, "sick: Xid 79 at ")
     assert "fallen off the bus; it needs a reset" in cards.worker(0).note
+    assert not cards.worker(0).takes_jobs
     cards.here.submit("xid.1", "sleep:0.1")
     assert cards.here.ended("xid.1").worker.endswith("gpu1")
 
