@@ -51,7 +51,7 @@ class Session:
         os.environ |= {
             "LORAQ_DATA_DIR": str(self.folder / "data"),
             "LORAQ_STORAGE": str(self.storage),
-            "LORAQ_CONFIG": str(self.folder / "none"),
+            "LORAQ_CONFIG": os.devnull,
             **{f"LORAQ_{name.upper()}": str(value) for name, value in settings.items()},
         }
 

@@ -1,8 +1,10 @@
-"""What a shell completes: commands and options by Click, names of batches, jobs, trials and workers from the server."""
+"""What a shell completes: commands and options by Click, names of batches, jobs, trials and workers from the server,
+those of profiles from the file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -35,44 +37,53 @@ def completion(shell: str) -> None:
     click.echo(kind(loraq, {}, "loraq", VARIABLE).source())
 
 
-def _of(look: Callable[[Client, str], Iterable[str]]) -> Complete:
+def _of(look: Callable[[click.Context, str], Iterable[str]]) -> Complete:
     """Those names that begin like what is there; none where the server does not say."""
 
-    def complete(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    def complete(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
         try:
-            return [name for name in look(_client(), incomplete) if name.startswith(incomplete)]
+            return [name for name in look(ctx, incomplete) if name.startswith(incomplete)]
         except Exception:  # nothing may be written over the line that somebody types
             return []
 
     return complete
 
 
-def _client() -> Client:
+def _client(ctx: click.Context) -> Client:
     from cli.main import connect
     from jobqueue.service import Client
 
-    return Client(connect().settings.model_copy(update={"timeout_s": ASK_S}))
+    return Client(replace(connect(ctx).settings, timeout_s=ASK_S))
 
 
-def _jobs(client: Client, incomplete: str) -> Iterable[str]:
+def _jobs(ctx: click.Context, incomplete: str) -> Iterable[str]:
+    client = _client(ctx)
     names = client.store.batch_names(NEWEST)
     own = [name for name in names if incomplete.startswith(f"{name}.")]
     return [*names, *(job for name in own for job in client.store.batch(name).jobs)]
 
 
-def _trials(client: Client, incomplete: str) -> Iterable[str]:
+def _trials(ctx: click.Context, incomplete: str) -> Iterable[str]:
+    client = _client(ctx)
     name = incomplete.partition("/")[0]
     close = [known for known in client.store.batch_names(NEWEST) if known.startswith(name)]
     counts = {known: client.store.batch(known).trials for known in close[:SHOWN]}
     return [f"{known}/{number}" for known, count in counts.items() for number in range(1, count + 1)]
 
 
-def _workers(client: Client, _: str) -> Iterable[str]:
-    found = client.store.workers()
+def _workers(ctx: click.Context, _: str) -> Iterable[str]:
+    found = _client(ctx).store.workers()
     return [*dict.fromkeys(worker.host for worker in found), *(worker.id for worker in found)]
 
 
-batches = _of(lambda client, _: client.store.batch_names(NEWEST))
+def _profiles(_: click.Context, __: str) -> Iterable[str]:
+    from jobqueue.configuration import profiles
+
+    return profiles()
+
+
+batches = _of(lambda ctx, _: _client(ctx).store.batch_names(NEWEST))
 jobs = _of(_jobs)
 trials = _of(_trials)
 workers = _of(_workers)
+profiles = _of(_profiles)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.main import connect, installed_version
+from cli.main import connect, installed_version, named_profile
 
 if TYPE_CHECKING:
     from jobqueue.doctor import Finding
@@ -34,7 +34,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
     out, found = console(), []
     client = connect()
-    for finding in (*_settings(), *_machine(client.settings), *examine(client)):
+    for finding in (_settings(named_profile(ctx)), *_machine(client.settings), *examine(client)):
         found.append(finding)
         if not as_json:
             out.print(f"{finding.level:<8}", style=STYLES[finding.level], end="")
@@ -48,17 +48,14 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         ctx.exit(next((finding.exit_code for finding in wrong if finding.exit_code), 1))
 
 
-def _settings() -> Iterator[Finding]:
+def _settings(profile: str | None) -> Finding:
+    """Where they come from, the strongest first."""
+    from jobqueue.configuration import config_file, sources
     from jobqueue.doctor import Finding
-    from jobqueue.settings import config_file
 
+    what = ", then ".join(source.what for source in sources(profile) if source.values) or "defaults alone"
     file = config_file()
-    if file.is_file():
-        yield Finding("ok", "settings", f"{file} and variables LORAQ_*")
-    elif os.environ.get("LORAQ_CONFIG"):
-        yield Finding("problem", "settings", f"LORAQ_CONFIG names {file}, which is not there", "Correct it.")
-    else:
-        yield Finding("ok", "settings", f"variables LORAQ_* alone; there is no {file}")
+    return Finding("ok", "settings", what if file.exists() else f"{what}; there is no {file}")
 
 
 def _machine(settings: Settings) -> Iterator[Finding]:

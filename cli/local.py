@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -104,6 +105,8 @@ def up(no_worker: bool, cpu: bool) -> None:
         machine.require_worker_extra()
     client = connect()
     settings = client.settings
+    if settings.profile:
+        click.echo(f"profile: {settings.profile}")
     with _alone(settings):
         url = settings.redis_url or _server_up(settings)
         if not no_worker:
@@ -130,7 +133,8 @@ def _worker_up(client: Client, url: str, cpu: bool) -> None:
     if running and running.server == machine.server_name(url):
         click.echo(f"worker is up already: process {running.pid}, log {running.log}")
         return
-    if running:  # it works for a server that is gone
+    if running:  # a device has one worker for each data folder
+        click.echo(f"the worker for {running.server} is stopped first")
         running.stop()
     before = machine.seen(client)
     started, process = machine.start_worker(settings, url, ["--cpu"] if cpu else [], die_with_parent=False)
@@ -168,7 +172,7 @@ def down() -> None:
         server = embedded.recorded(settings.server_file)
         if server:
             with contextlib.suppress(LoraqError):  # a server that answers nobody is stopped all the same
-                Client(settings.model_copy(update={"redis_url": server.url})).forget_server()
+                Client(replace(settings, redis_url=server.url)).forget_server()
             server.stop()
             click.echo(f"server stopped; its data stays in {server.folder}")
         settings.server_file.unlink(missing_ok=True)
@@ -221,15 +225,15 @@ def _demo(folder: Path, as_json: bool) -> bool:
     from cli.render import console
     from cli.results import print_report
     from cli.watch import follow_batch
+    from jobqueue.configuration import read_settings
     from jobqueue.job import JobState
     from jobqueue.service import Client
-    from jobqueue.settings import Settings
 
     def say(line: str) -> None:
         click.echo(line, err=as_json)
 
     server = embedded.start(folder / "server", die_with_parent=True)
-    settings = Settings(redis_url=server.url, storage=str(folder / "storage"), data_dir=folder, sweep_s=0.5)
+    settings = read_settings(redis_url=server.url, storage=str(folder / "storage"), data_dir=folder, sweep_s=0.5)
     client = Client(settings)
     cpu = not machine.has_nvidia_gpu()
     say(f"server: {machine.server_name(server.url)}, in {folder}")

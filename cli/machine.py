@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,11 +112,17 @@ def worker_command(options: Sequence[str]) -> list[str]:
 
 
 def worker_environment(settings: Settings, url: str) -> dict[str, str]:
-    """This environment, with the settings in it: a password does not belong in a command line."""
-    given = settings.model_dump(mode="json", exclude_none=True)
-    given |= {"redis_url": url, "storage": settings.storage_url}
-    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
-    return {**os.environ, **{f"LORAQ_{key.upper()}": value for key, value in values.items()}}
+    """This environment, with the settings in it: a password does not belong in a command line. They are all that
+    counts: what the file or a profile says later is for the next start.
+    """
+    given = asdict(replace(settings, redis_url=url, storage=settings.storage_url, profile=None))
+    values = {
+        name: str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
+        for name, value in given.items()
+        if value is not None
+    }
+    others = {"LORAQ_CONFIG": os.devnull, "LORAQ_PROFILE": ""}
+    return {**os.environ, **others, **{f"LORAQ_{name.upper()}": value for name, value in values.items()}}
 
 
 def start_worker(

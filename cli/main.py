@@ -9,13 +9,14 @@ import difflib
 import errno
 import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.exceptions import Exit
 
+from cli import complete
 from jobqueue.errors import LoraqError
 
 if TYPE_CHECKING:
@@ -84,6 +85,10 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if error.option_name in [name for each in self.params for name in each.opts]:
+                raise click.UsageError(f"{error.option_name} goes before the command.", error.ctx) from None
+            raise
         except (click.ClickException, Exit):
             raise
         except (KeyboardInterrupt, click.Abort):
@@ -127,47 +132,17 @@ def exit_codes() -> Iterator[tuple[int, str]]:
     yield INTERRUPTED, "Interrupted (ctrl-C)."
 
 
-def connect() -> Client:
+def connect(ctx: click.Context | None = None) -> Client:
     """The service with the user's settings; it talks to the server at its first call."""
-    from pydantic import ValidationError
-
+    from jobqueue.configuration import read_settings
     from jobqueue.service import Client
-    from jobqueue.settings import Settings, config_file
 
-    names = list(Settings.model_fields)
-    wrong = list(_misspelt([*names, "config"]))
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        wrong += [_mistake(details, names) for details in error.errors()]
-    except ValueError as error:  # of tomllib
-        raise LoraqError(f"{config_file()} is not valid TOML: {error}", "Correct it.") from None
-    if wrong:
-        do = f"Correct {config_file()} or the variables LORAQ_*."
-        raise LoraqError(f"The settings are wrong: {'; '.join(wrong)}", do)
-    return Client(settings)
+    return Client(read_settings(named_profile(ctx or click.get_current_context(silent=True))))
 
 
-OF_COMPOSE = ("LORAQ_STORAGE_DIR",)  # it looks like LORAQ_STORAGE
-
-
-def _misspelt(settings: Sequence[str]) -> Iterator[str]:
-    """Variables that do nothing, and look like one that does."""
-    known = [f"LORAQ_{name.upper()}" for name in settings]
-    for name in os.environ:
-        if name.startswith("LORAQ_") and name not in (*known, *OF_COMPOSE):
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-            yield from (f"{name} is none; did you mean {other}?" for other in close)
-
-
-def _mistake(details: Mapping[str, Any], settings: Sequence[str]) -> str:
-    """One of pydantic's errors in a few words."""
-    name = ".".join(map(str, details["loc"]))
-    if details["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, settings, n=1)
-        return f"{name} is none" + (f"; did you mean {close[0]}?" if close else "")
-    message = str(details["msg"]).removeprefix("Value error, ")
-    return f"{name}: {message}" if name else message
+def named_profile(ctx: click.Context | None) -> str | None:
+    """That of --profile."""
+    return ctx.find_root().params.get("profile") if ctx else None
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -195,8 +170,14 @@ def installed_version() -> str:
     callback=_print_version,
     help="Show the version.",
 )
+@click.option(
+    "--profile",
+    metavar="NAME",
+    shell_complete=complete.profiles,
+    help="The cluster that is meant: a [profiles.NAME] of the configuration file.",
+)
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
-def loraq(debug: bool) -> None:
+def loraq(profile: str | None, debug: bool) -> None:
     """A job queue for LLM fine-tuning: submit a sweep, let GPUs work it off, see which run is better."""
 
 

@@ -23,9 +23,9 @@ import psutil
 from gpu_worker.gpu import RAM_SHARE, Device, choose
 from gpu_worker.marks import end_leftovers
 from gpu_worker.trainer_process import worker_cache
+from jobqueue.configuration import read_settings
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError
-from jobqueue.settings import Settings
 
 log = logging.getLogger(__name__)
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0  # before a process that ended is started again
@@ -111,7 +111,7 @@ def served(device: Device, url: str, data_dir: Path, slots: int, spares: int, sh
 
 
 def run(options: argparse.Namespace) -> None:
-    settings = Settings()
+    settings = read_settings()
     url = connect_url(settings)
     found = devices(options)
     gpus = sum(device.kind == "gpu" for device in found)

@@ -22,10 +22,10 @@ from gpu_worker.gpu import Device
 from gpu_worker.wakeups import Wakeups
 from gpu_worker.worker import Worker
 from jobqueue.broker import WAKE, queue_name
+from jobqueue.configuration import read_settings
 from jobqueue.embedded import connect_url
-from jobqueue.errors import MachineError, ServerError
+from jobqueue.errors import LoraqError, ServerError
 from jobqueue.memory import classes_for
-from jobqueue.settings import Settings
 from jobqueue.sweeper import Sweeper
 from jobqueue.transfer import Mover
 
@@ -139,10 +139,10 @@ def main() -> None:
     # Celery warns of root for the sake of pickle, which this app does not accept; containers often run as root.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     device = Device(chosen.kind, chosen.name or chosen.kind, chosen.uuid, chosen.index)
-    settings = Settings()
     try:
+        settings = read_settings()
         worker = Worker(device, settings, connect_url(settings), chosen.slots, chosen.spares, chosen.share)
-    except MachineError as error:
+    except LoraqError as error:
         sys.exit(str(error))
     Server(worker).run()
 

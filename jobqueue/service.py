@@ -9,32 +9,31 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobqueue import adapters, asking, cards, exports, names, sheets, steering, submission
-from jobqueue.aggregate import build_report
+from jobqueue import names, steering
 from jobqueue.archive import Lookup
 from jobqueue.broker import make_app, send_tokens
-from jobqueue.cards import Deck
+from jobqueue.configuration import read_settings
 from jobqueue.embedded import connect_url
 from jobqueue.errors import BusyError, LoraqError, NotFoundError, StorageError
-from jobqueue.events import Event
-from jobqueue.export_spec import ExportOptions
-from jobqueue.job import Batch, Job, JobKind, WorkerInfo
+from jobqueue.job import JobKind
 from jobqueue.memory import all_classes
-from jobqueue.overview import Overview
-from jobqueue.plan import Plan, make_plan
-from jobqueue.ratings import Ratings
-from jobqueue.results import BatchReport
-from jobqueue.settings import Settings
 from jobqueue.storage import Storage
-from jobqueue.store import Store
-from jobqueue.sweep import Sweep, read_sweep
-from jobqueue.transfer import Sender
 
 if TYPE_CHECKING:
     from celery import Celery
 
+    from jobqueue.cards import Deck
+    from jobqueue.events import Event
+    from jobqueue.export_spec import ExportOptions
+    from jobqueue.job import Batch, Job, WorkerInfo
+    from jobqueue.overview import Overview
+    from jobqueue.plan import Plan
     from jobqueue.preview import Preview
-
+    from jobqueue.ratings import Ratings
+    from jobqueue.results import BatchReport
+    from jobqueue.settings import Settings
+    from jobqueue.store import Store
+    from jobqueue.sweep import Sweep
 
 UploadProgress = Callable[[Path, int, int], None]
 """Called with a file, how many bytes of it have arrived, and how many it has."""
@@ -45,13 +44,18 @@ LISTED = 200  # jobs in each list of an overview
 
 
 class Client:
-    """Connects when it is first needed. Every method may raise ServerError."""
+    """Connects when it is first needed. Every method may raise ServerError.
+
+    A method imports by itself what only it needs: looking at batches takes no pydantic, which doubles a command's time.
+    """
 
     def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
+        self.settings = settings or read_settings()
 
     @cached_property
     def store(self) -> Store:
+        from jobqueue.store import Store
+
         return Store(connect_url(self.settings), timeout_s=self.settings.timeout_s)
 
     @cached_property
@@ -70,14 +74,20 @@ class Client:
 
     def read(self, file: Path, sets: Sequence[str] = ()) -> Sweep:
         """A sweep file, checked. Raises SpecError with every problem at once."""
+        from jobqueue.sweep import read_sweep
+
         return read_sweep(file, sets)
 
     def plan(self, sweep: Sweep) -> Plan:
         """The jobs of a sweep; needs no server. Raises SpecError, DataError."""
+        from jobqueue.plan import make_plan
+
         return make_plan(sweep, workers_are_here=self.settings.redis_url is None)
 
     def plan_export(self, trial: str, options: ExportOptions) -> Plan:
         """One job that exports a trial (BATCH/NUMBER). Raises NotFoundError where it has trained nothing."""
+        from jobqueue import exports
+
         return exports.plan_export(trial, options, self.job)
 
     def find(self, plan: Plan) -> Batch | None:
@@ -110,6 +120,8 @@ class Client:
             ServerError: the server drops jobs at its memory limit, and nothing was submitted; or it did not answer, or
                 did not confirm in time that what it accepted is on its disk.
         """
+        from jobqueue import adapters, submission
+
         submission.check_keeping(self.store)
         plan = submission.corrected(plan, self.store)
         if not force:
@@ -126,6 +138,8 @@ class Client:
 
     def _upload(self, files: Mapping[str, Path], progress: UploadProgress) -> None:
         """To the storage, or, where this machine does not know it, through the server to a control worker."""
+        from jobqueue.transfer import Sender
+
         for source, path in files.items():
             if self.storage_is_known:
                 self.storage.put_blob(path, source)
@@ -146,6 +160,8 @@ class Client:
 
         Raises NotFoundError, DataError, CapacityError, LoraqError as `asking.question`.
         """
+        from jobqueue import asking
+
         job = asking.question(self.store, trial, prompts, self.settings.owner, options)
         send_tokens(self._app, self.store.ask(job))
         return self.job(job.id)
@@ -165,7 +181,7 @@ class Client:
         Raises SpecError, DataError; CapacityError where no worker is alive, or none has begun within `timeout_s` or
         ended within as much again; LoraqError where it has not succeeded.
         """
-        from jobqueue import previewing  # Jinja: only where it is needed
+        from jobqueue import previewing
 
         previewing.check_alive(self.store)
         here = self.settings.redis_url is None
@@ -224,8 +240,17 @@ class Client:
         """What the report job made, or, where it has not run, one of what is settled so far."""
         found, jobs = self.batch(batch), self.jobs(batch)
         made = next((job.outcome for job in jobs if job.kind is JobKind.REPORT and job.outcome), None)
-        report = BatchReport.from_dict(made) if made else build_report(found, jobs)
+        if made:
+            from jobqueue.results import BatchReport
+
+            report = BatchReport.from_dict(made)
+        else:
+            from jobqueue.aggregate import build_report
+
+            report = build_report(found, jobs)
         if self.storage_is_known:
+            from jobqueue import cards
+
             with suppress(StorageError):  # the report itself needs no storage
                 report = replace(report, people=cards.imported(batch, self.storage))
         return report.priced(self.settings.gpu_hour_price)
@@ -237,6 +262,8 @@ class Client:
 
         Raises DataError where there are none, BusyError where the batch has not ended.
         """
+        from jobqueue import cards
+
         return cards.export(self.report(batch), self.jobs(batch), self._known_storage(), questions, seed)
 
     def import_cards(self, batch: str, files: Sequence[Path]) -> Ratings:
@@ -244,6 +271,8 @@ class Client:
 
         Raises DataError with all that is wrong with the sheets, MachineError without the packages of `loraq[cards]`.
         """
+        from jobqueue import cards, sheets
+
         return cards.read_filled(batch, sheets.contents(files), self._known_storage())
 
     @property

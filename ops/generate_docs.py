@@ -1,5 +1,5 @@
-"""Write docs/sweep-file.md and docs/settings.md from the pydantic models, docs/commands.md from the Click commands,
-docs/failures.md from the table of retries.
+"""Write docs/sweep-file.md from the pydantic models, docs/settings.md from the settings, docs/commands.md from the
+Click commands, docs/failures.md from the table of retries.
 
 python ops/generate_docs.py            writes them
 python ops/generate_docs.py --check    exit code 1 where one of them is not what it would write
@@ -15,6 +15,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,51 @@ def settings_page() -> str:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
     }
     lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default_factory or field.default is None else f"`{_setting(field.default)}`"
-        lines.append(_row(f"`LORAQ_{name.upper()}`", default, meanings[name]))
+    for field in fields(Settings):
+        default = "" if field.default in (MISSING, None) else f"`{_setting(field.default)}`"
+        lines.append(_row(f"`LORAQ_{field.name.upper()}`", default, meanings[field.name]))
     text = (
         "Read once, by the command line and by workers: from the environment, else from `~/.config/loraq/config.toml` "
-        "(or the file that `LORAQ_CONFIG` names), there in small letters and without the prefix: `lease_s = 30`. Times "
-        "are in seconds."
+        "(or the file that `LORAQ_CONFIG` names, which must be there), there in small letters and without the prefix: "
+        "`lease_s = 30`. Times are in seconds."
     )
-    return "\n\n".join(["# Settings", NOTE, _wrapped(text), "\n".join(lines)]) + "\n"
+    return "\n\n".join(["# Settings", NOTE, _wrapped(text), "\n".join(lines), *PROFILES]) + "\n"
+
+
+PROFILES = (
+    "## Profiles",
+    textwrap.fill(
+        "Whoever has several clusters writes a table for each into that file. `loraq --profile lab ls` and "
+        "`LORAQ_PROFILE=lab` choose one, `profile` at the top the one that counts where none is chosen.",
+        118,
+    ),
+    """```toml
+profile = "lab"                  # the default
+owner = "ann"                    # goes for all of them
+
+[profiles.lab]
+redis_url = "redis://:PASSWORD@lab.example.org:6379/0"
+storage = "/mnt/team/loraq"
+
+[profiles.cloud]
+redis_url = "rediss://:PASSWORD@cloud.example.org:6379/0"
+storage = "s3://bucket/loraq"
+```""",
+    textwrap.fill(
+        "From the strongest to the weakest: the profile that `--profile` names, variables, the profile of "
+        "`LORAQ_PROFILE` or of the file, the top of the file. So a variable goes before the file as it does without "
+        "profiles, and yet an exported `LORAQ_REDIS_URL` sends no `loraq --profile lab rm` to another cluster. "
+        "`loraq doctor` says what counts, in that order.",
+        118,
+    ),
+    textwrap.fill(
+        "Workers read the same: `loraq --profile lab worker`, `loraq --profile lab up`, or `LORAQ_PROFILE` in their "
+        "environment. A started worker keeps the settings that it was started with, whatever the file says later. "
+        "A machine has one worker for each data folder: `up` with another profile stops the one before, unless each "
+        "profile has a `data_dir` of its own.",
+        118,
+    ),
+)
 
 
 def _setting(value: object) -> str:
@@ -153,7 +190,7 @@ def _setting(value: object) -> str:
 
 def failures_page() -> str:
     """The table by which jobs are tried again."""
-    cap = Settings.model_fields["max_failures"].default
+    cap = Settings.max_failures
     lines = ["| reason | meaning | attempts | wait before the next | its settings | what to do |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for reason, rule in TABLE.items():

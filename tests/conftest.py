@@ -68,7 +68,7 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
         if name.startswith("LORAQ_"):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("LORAQ_CONFIG", str(tmp_path / "no-config.toml"))
+    monkeypatch.setenv("LORAQ_CONFIG", os.devnull)
     monkeypatch.setenv("LORAQ_DATA_DIR", str(tmp_path / "data"))
 
 

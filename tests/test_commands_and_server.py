@@ -42,7 +42,7 @@ class Shell:
             "LORAQ_REDIS_URL": url,
             "LORAQ_STORAGE": folder / "storage",
             "LORAQ_DATA_DIR": folder / "data",
-            "LORAQ_CONFIG": folder / "none.toml",
+            "LORAQ_CONFIG": os.devnull,
             "LORAQ_OWNER": "ann",
             "LORAQ_TIMEOUT_S": 1,
             "HF_HUB_OFFLINE": 1,

@@ -38,7 +38,7 @@ class Shell:
             "LORAQ_REDIS_URL": url,
             "LORAQ_STORAGE": str(self.storage),
             "LORAQ_DATA_DIR": str(folder / "data"),
-            "LORAQ_CONFIG": str(folder / "none.toml"),
+            "LORAQ_CONFIG": os.devnull,
             "LORAQ_OWNER": "ann",
             "LORAQ_POLL_S": "0.2",
             "LORAQ_SWEEP_S": "0.3",

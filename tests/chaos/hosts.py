@@ -128,7 +128,7 @@ class Host:
             "LORAQ_REDIS_URL": self._url,
             "LORAQ_STORAGE": f"slow://{self.storage}" if self.may_hang else self.storage,
             "LORAQ_DATA_DIR": self.data,
-            "LORAQ_CONFIG": self.folder / "none.toml",
+            "LORAQ_CONFIG": os.devnull,
             "LORAQ_TRAINER_COMMAND": json.dumps([sys.executable, str(self._trainer)]),
             "LORAQ_BEATS": self.beats,
             "LORAQ_LEASE_S": LEASE_S,

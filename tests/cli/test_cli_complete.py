@@ -64,6 +64,22 @@ def test_a_server_that_is_away_completes_nothing_and_writes_nothing(monkeypatch:
     assert completed("loraq watch a") == []
 
 
+def test_profiles_are_completed_and_decide_which_server_is_asked(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f'[profiles.lab]\nredis_url = "{store.url}"\n[profiles.away]\nredis_url = "redis://127.0.0.1:1/0"')
+    monkeypatch.setenv("LORAQ_CONFIG", str(file))
+    monkeypatch.delenv("LORAQ_REDIS_URL")
+
+    assert completed("loraq --profile ") == ["lab", "away"]
+    assert completed("loraq --profile l") == ["lab"]
+    assert completed("loraq --profile lab show ran") == ["rank"]
+    assert completed("loraq --profile away show ran") == []
+    file.write_text("profiles = 1")
+    assert completed("loraq --profile ") == []
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_shell_takes_what_is_printed_for_it(shell: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(loraq, ["completion", shell], prog_name="loraq")

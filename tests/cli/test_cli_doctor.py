@@ -90,13 +90,18 @@ def test_settings_of_the_server_with_which_jobs_get_lost_are_a_problem(store: St
     assert result.exit_code == 5
 
 
-def test_a_config_file_that_is_not_there_is_a_problem_where_it_was_named(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+def test_what_settings_come_from_is_said_in_the_order_in_which_it_counts(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("LORAQ_CONFIG", "/gone.toml")
-    result = run()
-    assert problems(result) == ["problem settings LORAQ_CONFIG names /gone.toml, which is not there"]
-    assert result.exit_code == 1
+    config = tmp_path / "config.toml"
+    variables = "LORAQ_REDIS_URL, LORAQ_STORAGE, LORAQ_DATA_DIR"
+    assert f"ok      settings {variables}\n" in run().stdout
+    config.write_text(f'owner = "ann"\n[profiles.lab]\nredis_url = "{store.url}"\n')
+    assert f"settings {variables}, then {config}\n" in run().stdout
+    named = CliRunner().invoke(loraq, ["--profile", "lab", "doctor"], prog_name="loraq").stdout
+    assert f"settings profile lab, then {variables}, then {config}\n" in named
+    monkeypatch.setenv("LORAQ_PROFILE", "lab")
+    assert f"settings LORAQ_PROFILE, {variables}, then profile lab, then {config}\n" in run().stdout
 
 
 def test_a_gpu_host_needs_a_compiler_and_is_told_of_mps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

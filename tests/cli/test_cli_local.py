@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ import redis
 
 from cli import machine
 from jobqueue import embedded
+from jobqueue.configuration import read_settings
 from jobqueue.embedded import Server
 from jobqueue.errors import MachineError
 from jobqueue.service import Client
@@ -36,7 +38,7 @@ class Machine:
         self.environment = {
             **kept,
             "LORAQ_DATA_DIR": str(self.data),
-            "LORAQ_CONFIG": str(folder / "none.toml"),
+            "LORAQ_CONFIG": os.devnull,
             "TMPDIR": str(folder),
         }
 
@@ -282,9 +284,9 @@ def test_a_worker_sees_the_settings_of_the_command(tmp_path: Path, monkeypatch: 
     for name, value in environment.items():
         if name.startswith("LORAQ_"):
             monkeypatch.setenv(name, value)
-    seen = Settings()
+    seen = read_settings()
 
-    assert seen == given.model_copy(update={"redis_url": "redis://:secret@host:1/0", "storage": given.storage_url})
+    assert seen == replace(given, redis_url="redis://:secret@host:1/0", storage=given.storage_url)
     assert json.loads(environment["LORAQ_MODEL_ROOTS"]) == ["/models", "/data"]
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -90,7 +91,7 @@ def test_an_idle_slot_goes_on_asking_when_no_process_could_be_started(worker: Wo
 
     served = SimpleNamespace(
         app=make_app(URL, 1.0),
-        settings=worker.settings.model_copy(update={"poll_s": 0.01}),
+        settings=replace(worker.settings, poll_s=0.01),
         leaving=threading.Event(),
         idle_slots=1,
         tend=tend,
@@ -128,7 +129,7 @@ def test_a_heartbeat_that_broke_off_is_not_the_last(worker: Worker, monkeypatch:
         return True
 
     monkeypatch.setattr(worker.store, "heartbeat", heartbeat)
-    monkeypatch.setattr(worker, "settings", worker.settings.model_copy(update={"heartbeat_s": 0.01}))
+    monkeypatch.setattr(worker, "settings", replace(worker.settings, heartbeat_s=0.01))
     beating = threading.Thread(target=Server(worker)._beat, daemon=True)
     beating.start()
 

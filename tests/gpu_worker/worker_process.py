@@ -47,7 +47,7 @@ class Site:
             "LORAQ_REDIS_URL": self.store.url,
             "LORAQ_STORAGE": self.settings.storage_url,
             "LORAQ_DATA_DIR": self.settings.data_dir,
-            "LORAQ_CONFIG": self.folder / "none.toml",
+            "LORAQ_CONFIG": os.devnull,
             "LORAQ_TRAINER_COMMAND": json.dumps([sys.executable, str(STUB)]),
             "LORAQ_BEATS": self.beats,
             "LORAQ_LEASE_S": LEASE_S,

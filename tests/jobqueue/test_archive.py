@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +328,7 @@ def test_the_sweeper_looks_now_and_then_beside_its_rounds(client: Client, storag
     ended(client.store)
     age(client.store)
     for days, given in ((0.0, storage), (30.0, None)):
-        settings = client.settings.model_copy(update={"archive_days": days})
+        settings = replace(client.settings, archive_days=days)
         idle = Sweeper(client.store, app, settings, given)
         idle.look_for_old()
         assert idle._archiving is None

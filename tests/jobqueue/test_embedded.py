@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_ctrl_c_in_the_terminal_does_not_reach_it(tmp_path: Path) -> None:
 
 
 def test_detached_it_stays_and_is_found_and_stopped(settings: Settings, tmp_path: Path) -> None:
-    settings = settings.model_copy(update={"redis_url": None})
+    settings = replace(settings, redis_url=None)
     parent = python(
         """
         import sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_the_same_plan_sent_twice_is_one_batch_and_another_owner_or_other_data_i
     plan = client.plan(client.read(tmp_path / "sweep.yaml"))
     assert client.find(plan) is None
     assert client.submit(plan).name == "b-2"
-    colleague = Client(client.settings.model_copy(update={"owner": "colleague"}))
+    colleague = Client(replace(client.settings, owner="colleague"))
     assert colleague.submit(plan).name == "b-3"
 
 
@@ -111,7 +112,7 @@ def test_a_data_file_that_cannot_be_used_leaves_nothing_behind(
 
 def test_a_storage_that_cannot_be_written_leaves_nothing_in_the_store(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    client = Client(settings.model_copy(update={"storage": str(tmp_path / "file")}))
+    client = Client(replace(settings, storage=str(tmp_path / "file")))
 
     with pytest.raises(StorageError):
         send(client, tmp_path)
@@ -119,7 +120,7 @@ def test_a_storage_that_cannot_be_written_leaves_nothing_in_the_store(settings: 
 
 
 def test_without_a_server_nothing_is_uploaded(settings: Settings, tmp_path: Path) -> None:
-    client = Client(settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"}))
+    client = Client(replace(settings, redis_url="redis://127.0.0.1:1/0"))
 
     with pytest.raises(ServerError):
         send(client, tmp_path)
@@ -340,7 +341,7 @@ def test_a_job_of_a_release_that_this_one_does_not_know_is_refused_and_the_other
 
 
 def test_a_round_takes_a_lost_job_back_and_ends_it_at_the_cap(client: Client) -> None:
-    settings = client.settings.model_copy(update={"lease_s": 0.05, "max_failures": 2})
+    settings = replace(client.settings, lease_s=0.05, renew_s=0.01, sweep_s=0.01, max_failures=2)
     sweeper = Sweeper(client.store, make_app(client.store.url, 5), settings)
     submit(client.store, new_job("x.1"))
 
@@ -412,7 +413,7 @@ def test_cards_go_out_to_people_and_their_scores_come_back_with_the_report(clien
 
 def test_a_machine_without_the_storage_has_reports_but_no_cards(client: Client, settings: Settings) -> None:
     answered(client)
-    afar = Client(settings.model_copy(update={"storage": None}))
+    afar = Client(replace(settings, storage=None))
 
     assert afar.report("b").people is None
     with pytest.raises(StorageError, match="does not know the workers' storage"):
