@@ -8,11 +8,14 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobqueue.errors import ArchivedError, LoraqError, NotFoundError, ServerError, StorageError
 from jobqueue.job import Batch, Job
 from jobqueue.storage import Storage, job_folder
-from jobqueue.store import Store
+
+if TYPE_CHECKING:
+    from jobqueue.store import Store
 
 FILE = "archive.json"
 DAY_S = 24 * 3600.0

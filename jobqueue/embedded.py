@@ -20,10 +20,13 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobqueue.errors import MachineError, ServerError
 from jobqueue.processes import locked, start_process, write_private
-from jobqueue.settings import Settings
+
+if TYPE_CHECKING:
+    from jobqueue.settings import Settings
 
 START_S = 20.0
 """How long a started server may take until it answers."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from jobqueue.job_spec import AskSpec, EvaluateSpec, ExportSpec, TrainSpec, WorkSpec
-from jobqueue.spec import LoraSpec
+if TYPE_CHECKING:
+    from jobqueue.job_spec import AskSpec, EvaluateSpec, ExportSpec, TrainSpec, WorkSpec
+    from jobqueue.spec import LoraSpec
 
 GIB = 2**30
 Layout = Literal["padded", "flat", "masked"]
@@ -211,10 +212,10 @@ def estimate(config: Mapping[str, Any], spec: WorkSpec) -> int:
     """
     if spec.resources.memory is not None:
         return int(spec.resources.memory)
-    if isinstance(spec, TrainSpec):
+    if spec.kind == "train":
         return training_peak(config, spec)
-    if isinstance(spec, ExportSpec):
+    if spec.kind == "export":
         return export_peak(config, spec)
-    if isinstance(spec, AskSpec):
+    if spec.kind == "ask":
         return asking_peak(config, spec)
     return evaluation_peak(config, spec)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from jobqueue.errors import ArchivedError, NotFoundError
-from jobqueue.store import Store
+
+if TYPE_CHECKING:
+    from jobqueue.store import Store
 
 JOBS = "`loraq ls BATCH` lists the jobs of a batch, `loraq ls` the batches."
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jobqueue import names
 from jobqueue.errors import NotFoundError
 from jobqueue.job import Batch, FailureReason, Job, JobState
-from jobqueue.store import Store
+
+if TYPE_CHECKING:
+    from jobqueue.store import Store
 
 RETRIED = (JobState.FAILED, JobState.CANCELLED)
 

@@ -20,14 +20,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import fsspec
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+from typing import TYPE_CHECKING, Any
 
 from jobqueue.errors import NotFoundError, StorageError
 from jobqueue.job import Claim
+
+if TYPE_CHECKING:
+    import fsspec
 
 MANIFEST = "manifest.json"
 MARK = "storage.json"
@@ -65,6 +64,8 @@ class Storage:
     """The shared storage at an fsspec URL or a folder. Raises StorageError where it cannot be read or written."""
 
     def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
         self.url = url
         with self._errors("open"):
             fs, root = url_to_fs(url, use_listings_cache=False)  # other hosts write there as well
@@ -74,6 +75,8 @@ class Storage:
 
     @property
     def local(self) -> bool:
+        from fsspec.implementations.local import LocalFileSystem
+
         return isinstance(self._fs, LocalFileSystem)
 
     def address(self, relative: str) -> str:

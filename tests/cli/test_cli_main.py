@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,36 +12,69 @@ import click
 import pytest
 from cli_fakes import Command, FakeClient
 from click.testing import CliRunner
+from helpers import new_job, submit
 
+from cli.complete import VARIABLE
 from cli.main import COMMANDS, LazyGroup, exit_codes, loraq
 from jobqueue import errors
+from jobqueue.store import Store
 
 ROOT = Path(__file__).parents[2]
 
-BLOCKED_HELP = """
+BLOCKED = """
 import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "celery", "redis", "pydantic", "rich", "ruamel", "transformers"}:
+        if name.split(".")[0] in sys.argv[1].split():
             raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Blocker())
 import cli.main
-cli.main.loraq(sys.argv[1:], prog_name="loraq")
+cli.main.loraq(sys.argv[2:], prog_name="loraq")
 """
+WORK = "torch transformers datasets scipy statsmodels pandas numpy"
+LOOKING = f"{WORK} celery kombu pydantic fsspec ruamel jinja2 plotille"
+PLANNING = f"{WORK} celery kombu redis plotille"
+HELP = f"{LOOKING} redis rich psutil asyncio"
+
+
+def without(blocked: str, *arguments: str, **variables: str) -> str:
+    """What the command prints in a process that can import nothing of `blocked`."""
+    words = [sys.executable, "-c", BLOCKED, blocked, *arguments]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["submit", "--help"], ["logs", "--help"], ["results", "-h"]]
+    "arguments",
+    [["--help"], ["--version"], ["submit", "--help"], ["logs", "--help"], ["results", "-h"], ["completion", "bash"]],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED_HELP, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    assert "loraq" in without(HELP, *arguments)
 
-    assert done.returncode == 0, done.stderr
-    assert "loraq" in done.stdout
+
+def test_completion_of_commands_imports_nothing_heavy() -> None:
+    asked = {VARIABLE: "bash_complete", "COMP_WORDS": "loraq canc", "COMP_CWORD": "1"}
+    assert "cancel" in without(HELP, **asked)
+
+
+def test_looking_imports_neither_what_plans_nor_what_works(redis_url: str) -> None:
+    store = Store(redis_url)
+    submit(store, new_job("rank.1"), new_job("rank.2"))
+    here = {"LORAQ_REDIS_URL": redis_url}
+
+    for arguments in (["ls"], ["ls", "--json"], ["ls", "rank"], ["show", "rank"], ["show", "rank.1", "--json"]):
+        assert "rank" in without(LOOKING, *arguments, **here)
+    assert "no worker" in without(LOOKING, "workers", **here).lower()
+    asked = {VARIABLE: "bash_complete", "COMP_WORDS": "loraq show ra", "COMP_CWORD": "2"}
+    assert "rank" in without(f"{LOOKING} rich", **asked, **here)
+
+
+def test_a_dry_run_imports_nothing_that_talks_to_a_server() -> None:
+    assert "Nothing was submitted." in without(PLANNING, "submit", "--dry-run", "cli/demo/sweep.yaml")
 
 
 def test_help_lists_every_command_and_exit_code(command: Command) -> None:
@@ -137,8 +171,9 @@ def test_wrong_settings_are_an_error_with_a_remedy(command: Command, monkeypatch
     result = command("ls")
 
     assert result.exit_code == 1
-    assert "lease_s" in result.stderr
-    assert "config.toml" in result.stderr
+    what, do = result.stderr.splitlines()
+    assert "lease_s" in what
+    assert "the variables LORAQ_*" in do
 
 
 def test_a_variable_that_is_misspelt_is_told_with_whatever_else_is_wrong(
@@ -173,6 +208,39 @@ def test_config_file_that_is_no_toml(command: Command, monkeypatch: pytest.Monke
 
     assert result.exit_code == 1
     assert "not valid TOML" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["show", "x"], ["up", "--no-worker"], ["doctor"], ["worker", "--cpu"]])
+def test_every_command_refuses_a_config_file_that_is_not_there(
+    command: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("LORAQ_CONFIG", "/gone.toml")
+    monkeypatch.setattr("cli.machine.require_worker_extra", lambda: None)
+
+    result = command(*arguments)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "LORAQ_CONFIG names /gone.toml, which is not there\nCorrect it, or unset it.\n"
+
+
+def test_a_profile_chooses_the_server(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, redis_url: str
+) -> None:
+    """Whatever variable is exported beside it."""
+    submit(Store(redis_url), new_job("rank.1"))
+    file = tmp_path / "config.toml"
+    file.write_text(f'[profiles.lab]\nredis_url = "{redis_url}"\n[profiles.away]\nredis_url = "redis://127.0.0.1:1/0"')
+    monkeypatch.setenv("LORAQ_CONFIG", str(file))
+    monkeypatch.setenv("LORAQ_REDIS_URL", "redis://127.0.0.1:1/0")
+
+    assert "rank" in command("--profile", "lab", "ls").stdout
+    assert command("--profile", "away", "ls").exit_code == errors.ServerError.exit_code
+    unknown = command("--profile", "lap", "ls")
+    names = "The profiles there are: lab, away."
+    assert (unknown.exit_code, unknown.stderr) == (1, f"there is no profile 'lap' in {file}\n{names}\n")
+    late = command("ls", "--profile", "lab")
+    assert late.exit_code == 2
+    assert "--profile goes before the command." in late.stderr
 
 
 def test_group_is_lazy() -> None:
