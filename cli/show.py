@@ -236,7 +236,6 @@ def _score(part: Mapping[str, Any]) -> str:
 
 def _print_yaml(out: Console, spec: Mapping[str, Any]) -> None:
     """The spec as a user would write it, coloured on a terminal."""
-    from rich.syntax import Syntax
     from ruamel.yaml import YAML
 
     yaml, text = YAML(), StringIO()
@@ -244,6 +243,8 @@ def _print_yaml(out: Console, spec: Mapping[str, Any]) -> None:
     yaml.width = 10_000
     yaml.dump(dict(spec), text)
     if out.is_terminal:
+        from rich.syntax import Syntax
+
         out.print(
             Syntax(
                 text.getvalue().rstrip(),
