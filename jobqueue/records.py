@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from jobqueue.connection import Connection
 from jobqueue.errors import ArchivedError, NotFoundError
 from jobqueue.events import Event
 from jobqueue.job import Batch, Job, JobState, WorkerInfo
-from jobqueue.overview import Overview
+
+if TYPE_CHECKING:
+    from jobqueue.overview import Overview
 
 PREFIX = "{loraq}:"
 
@@ -125,6 +127,8 @@ class Records(Connection):
 
     def overview(self, owner: str, host: str, most: int) -> Overview:
         """The whole cluster, in one call that changes nothing; see `Client.overview`."""
+        from jobqueue.overview import Overview
+
         return Overview.from_answer(json.loads(self._call("overview", owner, host, most)), owner, host)
 
     def correction(self, kind: str) -> float:

@@ -66,7 +66,14 @@ def test_looking_imports_neither_what_plans_nor_what_works(redis_url: str) -> No
     submit(store, new_job("rank.1"), new_job("rank.2"))
     here = {"LORAQ_REDIS_URL": redis_url}
 
-    for arguments in (["ls"], ["ls", "--json"], ["ls", "rank"], ["show", "rank"], ["show", "rank.1", "--json"]):
+    for arguments in (
+        ["ls"],
+        ["ls", "--json"],
+        ["ls", "rank"],
+        ["show", "rank"],
+        ["show", "rank.1", "--json"],
+        ["top", "--json"],
+    ):
         assert "rank" in without(LOOKING, *arguments, **here)
     assert "no worker" in without(LOOKING, "workers", **here).lower()
     asked = {VARIABLE: "bash_complete", "COMP_WORDS": "loraq show ra", "COMP_CWORD": "2"}
