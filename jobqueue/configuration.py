@@ -48,18 +48,15 @@ def read_settings(profile: str | None = None, **given: Any) -> Settings:
 
     Raises LoraqError with everything that is wrong.
     """
-    found = sources(profile)
+    found = [Source("the call", given), *sources(profile)]
     wrong = [*_misspelt(), *(mistake for source in found for mistake in _unknown(source))]
-    merged: dict[str, Any] = {}
-    for source in reversed(found):
-        merged |= source.values
-    checked: dict[str, Any] = {}
-    for name, value in (merged | given).items():
-        if name in NAMES:
-            try:
-                checked[name] = _as_typed(name, value)
-            except ValueError as error:
-                wrong.append(str(error))
+    merged = {name: value for source in reversed(found) for name, value in source.values.items() if name in NAMES}
+    checked = {}
+    for name, value in merged.items():
+        try:
+            checked[name] = _as_typed(name, value)
+        except ValueError as error:
+            wrong.append(str(error))
     try:
         settings = Settings(**checked)
     except ValueError as error:
@@ -71,14 +68,14 @@ def read_settings(profile: str | None = None, **given: Any) -> Settings:
 
 
 def sources(profile: str | None = None) -> list[Source]:
-    """What counts, the strongest first. Raises LoraqError where there is no such profile, or no reading the file."""
+    """What counts, the strongest first. Raises LoraqError where there is no such profile, or file."""
     document = _document()
     tables = _profiles(document)
     file = Source(str(config_file()), {name: value for name, value in document.items() if name != "profiles"})
     texts = {name: os.environ.get(f"LORAQ_{name.upper()}", "") for name in NAMES}
     set_here = {name: _from_text(name, text) for name, text in texts.items() if text}
     variables = Source(", ".join(f"LORAQ_{name.upper()}" for name in set_here), set_here)
-    named = profile or set_here.get("profile") or document.get("profile")
+    named = str(profile or set_here.get("profile") or document.get("profile") or "")
     if not named:
         return [variables, file]
     if named not in tables:

@@ -152,6 +152,7 @@ def test_everything_that_is_wrong_is_told_at_once(config: Path, monkeypatch: pyt
         ('owner = "\udce9"', "is not valid TOML"),
         ('profiles = "lab"', "the profiles in"),
         ("[profiles]\nlab = 1", "the profiles in"),
+        ('profile = ["lab"]', "there is no profile"),
     ],
 )
 def test_a_file_that_cannot_be_understood(config: Path, text: str, what: str) -> None:
@@ -174,6 +175,11 @@ def test_a_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setenv("LORAQ_CONFIG", os.devnull)
     assert read_settings().lease_s == 60
+
+
+def test_a_program_that_misspells_a_setting_is_told() -> None:
+    with pytest.raises(LoraqError, match="redis is none; did you mean redis_url"):
+        read_settings(redis="redis://lab/0")
 
 
 def test_settings_of_ones_own_are_held_to_their_bounds_too() -> None:
