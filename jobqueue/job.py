@@ -140,6 +140,7 @@ class Job:
     rung: int = 0  # of its ladder of splits, where the next attempt begins; see jobqueue/microbatch.py
     queue: str = ""  # the memory class it waits in; "" while its size is not known
     held: bool = False  # not to be claimed until it is released
+    lease_s: float = 0.0  # how long its last claim lasts, or lasted, without a renewal
     needs: tuple[str, ...] = ()  # jobs that had to succeed before it
     progress: dict[str, Any] = field(default_factory=dict)  # the last progress event
     outcome: dict[str, Any] = field(
@@ -187,6 +188,7 @@ class Job:
             rung=int(number("rung")),
             queue=record.get("queue", ""),
             held=record.get("hold") == "1",
+            lease_s=number("lease") / 1000,
             needs=tuple(parsed("needs", [])),
             progress=parsed("progress", {}),
             outcome=parsed("outcome", {}),

@@ -100,7 +100,7 @@ class Settings:
         prices = self.gpu_hour_price if isinstance(self.gpu_hour_price, dict) else {"": self.gpu_hour_price or 0}
         if not all(price >= 0 for price in prices.values()):
             yield "gpu_hour_price must be at least 0"
-        # whoever looks at the clock less often than twice a lease takes it for one that jumped: see store.lua
+        # one renewal that fails must not cost the lease, and a jump of the clock may count as two sweeps: see store.lua
         for name in ("renew_s", "sweep_s"):
             if (value := getattr(self, name)) > self.lease_s / 3:
                 yield f"{name} ({value:g}) must be at most a third of lease_s ({self.lease_s:g})"

@@ -16,9 +16,10 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:owners:<q>          set     owners that have a job in that class
   {loraq}:queues              set     classes that have ever held a job
   {loraq}:delayed             zset    queued jobs that may not be claimed before T
-  {loraq}:running             zset    running jobs by the T at which their lease ends
+  {loraq}:running             zset    running jobs by the time, on the clock of leases, at which theirs ends
   {loraq}:open                hash    kind of job -> how many of them have not ended
   {loraq}:ended               zset    ends of jobs lately, "<kind> <state> <seconds> <id>:<attempt> <owner>", by their T
+  {loraq}:leases              zset    lengths of leases in ms, by the T at which a worker last asked for one
   {loraq}:claims              hash    nonce of a claim -> the job that runs by it
   {loraq}:held_classes        set     memory classes of which nothing is claimed
   {loraq}:drained             set     workers, and hosts, that claim nothing
@@ -28,13 +29,13 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:workers             hash    worker -> JSON as it described itself, with seen_at T
   {loraq}:gpu_workers         zset    GPU workers by the T of their last heartbeat
   {loraq}:sequence            number  first come, first served
-  {loraq}:clock               hash    seen_at T, run_id of the server, quiet_until T
+  {loraq}:lease_clock         hash    seen_at T, time (of that clock), stride in ms, run_id of the server, quiet_until (time)
 
 Fields of a record
   id kind batch("": a base model's evaluation, a question, a preview) trial owner spec(JSON) device(auto gpu cpu control) priority seq queue need(bytes, 0 unknown) waits(jobs and estimates to come)
   needs follows(JSON: jobs that must have succeeded, or ended, before)
   state(waiting held queued running succeeded failed cancelled) cancel("1" asked for) hold("1" not to be claimed)
-  attempt(the fence) nonce(proof of the claim) settled(number, nonce and state of the last settled attempt) failures
+  attempt(the fence) nonce(proof of the claim) lease(ms, as it was claimed) settled(number, nonce and state of the last settled attempt) failures
   rung(of the job's ladder of splits, where the next attempt begins; grows when memory ran out)
   submission(of the submit that made it, random) said(entries of its stream that the attempt has appended)
   kept_by(the worker that runs empty for it) kept_until(T) kept_since(T) kept_turns(how often another took that over)
@@ -42,6 +43,7 @@ Fields of a record
 ]]
 
 local P = '{loraq}:'
+local LEASE_CLOCK = P .. 'lease_clock'
 local HALF_LIFE = 24 * 3600 * 1000 -- of GPU seconds in the fair share
 local PAGE, LOOK = 16, 1024 -- how many jobs of an owner and class a claim reads at once, and looks at in all
 local PATIENCE = 60 * 1000 -- a job that has waited for longer lets no other overtake it where it would fit
@@ -52,6 +54,7 @@ local GPU_ALIVE = 30 * 1000 -- a GPU worker that has been silent for longer does
 local ANSWERS_KEPT = 24 * 3600 * 1000 -- after their end
 local LATELY = 3600 * 1000
 local FORGET = 24 * 3600 * 1000 -- of silent workers
+local STRIDE = 4 * 1000 -- of the clock of leases, until a sweep has said otherwise
 local SOON_FORGOTTEN = { ask = true, preview = true }
 local FINAL = { succeeded = true, failed = true, cancelled = true }
 
@@ -88,30 +91,42 @@ local function both(ids, woken)
 end
 
 -- A clock that went back: whoever is silent would pass for alive for as much longer, and delays would last longer.
-local function went_back(by, longest)
-  for _, id in ipairs(redis.call('ZRANGE', P .. 'running', '(' .. longest, '+inf', 'BYSCORE')) do
-    redis.call('ZADD', P .. 'running', longest, id)
-  end
+local function went_back(by)
   for _, name in ipairs({ 'delayed', 'gpu_workers' }) do
     for _, member in ipairs(redis.call('ZRANGE', P .. name, 0, -1)) do redis.call('ZINCRBY', P .. name, -by, member) end
   end
 end
 
--- After another server process (which may have lost its last second), or a jump of the clock while something runs,
--- nothing is taken from anyone, and nothing given, until every live attempt has had a lease's time to renew. A clock
--- that nobody has looked at, since no worker was there, looks the same as one that jumped. A jump of less than half a
--- lease ends none: leases are renewed at a third of it, or sooner.
-local function quiet(now, lease)
+-- The clock of leases: TIME without its jumps. From one look to the next it goes on by a stride at most, twice the time
+-- between sweeps, and never back. So nothing counts in which nobody could renew: a jump, a server that stood still, hours
+-- without any worker. A jump may still count as one stride. So the second answer is the time before which a lease must
+-- have ended to be taken back.
+local function lease_time()
+  local now = time()
+  local seen, ours, stride = unpack(redis.call('HMGET', LEASE_CLOCK, 'seen_at', 'time', 'stride'))
+  seen, stride = tonumber(seen or now), tonumber(stride or STRIDE)
+  if now < seen - 1000 then went_back(seen - now) end
+  ours = (ours or now) + math.min(math.max(0, now - seen), stride)
+  redis.call('HSET', LEASE_CLOCK, 'seen_at', now, 'time', ours)
+  return ours, ours - stride
+end
+
+-- The attempt's lease begins anew; each has its own length, as hosts may be set up otherwise.
+local function extend(id, lease)
+  redis.call('ZADD', P .. 'running', lease_time() + lease, id)
+  redis.call('ZADD', P .. 'leases', time(), lease)
+end
+
+-- After another server process, which may have lost its last second, nothing is taken from anyone, and nothing given, for
+-- the longest lease of all: somebody may be at work by a claim that was lost, and finds out when he renews.
+local function quiet(now)
   local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-  local seen, known, till = unpack(redis.call('HMGET', P .. 'clock', 'seen_at', 'run_id', 'quiet_until'))
-  seen, till = tonumber(seen or now), tonumber(till or 0)
-  local back, on = now < seen - 1000, now > seen + lease / 2
-  if back then went_back(seen - now, now + lease) end
-  local jumped = (back or on) and redis.call('ZCARD', P .. 'running') > 0
-  if (known and known ~= run_id) or jumped or till > now + lease then
-    till = now + lease
+  local known, till = unpack(redis.call('HMGET', LEASE_CLOCK, 'run_id', 'quiet_until'))
+  till = tonumber(till or 0)
+  if known and known ~= run_id then
+    for _, lease in ipairs(redis.call('ZRANGE', P .. 'leases', 0, -1)) do till = math.max(till, now + lease) end
   end
-  redis.call('HSET', P .. 'clock', 'seen_at', now, 'run_id', run_id, 'quiet_until', till)
+  redis.call('HSET', LEASE_CLOCK, 'run_id', run_id, 'quiet_until', till)
   return now < till
 end
 
@@ -364,22 +379,23 @@ local function claim(_, args)
   local not_after, worker, device, free, whole, lease, nonce = unpack(args, 1, 7)
   local now = time()
   if too_late(not_after) then return {} end
+  redis.call('ZADD', P .. 'leases', now, lease)
   local id = redis.call('HGET', P .. 'claims', nonce)
   if not id then
     local host = string.match(worker, '^[^/]*')
     local drained = redis.call('SISMEMBER', P .. 'drained', worker) + redis.call('SISMEMBER', P .. 'drained', host)
-    if drained > 0 or quiet(now, tonumber(lease)) then return {} end
+    if drained > 0 or quiet(lease_time()) then return {} end
     id = best(worker, device, tonumber(free), tonumber(whole), { unpack(args, 8) }, now)
     if not id then return {} end
     unplace(id)
     redis.call('HDEL', key(id), 'kept_by', 'kept_until', 'kept_since', 'kept_turns')
     redis.call('HINCRBY', key(id), 'attempt', 1)
-    redis.call('HSET', key(id), 'state', 'running', 'nonce', nonce, 'worker', worker, 'claimed_at', now, 'ended_at', 0,
-      'cancel', '', 'progress', '', 'reason', '', 'message', '', 'said', 0)
+    redis.call('HSET', key(id), 'state', 'running', 'nonce', nonce, 'lease', lease, 'worker', worker, 'claimed_at', now,
+      'ended_at', 0, 'cancel', '', 'progress', '', 'reason', '', 'message', '', 'said', 0)
     redis.call('HSET', P .. 'claims', nonce, id)
     event(id, 'state', 'running on ' .. worker)
   end
-  redis.call('ZADD', P .. 'running', now + lease, id)
+  extend(id, lease)
   local spec, batch, submission = unpack(redis.call('HMGET', key(id), 'spec', 'batch', 'submission'))
   return { id, number(id, 'attempt'), spec, batch, number(id, 'failures'), submission, number(id, 'need'), number(id, 'rung') }
 end
@@ -395,11 +411,11 @@ local function owns(id, attempt, nonce)
   return state == 'running' and now_attempt == attempt and now_nonce == nonce
 end
 
--- renew(id, attempt, nonce, lease) -> 0 not yours, 1 renewed, 2 renewed and asked to cancel
+-- renew(id, attempt, nonce) -> 0 not yours, 1 renewed, 2 renewed and asked to cancel
 local function renew(_, args)
-  local id, attempt, nonce, lease = unpack(args)
+  local id, attempt, nonce = unpack(args)
   if not owns(id, attempt, nonce) then return 0 end
-  redis.call('ZADD', P .. 'running', time() + lease, id)
+  extend(id, number(id, 'lease'))
   return field(id, 'cancel') == '1' and 2 or 1
 end
 
@@ -428,7 +444,7 @@ local function settle(_, args)
   local now, woken, word = time(), nobody(), attempt .. ' ' .. nonce .. ' ' .. state
   if field(id, 'settled') == word then return { 1 } end
   if not owns(id, attempt, nonce) then return { 0 } end
-  if only == 'expired' and tonumber(redis.call('ZSCORE', P .. 'running', id)) > now then return { 0 } end
+  if only == 'expired' and tonumber(redis.call('ZSCORE', P .. 'running', id)) > select(2, lease_time()) then return { 0 } end
   local asked = field(id, 'cancel') == '1'
   if asked and state == 'queued' then state, reason, message = 'cancelled', '', 'on request' end
   if not asked and state == 'cancelled' then state, message = 'queued', 'wanted again' end -- by a batch that came since
@@ -611,12 +627,13 @@ local function release_base(keys, args)
   return cancel(keys, { id })
 end
 
--- sweep(lease) -> JSON {expired: [{id, attempt, nonce}], unsized: [id], queues: {class: jobs that can be claimed}}
+-- sweep(ms between sweeps) -> JSON {expired: [{id, attempt, nonce}], unsized: [id], queues: {class: jobs that can be claimed}}
 local function sweep(_, args)
-  local now, lease = time(), tonumber(args[1])
-  local expired, queues = {}, {}
-  if not quiet(now, lease) then
-    for _, id in ipairs(redis.call('ZRANGE', P .. 'running', '-inf', now, 'BYSCORE', 'LIMIT', 0, 100)) do
+  local now, expired, queues = time(), {}, {}
+  redis.call('HSET', LEASE_CLOCK, 'stride', 2 * args[1])
+  local leased, over = lease_time()
+  if not quiet(leased) then
+    for _, id in ipairs(redis.call('ZRANGE', P .. 'running', '-inf', over, 'BYSCORE', 'LIMIT', 0, 100)) do
       local attempt, nonce = unpack(redis.call('HMGET', key(id), 'attempt', 'nonce'))
       if attempt then
         expired[#expired + 1] = { id, attempt, nonce }
@@ -642,6 +659,7 @@ local function sweep(_, args)
   end
   redis.call('ZREMRANGEBYSCORE', P .. 'gpu_workers', '-inf', now - FORGET)
   redis.call('ZREMRANGEBYSCORE', P .. 'ended', '-inf', now - LATELY)
+  redis.call('ZREMRANGEBYSCORE', P .. 'leases', '-inf', now - FORGET)
   local unsized = redis.call('SRANDMEMBER', P .. 'unsized', 200)
   return cjson.encode({ expired = expired, unsized = unsized, queues = queues })
 end
@@ -768,7 +786,7 @@ local function overview(_, args)
 end
 
 -- orderly(): the server is about to stop with everything on disk; the next process of it need not be distrusted
-local function orderly() return redis.call('HDEL', P .. 'clock', 'run_id', 'seen_at') end
+local function orderly() return redis.call('HDEL', LEASE_CLOCK, 'run_id', 'seen_at') end
 
 local function register(name, callback, flags)
   redis.register_function { function_name = name .. '_VERSION', callback = callback, flags = flags }

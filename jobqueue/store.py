@@ -223,7 +223,7 @@ class Store(Records):
 
     def renew(self, claim: Claim) -> bool:
         """Extends the lease; True: the user asked to cancel. Raises StaleAttemptError where it is lost."""
-        answer = self._call("renew", claim.job_id, claim.attempt, claim.nonce, int(claim.lease_s * 1000))
+        answer = self._call("renew", claim.job_id, claim.attempt, claim.nonce)
         if answer == 0:
             raise self._stale(claim)
         return bool(answer == 2)
@@ -272,8 +272,9 @@ class Store(Records):
 
     # -- the sweeper's calls
 
-    def sweep(self, lease_s: float) -> Sweep:
-        found = json.loads(self._call("sweep", int(lease_s * 1000)))
+    def sweep(self, every_s: float) -> Sweep:
+        """Leases are taken back 2 * `every_s` after their end: as much as a jump of the server's clock may count."""
+        found = json.loads(self._call("sweep", max(1, int(every_s * 1000))))
         return Sweep(
             expired=[(job_id, int(attempt), nonce) for job_id, attempt, nonce in found["expired"]],
             unsized=list(found["unsized"]),

@@ -79,7 +79,7 @@ class Sweeper:
         self._archiving.start()
 
     def round(self) -> None:
-        found = self._store.sweep(self._settings.lease_s)
+        found = self._store.sweep(self._settings.sweep_s)
         for job_id, attempt, nonce in found.expired:
             try:
                 self._expire(job_id, attempt, nonce)
@@ -96,8 +96,8 @@ class Sweeper:
     def _expire(self, job_id: str, attempt: int, nonce: str) -> None:
         """The attempt's worker was silent for a lease: its trainer is dead, the job goes on elsewhere or ends."""
         job = self._store.job(job_id)
-        claim = Claim(job_id, attempt, nonce, {}, job.batch, job.failures, self._settings.lease_s)
-        silence = f"worker {job.worker} was not heard of for {self._settings.lease_s:g} s"
+        claim = Claim(job_id, attempt, nonce, {}, job.batch, job.failures, job.lease_s)
+        silence = f"worker {job.worker} was not heard of for {job.lease_s:g} s"
         if words := self._store.last_words(job_id, attempt):
             silence += f"; its last words: {words}"
         end = after_failure(FailureReason.LOST, silence, job.failures, self._settings.max_failures)

@@ -299,7 +299,7 @@ def test_what_was_evicted_all_the_same_keeps_nobody_from_the_rest(store: Store) 
     assert found.job_id == "b.20"
 
     def swept() -> bool:
-        store.sweep(0.1)
+        store.sweep(0.05)
         return store._redis.zrange("{loraq}:running", 0, -1) == ["b.20"]
 
     wait_for(swept, 5, "what is gone does not run either")

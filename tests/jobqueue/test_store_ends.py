@@ -150,10 +150,10 @@ def test_an_expired_lease_is_found_by_a_sweep_and_only_then(store: Store) -> Non
     expected = [("b.1", attempt.attempt, attempt.nonce)]
     lost = Settlement(JobState.QUEUED, FailureReason.LOST, "silent", counts=True)
 
-    assert store.sweep(0.5).expired == []
+    assert store.sweep(0.05).expired == []
     with pytest.raises(StaleAttemptError):
         store.settle(attempt, lost, only_expired=True)
-    wait_for(lambda: store.sweep(0.5).expired == expected, 5, "the sweep finds the lease")
+    wait_for(lambda: store.sweep(0.05).expired == expected, 5, "the sweep finds the lease")
     assert states(store, "b.1") == ["running"], "only the sweeper's settlement takes it away"
     store.settle(attempt, lost, only_expired=True)
     assert must_claim(store).attempt == 2
@@ -162,11 +162,11 @@ def test_an_expired_lease_is_found_by_a_sweep_and_only_then(store: Store) -> Non
 def test_a_renewed_lease_does_not_expire(store: Store) -> None:
     submit(store, new_job("b.1"))
     attempt = must_claim(store, lease_s=0.3)
-    wait_for(lambda: store.sweep(0.3).expired, 5, "the lease has ended")
+    wait_for(lambda: store.sweep(0.05).expired, 5, "the lease has ended")
 
     store.renew(attempt)
 
-    assert store.sweep(0.3).expired == []
+    assert store.sweep(0.05).expired == []
     with pytest.raises(StaleAttemptError):
         store.settle(attempt, AGAIN, only_expired=True)
 

@@ -77,7 +77,7 @@ def test_at_the_memory_limit_what_runs_is_renewed_settled_cancelled_and_swept(fu
     fill(full)
 
     assert full.renew(second) is False
-    wait_for(lambda: full.sweep(30).expired == [("b.1", 1, first.nonce)], 5, "the sweep finds the expired lease")
+    wait_for(lambda: full.sweep(0.05).expired == [("b.1", 1, first.nonce)], 5, "the sweep finds the expired lease")
     full.settle(first, Settlement(JobState.QUEUED, "lost", "silent", counts=True), only_expired=True)
     assert full.cancel(["b.1"])[0] == ["b.1"]
     full.settle(second, SUCCEEDED)
