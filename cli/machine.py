@@ -173,7 +173,7 @@ def wait_until_registered(
     """The workers of this machine, as soon as one that trains has reported itself.
 
     Args:
-        before: id -> seen_at of the workers that were known before this one was started.
+        before: uid -> seen_at of the workers that were known before this one was started.
 
     Raises:
         MachineError: it ended, or is still not there at the deadline.
@@ -181,7 +181,7 @@ def wait_until_registered(
     deadline = time.monotonic() + REGISTER_S
     host = socket.gethostname()
     while time.monotonic() < deadline:
-        here = [w for w in client.workers() if w.host == host and w.seen_at > before.get(w.id, 0)]
+        here = [w for w in client.workers() if w.host == host and w.seen_at > before.get(w.uid, 0)]
         if any(w.device != "control" for w in here):
             return here
         if process.poll() is not None:
@@ -195,7 +195,7 @@ def wait_until_registered(
 
 def seen(client: Client) -> dict[str, float]:
     """When each worker that the server knows was seen last."""
-    return {worker.id: worker.seen_at for worker in client.workers()}
+    return {worker.uid: worker.seen_at for worker in client.workers()}
 
 
 def last_lines(log: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-import socket
 import threading
 import time
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from gpu_worker.attempt import Attempt
 from gpu_worker.control_attempt import ControlAttempt
 from gpu_worker.gpu import Device
 from gpu_worker.health import watch
+from gpu_worker.identity import boot, identity
 from gpu_worker.lease import Lease
 from gpu_worker.mps import mps_of
 from gpu_worker.pool import TrainerPool
@@ -58,7 +58,6 @@ class Worker:
         share: Literal["auto", "mps", "timeslice", "off"] = "timeslice",
     ) -> None:
         self.device, self.settings, self.slots = device, settings, slots
-        self.id = f"{socket.gethostname()}/{device.label}"
         self.leaving = threading.Event()  # this process is to end
         self.drained = threading.Event()  # somebody wants this worker to take nothing; it stays
         self.store = Store(url, timeout_s=settings.timeout_s)
@@ -68,6 +67,7 @@ class Worker:
         cache.mkdir(parents=True, exist_ok=True)
         if device.kind != "control":  # which several of a host share: it has neither memory to promise nor scratch
             self._sole = hold(cache, device.label)
+        self.id, self._boot = identity(cache, device), boot()
         shutil.rmtree(cache / "scratch", ignore_errors=True)  # of attempts that ended with kill -9
         self._admission, self._spares = Admission(slots, spares * CONTEXT), spares
         self._mps, self._share = mps_of(device, cache, share, slots), share
@@ -242,7 +242,7 @@ class Worker:
 
     def _refuse(self, claim: Claim, claimed_at: float) -> None:
         """A job of a newer release: it would be run by nobody, and taken back by no sweeper of this one."""
-        unknown = f"the release of {self.id} knows no jobs of the kind {claim.spec['kind']!r}"
+        unknown = f"the release of {self.id.partition('#')[0]} knows no jobs of the kind {claim.spec['kind']!r}"
         lease = Lease(self.store, claim, self.settings, claimed_at, self.leaving)
         try:
             send_tokens(self.app, lease.settle(Settlement(JobState.FAILED, FailureReason.BAD_SPEC, unknown)))
@@ -267,6 +267,7 @@ class Worker:
         """What the store is told of it, the fields of WorkerInfo."""
         return {
             "host": self.id.partition("/")[0],  # by which it is drained, whatever the machine is called by now
+            "boot": self._boot,
             "device": self.device.name,
             "uuid": self.device.uuid,
             "usable_bytes": self._watch.health.usable_bytes,

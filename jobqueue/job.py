@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -180,7 +181,7 @@ class Job:
             claimed_at=number("claimed_at") / 1000,
             ended_at=number("ended_at") / 1000,
             not_before=number("not_before") / 1000,
-            worker=record.get("worker", ""),
+            worker=record.get("worker", "").partition("#")[0],
             reason=FailureReason(record["reason"]) if record.get("reason") else None,
             message=record.get("message", ""),
             cancel_requested=record.get("cancel") == "1",
@@ -230,7 +231,7 @@ class Batch:
 class WorkerInfo:
     """One worker as it last described itself."""
 
-    id: str  # host/gpu0, host/cpu, host/control
+    id: str  # host/gpu0, host/cpu, host/control; where two that live are called so, its `uid`
     host: str
     device: str  # "NVIDIA H100 80GB HBM3", "cpu", "control"
     uuid: str  # of the GPU, "" elsewhere
@@ -241,6 +242,8 @@ class WorkerInfo:
     alive: bool  # seen within the last three heartbeats
     note: str = ""  # why it takes no job, or less than it could, where that is so
     takes_jobs: bool = True  # or it is drained or sick, or pauses
+    uid: str = ""  # what no other has: host/gpu0#3fa2c1
+    boot: str = ""  # of its machine: tells machines of one name apart
     share: str = ""  # how its jobs share the GPU: mps, timeslice, off (one at a time); "" where there is none
     versions: Mapping[str, str] = field(default_factory=dict)
     # Of the device as it last looked, 0 or None where it does not say:
@@ -252,8 +255,13 @@ class WorkerInfo:
     power_w: float | None = None
     power_limit_w: float | None = None
 
+    @property
+    def name(self) -> str:
+        """host/gpu0, which workers of two machines may share."""
+        return self.uid.partition("#")[0]
+
     @classmethod
-    def from_record(cls, worker_id: str, record: str, now: float) -> WorkerInfo:
+    def from_record(cls, uid: str, record: str, now: float) -> WorkerInfo:
         """The entry of `{loraq}:workers`; without what newer releases add."""
         seen, _, text = record.partition(" ")
         info = json.loads(text)
@@ -262,9 +270,21 @@ class WorkerInfo:
         info.setdefault("takes_jobs", not info.get("note"))  # of older releases
         known = {field.name for field in fields(cls)}
         return cls(
-            id=worker_id,
+            id=uid,
+            uid=uid,
             seen_at=float(seen) / 1000,
             alive=silent_s <= SILENT_HEARTBEATS * info.pop("every_s"),
             running=tuple(info.pop("running")),
             **{name: value for name, value in info.items() if name in known},
         )
+
+
+def told_apart(workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
+    """The same with their name as `id`; of several with one name, only where but one of them lives, and that one."""
+    count = Counter(worker.name for worker in workers)
+    living = Counter(worker.name for worker in workers if worker.alive)
+
+    def alone(worker: WorkerInfo) -> bool:
+        return count[worker.name] == 1 or (worker.alive and living[worker.name] == 1)
+
+    return [replace(worker, id=worker.name) if alone(worker) else worker for worker in workers]

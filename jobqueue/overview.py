@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from jobqueue.job import Job, JobKind, JobState, WorkerInfo
+from jobqueue.job import Job, JobKind, JobState, WorkerInfo, told_apart
 from jobqueue.memory import GIB
 
 LASTING = (JobKind.TRAIN, JobKind.EVALUATE, JobKind.EXPORT)
@@ -44,12 +44,12 @@ class Overview:
         """Of the function `overview` in store.lua."""
         now, held = answer["now"] / 1000, tuple(sorted(answer["held_classes"]))
         records = sorted(answer["workers"].items())
-        workers = [_corrected(WorkerInfo.from_record(name, record, now), answer) for name, record in records]
+        workers = told_apart([_corrected(WorkerInfo.from_record(uid, record, now), answer) for uid, record in records])
         made = cls(
             now=now,
             owner=owner,
             host=host,
-            workers=tuple(worker for worker in workers if host in ("", worker.id, worker.host)),
+            workers=tuple(worker for worker in workers if host in ("", worker.uid, worker.name, worker.host)),
             held_classes=held,
             counts={JobState(state): count for state, count in answer["counts"].items()},
             classes=dict(answer["classes"]),
@@ -68,8 +68,8 @@ class Overview:
 
 def _corrected(worker: WorkerInfo, answer: Mapping[str, Any]) -> WorkerInfo:
     """What it runs, and whether it is drained, the server knows before the worker says so."""
-    running = tuple(sorted(answer["busy"].get(worker.id, ())))
-    if {worker.id, worker.host} & set(answer["drained"]):
+    running = tuple(sorted(answer["busy"].get(worker.uid, ())))
+    if {worker.uid, worker.name, worker.host} & set(answer["drained"]):
         worker = replace(worker, note="drained", takes_jobs=False)
     return replace(worker, running=running)
 

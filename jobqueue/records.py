@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from jobqueue.connection import Connection
 from jobqueue.errors import ArchivedError, NotFoundError
 from jobqueue.events import Event
-from jobqueue.job import Batch, Job, JobState, WorkerInfo
+from jobqueue.job import Batch, Job, JobState, WorkerInfo, told_apart
 
 if TYPE_CHECKING:
     from jobqueue.overview import Overview
@@ -119,11 +119,14 @@ class Records(Connection):
         return next(said, "")
 
     def workers(self) -> list[WorkerInfo]:
-        """Every worker that has not left, the silent ones with alive=False."""
+        """Every worker that has not left, the silent ones with alive=False.
+
+        The `id` is host/device; of those that share that, it tells them apart, but for the only one that lives.
+        """
         now = self._clock()
         with self._errors():
             records = cast("dict[str, str]", self._redis.hgetall(f"{PREFIX}workers"))
-        return [WorkerInfo.from_record(worker_id, record, now) for worker_id, record in sorted(records.items())]
+        return told_apart([WorkerInfo.from_record(uid, record, now) for uid, record in sorted(records.items())])
 
     def overview(self, owner: str, host: str, most: int) -> Overview:
         """The whole cluster, in one call that changes nothing; see `Client.overview`."""

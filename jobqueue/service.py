@@ -14,7 +14,7 @@ from jobqueue.archive import Lookup
 from jobqueue.broker import make_app, send_tokens
 from jobqueue.configuration import read_settings
 from jobqueue.embedded import connect_url
-from jobqueue.errors import BusyError, LoraqError, NotFoundError, StorageError
+from jobqueue.errors import BusyError, NotFoundError, StorageError
 from jobqueue.job import JobKind
 from jobqueue.memory import all_classes
 from jobqueue.storage import Storage
@@ -342,21 +342,10 @@ class Client:
     def drain(self, target: str, *, undo: bool = False) -> list[WorkerInfo]:
         """A worker, or all of a host, takes no more jobs; running ones are saved and go back into the queue.
 
-        Returns the workers that are meant. Raises NotFoundError where none has that name, and LoraqError where a worker
-        is to take jobs whose whole host is drained.
+        Returns the workers that are meant. Raises NotFoundError where none has that name, and LoraqError where several
+        machines have it, or a worker is to take jobs whose whole host is drained.
         """
-        if undo and (host := target.partition("/")[0]) != target and host in self.store.marked("drained"):
-            raise LoraqError(
-                f"{target} stays drained, as the whole of {host} is",
-                f"loraq undrain {host}, then drain again which of its workers are to stay so.",
-            )
-        meant = [worker for worker in self.workers() if target in (worker.id, worker.host)]
-        if not meant and not (undo and target in self.store.marked("drained")):
-            raise names.no_worker(target, self.store)
-        self.store.mark("drained", target, not undo)
-        for worker in meant if undo else ():  # a host's word goes for its workers
-            self.store.mark("drained", worker.id, False)
-        return meant
+        return steering.drain(self.store, target, undo=undo)
 
     def forget_server(self) -> None:
         """The server is about to be stopped in good order: trust its next start at once."""

@@ -1,12 +1,12 @@
-"""What `cancel` and `retry` mean for a batch: which of its jobs, and in which order."""
+"""What `cancel` and `retry` mean for a batch: which of its jobs, and in which order. What `drain` means for a name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from jobqueue import names
-from jobqueue.errors import NotFoundError
-from jobqueue.job import Batch, FailureReason, Job, JobState
+from jobqueue.errors import LoraqError, NotFoundError
+from jobqueue.job import Batch, FailureReason, Job, JobState, WorkerInfo
 
 if TYPE_CHECKING:
     from jobqueue.store import Store
@@ -53,6 +53,36 @@ def own(store: Store, target: str) -> list[Job]:
     """A batch's jobs, without the evaluations that serve other batches too; or the one job of that id."""
     batch = _batch(store, target)
     return store.jobs(_ids(batch)) if batch else [_job(store, target)]
+
+
+def drain(store: Store, target: str, *, undo: bool) -> list[WorkerInfo]:
+    """Marks a worker or a host, or ends that; the workers that are meant. Raises NotFoundError, LoraqError."""
+    marked = store.marked("drained")
+    wider = [name for name in (target.partition("/")[0], target.partition("#")[0]) if name != target]
+    if undo and (by := next((name for name in wider if name in marked), "")):
+        raise LoraqError(
+            f"{target} stays drained, as the whole of {by} is",
+            f"loraq undrain {by}, then drain again which of its workers are to stay so.",
+        )
+    meant = [worker for worker in store.workers() if target in (worker.uid, worker.name, worker.host)]
+    if not meant and not (undo and target in marked):
+        raise names.no_worker(target, store)
+    if target not in marked:
+        _check_one_machine(target, meant)
+    store.mark("drained", target, not undo)
+    for worker in meant if undo else ():  # a wider word goes for all that it means
+        store.mark("drained", worker.name, False)
+        store.mark("drained", worker.uid, False)
+    return meant
+
+
+def _check_one_machine(target: str, meant: list[WorkerInfo]) -> None:
+    """Two machines may have one name, which is noticed while both live."""
+    living = [worker for worker in meant if worker.alive]
+    several = len({worker.boot for worker in living}) > 1 or ("/" in target and len(living) > 1)
+    if several:
+        workers = " ".join(worker.uid for worker in living)
+        raise LoraqError(f"{target} is the name of several machines or workers", f"Say which of {workers} is meant.")
 
 
 def _batch(store: Store, target: str) -> Batch | None:

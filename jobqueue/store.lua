@@ -22,11 +22,11 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:leases              zset    lengths of leases in ms, by the T at which a worker last asked for one
   {loraq}:claims              hash    nonce of a claim -> the job that runs by it
   {loraq}:held_classes        set     memory classes of which nothing is claimed
-  {loraq}:drained             set     workers, and hosts, that claim nothing
+  {loraq}:drained             set     workers, by host/device#mark or host/device, and hosts, that claim nothing
   {loraq}:unsized             set     jobs whose memory a control worker must estimate
   {loraq}:peaks               hash    kind of job -> its peak as measured over the estimate
   {loraq}:usage               hash    owner -> "<GPU seconds, decayed>:<T of that figure>"
-  {loraq}:workers             hash    worker -> JSON as it described itself, with seen_at T
+  {loraq}:workers             hash    host/device#mark -> JSON as it described itself, with seen_at T
   {loraq}:gpu_workers         zset    GPU workers by the T of their last heartbeat
   {loraq}:sequence            number  first come, first served
   {loraq}:lease_clock         hash    seen_at T, time (of that clock), stride in ms, run_id of the server, quiet_until (time)
@@ -61,6 +61,9 @@ local FINAL = { succeeded = true, failed = true, cancelled = true }
 local function key(id) return P .. 'job:' .. id end
 local function field(id, name) return redis.call('HGET', key(id), name) end
 local function number(id, name) return tonumber(field(id, name) or '') or 0 end
+-- Of host/device#mark.
+local function name_of(worker) return string.match(worker, '^[^#]*') end
+local function host_of(worker) return string.match(worker, '^[^/]*') end
 local function time()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
@@ -298,6 +301,15 @@ local function usage(owner, now)
   return value and value * 0.5 ^ (math.max(0, now - at) / HALF_LIFE) or 0
 end
 
+-- Marked by what no other worker has, by its name, or by its host's.
+local function drained(worker)
+  local marks = 0
+  for _, name in ipairs({ worker, name_of(worker), host_of(worker) }) do
+    marks = marks + redis.call('SISMEMBER', P .. 'drained', name)
+  end
+  return marks
+end
+
 -- The classes that a worker may serve. A CPU worker takes what was meant for GPUs where no GPU worker lives.
 local function served(device, queues, now)
   if device ~= 'cpu' or redis.call('ZCOUNT', P .. 'gpu_workers', now - GPU_ALIVE, '+inf') > 0 then return queues end
@@ -382,9 +394,7 @@ local function claim(_, args)
   redis.call('ZADD', P .. 'leases', now, lease)
   local id = redis.call('HGET', P .. 'claims', nonce)
   if not id then
-    local host = string.match(worker, '^[^/]*')
-    local drained = redis.call('SISMEMBER', P .. 'drained', worker) + redis.call('SISMEMBER', P .. 'drained', host)
-    if drained > 0 or quiet(lease_time()) then return {} end
+    if drained(worker) > 0 or quiet(lease_time()) then return {} end
     id = best(worker, device, tonumber(free), tonumber(whole), { unpack(args, 8) }, now)
     if not id then return {} end
     unplace(id)
@@ -393,7 +403,7 @@ local function claim(_, args)
     redis.call('HSET', key(id), 'state', 'running', 'nonce', nonce, 'lease', lease, 'worker', worker, 'claimed_at', now,
       'ended_at', 0, 'cancel', '', 'progress', '', 'reason', '', 'message', '', 'said', 0)
     redis.call('HSET', P .. 'claims', nonce, id)
-    event(id, 'state', 'running on ' .. worker)
+    event(id, 'state', 'running on ' .. name_of(worker))
   end
   extend(id, lease)
   local spec, batch, submission = unpack(redis.call('HMGET', key(id), 'spec', 'batch', 'submission'))
@@ -451,7 +461,7 @@ local function settle(_, args)
   local owner, claimed, worker = unpack(redis.call('HMGET', key(id), 'owner', 'claimed_at', 'worker'))
   runs_no_more(id)
   redis.call('HSET', P .. 'usage', owner, (usage(owner, now) + (now - claimed) / 1000) .. ':' .. now)
-  redis.call('RPUSH', key(id) .. ':history', cjson.encode({ attempt = tonumber(attempt), worker = worker,
+  redis.call('RPUSH', key(id) .. ':history', cjson.encode({ attempt = tonumber(attempt), worker = name_of(worker),
     claimed_at = claimed / 1000, ended_at = now / 1000, state = state, reason = reason, message = message }))
   redis.call('HSET', key(id), 'settled', word, 'ended_at', now, 'outcome', outcome)
   if counts == '1' then redis.call('HINCRBY', key(id), 'failures', 1) end
@@ -670,8 +680,7 @@ local function heartbeat(_, args)
   local now = time()
   redis.call('HSET', P .. 'workers', worker, now .. ' ' .. info)
   if device == 'gpu' then redis.call('ZADD', P .. 'gpu_workers', now, worker) end
-  return redis.call('SISMEMBER', P .. 'drained', worker)
-    + redis.call('SISMEMBER', P .. 'drained', string.match(worker, '^[^/]*'))
+  return drained(worker)
 end
 
 local function leave(_, args) -- what it was to GPU_ALIVE it stays: it may be started again, and CPU workers need not begin
@@ -705,7 +714,7 @@ local function running_ids(owner, host)
     if worker then
       busy[worker] = busy[worker] or {}
       table.insert(busy[worker], id)
-      if (owner == '' or of == owner) and (host == '' or worker == host or string.match(worker, '^[^/]*') == host) then
+      if (owner == '' or of == owner) and (host == '' or worker == host or name_of(worker) == host or host_of(worker) == host) then
         chosen[#chosen + 1], workers[id] = id, worker
       end
     end
