@@ -97,6 +97,10 @@ class Connection:
         """The server's time, in ms, at which this client will have given up the call that it now makes."""
         return int(1000 * (self._clock() + self._timeout_s))
 
+    def _call_in_time(self, name: str, *args: object, connection: redis.Redis | None = None) -> Any:
+        """As `_call`. Raises ServerError where the server would carry it out only after this client has given it up."""
+        return self._call(name, self._not_after(), *args, connection=connection)
+
     def _call(self, name: str, *args: object, connection: redis.Redis | None = None) -> Any:
         client = connection or self._redis
         version, source = _library()
@@ -139,6 +143,10 @@ class Connection:
                 "Remove ended batches with `loraq rm`, or raise maxmemory; what runs goes on, and is settled.",
             ) from error
         except redis.ResponseError as error:
+            if "TOOLATE" in str(error):
+                raise ServerError(
+                    f"Redis at {self.where} answered too late; nothing was written", "Try again in a moment."
+                ) from None
             if "OOM" in str(error):
                 raise ServerError(
                     f"Redis at {self.where} is at its memory limit; nothing was written",

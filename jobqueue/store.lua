@@ -72,6 +72,14 @@ end
 -- A command that its sender has given up may lie in a stopped server's socket: it must not be carried out afterwards.
 local function too_late(not_after) return time() > tonumber(not_after) end
 
+-- A function that clients call, with the time after which they will have given it up before its other arguments.
+local function in_time(callback)
+  return function(keys, args)
+    if too_late(table.remove(args, 1)) then return redis.error_reply('TOOLATE') end
+    return callback(keys, args)
+  end
+end
+
 -- The classes in which something became claimable, each as often as there is work, but no more than tokens may lie there.
 local MAX_TOKENS = 64
 local function nobody() return { count = {}, list = {} } end
@@ -249,12 +257,11 @@ local function add(job, now, woken)
   begin(id, job.needs, job.follows, now, woken)
 end
 
--- submit(not after, key, name, owner, trials, base_model, jobs JSON, ids JSON)
---   -> {1, classes...}, {0} where the name is taken, {2, batch} where the key is known, {-1} where it came too late
+-- submit(key, name, owner, trials, base_model, jobs JSON, ids JSON)
+--   -> {1, classes...}, {0} where the name is taken, {2, batch} where the key is known
 local function submit(_, args)
-  local not_after, submit_key, name, owner, trials, base_model, jobs, ids = unpack(args)
+  local submit_key, name, owner, trials, base_model, jobs, ids = unpack(args)
   local batch, now, woken = P .. 'batch:' .. name, time(), nobody()
-  if too_late(not_after) then return { -1 } end
   local known = redis.call('HGET', P .. 'submits', submit_key)
   if known then
     redis.call('HSET', P .. 'submits', submit_key, known) -- a write: its sender will ask whether all before it is on disk
@@ -268,13 +275,11 @@ local function submit(_, args)
   return answer(1, woken)
 end
 
--- ask(not after, job JSON): a job of no batch, a question or a preview -> {1, classes...}, {-1} where it came too late
+-- ask(job JSON): a job of no batch, a question or a preview -> classes
 local function ask(_, args)
-  local not_after, job = unpack(args)
   local woken = nobody()
-  if too_late(not_after) then return { -1 } end
-  add(cjson.decode(job), time(), woken)
-  return answer(1, woken)
+  add(cjson.decode(args[1]), time(), woken)
+  return woken.list
 end
 
 -- size(id, need, class): the estimate that an unsized job waited for -> classes
@@ -296,11 +301,6 @@ local function refuse(_, args)
   return woken.list
 end
 
-local function usage(owner, now)
-  local value, at = string.match(redis.call('HGET', P .. 'usage', owner) or '', '([^:]+):([^:]+)')
-  return value and value * 0.5 ^ (math.max(0, now - at) / HALF_LIFE) or 0
-end
-
 -- Marked by what no other worker has, by its name, or by its host's.
 local function drained(worker)
   local marks = 0
@@ -308,6 +308,11 @@ local function drained(worker)
     marks = marks + redis.call('SISMEMBER', P .. 'drained', name)
   end
   return marks
+end
+
+local function usage(owner, now)
+  local value, at = string.match(redis.call('HGET', P .. 'usage', owner) or '', '([^:]+):([^:]+)')
+  return value and value * 0.5 ^ (math.max(0, now - at) / HALF_LIFE) or 0
 end
 
 -- The classes that a worker may serve. A CPU worker takes what was meant for GPUs where no GPU worker lives.
@@ -802,8 +807,8 @@ local function register(name, callback, flags)
 end
 local GROWS = {} -- refused, like any write, where Redis is at its memory limit
 local SETTLES = { 'allow-oom' } -- must work even there: nothing that runs may be lost for want of memory
-register('submit', submit, GROWS)
-register('ask', ask, GROWS)
+register('submit', in_time(submit), GROWS)
+register('ask', in_time(ask), GROWS)
 register('claim', claim, GROWS)
 register('append', append, GROWS)
 register('size', size, SETTLES)
@@ -811,13 +816,13 @@ register('refuse', refuse, SETTLES)
 register('renew', renew, SETTLES)
 register('settle', settle, SETTLES)
 register('learn', learn, GROWS)
-register('cancel', cancel, SETTLES)
-register('release_base', release_base, SETTLES)
-register('hold', hold, SETTLES)
-register('release', release, SETTLES)
-register('retry', retry, GROWS)
-register('mark', mark, SETTLES)
-register('remove', remove, SETTLES)
+register('cancel', in_time(cancel), SETTLES)
+register('release_base', in_time(release_base), SETTLES)
+register('hold', in_time(hold), SETTLES)
+register('release', in_time(release), SETTLES)
+register('retry', in_time(retry), GROWS)
+register('mark', in_time(mark), SETTLES)
+register('remove', in_time(remove), SETTLES)
 register('archive', archive, SETTLES)
 register('sweep', sweep, SETTLES)
 register('heartbeat', heartbeat, SETTLES)

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import redis
 
 from jobqueue.durability import Keeping, look, wait_until_on_disk
-from jobqueue.errors import ServerError, StaleAttemptError
+from jobqueue.errors import StaleAttemptError
 from jobqueue.job import Claim, Job, Settlement
 from jobqueue.memory import memory_class
 from jobqueue.records import Records
@@ -65,7 +65,7 @@ class Store(Records):
     knows within seconds, and whoever needs to go on (a worker) tries again itself.
     """
 
-    # -- a client's calls
+    # -- a client's calls, which the server does not carry out any more once the client has given them up
 
     def submit(
         self,
@@ -87,10 +87,6 @@ class Store(Records):
         # one connection for both: the server knows what it has written
         with self._errors(), redis.Redis(connection_pool=pool, single_connection_client=True) as connection:
             answer = self._submit(connection, name, owner, trials, base_model, jobs, ids, key)
-            if answer[0] == -1:
-                raise ServerError(
-                    f"Redis at {self.where} answered too late; nothing was written", "Submit again in a moment."
-                )
             if answer[0] == 0:
                 return None
             on_disk = wait_until_on_disk(connection, CONFIRMED * self._timeout_s)
@@ -109,9 +105,8 @@ class Store(Records):
         ids: Sequence[str],
         key: str,
     ) -> Any:
-        return self._call(
+        return self._call_in_time(
             "submit",
-            self._not_after(),
             key or secrets.token_hex(16),
             name,
             owner,
@@ -124,10 +119,7 @@ class Store(Records):
 
     def ask(self, job: NewJob) -> list[str]:
         """A job of no batch, forgotten a day after its end; the classes to wake. Sent twice it is one job."""
-        answer = self._call("ask", self._not_after(), json.dumps(asdict(job)))
-        if answer[0] == -1:
-            raise ServerError(f"Redis at {self.where} answered too late; nothing was asked", "Ask again in a moment.")
-        return cast("list[str]", answer[1:])
+        return cast("list[str]", self._call_in_time("ask", json.dumps(asdict(job))))
 
     def keeping(self) -> Keeping:
         """How well the server keeps what it accepts."""
@@ -136,30 +128,30 @@ class Store(Records):
 
     def cancel(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
         """(jobs that were stopped or asked to stop, classes to wake); ended jobs are left alone."""
-        return self._split(self._call("cancel", *ids))
+        return self._split(self._call_in_time("cancel", *ids))
 
     def release_base(self, job_id: str) -> tuple[list[str], list[str]]:
         """As `cancel`, for the evaluation of a base model, unless another batch still waits for it."""
-        return self._split(self._call("release_base", job_id))
+        return self._split(self._call_in_time("release_base", job_id))
 
     def hold(self, ids: Sequence[str]) -> list[str]:
         """Jobs that are not to be claimed until they are released; those that this changed."""
-        return self._split(self._call("hold", *ids))[0]
+        return self._split(self._call_in_time("hold", *ids))[0]
 
     def release(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
         """(jobs that this changed, classes to wake)"""
-        return self._split(self._call("release", *ids))
+        return self._split(self._call_in_time("release", *ids))
 
     def retry(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
         """(ended jobs that begin again, classes to wake); give them in an order where each comes after its needs."""
-        return self._split(self._call("retry", *ids))
+        return self._split(self._call_in_time("retry", *ids))
 
     def remove(self, name: str) -> bool:
         """Forgets an ended batch and its own jobs, or that it was archived. False: one of the jobs has not ended.
 
         Raises NotFoundError.
         """
-        answer = self._call("remove", name)
+        answer = self._call_in_time("remove", name)
         if answer == 0:
             raise self._no_batch(name)
         return bool(answer == 1)
@@ -177,7 +169,7 @@ class Store(Records):
 
     def mark(self, what: Literal["held_classes", "drained"], member: str, on: bool) -> bool:
         """Holds a memory class, or drains a worker or a host, or ends that. False: it was so already."""
-        return bool(self._call("mark", what, "add" if on else "remove", member))
+        return bool(self._call_in_time("mark", what, "add" if on else "remove", member))
 
     # -- a worker's calls
 

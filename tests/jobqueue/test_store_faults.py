@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import redis
@@ -137,10 +138,35 @@ def test_a_call_that_reaches_the_server_after_its_client_gave_it_up_does_nothing
     before = snapshot(store.url)
     monkeypatch.setattr(store, "_not_after", lambda: int(time.time() * 1000) - 1)
 
-    with pytest.raises(ServerError, match="too late; nothing was written"):
-        submit(store, new_job("c.1"))
+    for call in (
+        lambda: submit(store, new_job("c.1")),
+        lambda: store.ask(new_job("ask-1", batch="")),
+        lambda: store.cancel(["b.1"]),
+        lambda: store.release_base("b.1"),
+        lambda: store.hold(["b.1"]),
+        lambda: store.release(["b.1"]),
+        lambda: store.retry(["b.1"]),
+        lambda: store.mark("drained", "host", True),
+        lambda: store.remove("b"),
+    ):
+        with pytest.raises(ServerError, match="too late; nothing was written"):
+            call()
     assert claim(store) is None
     assert snapshot(store.url) == before
+
+
+def test_a_cancel_that_was_given_up_is_not_carried_out_when_the_server_wakes(restartable: RestartableServer) -> None:
+    store = Store(restartable.url, timeout_s=0.2)
+    submit(store, new_job("b.1"))
+    told = store._not_after
+    stopped = patch.object(store, "_not_after", lambda: (told(), restartable.tell(signal.SIGSTOP))[0])
+    with stopped, pytest.raises(ServerError, match="does not answer"):
+        store.cancel(["b.1"])
+    time.sleep(0.2)  # the client has given it up for good
+    restartable.tell(signal.SIGCONT)
+
+    wait_for(lambda: store._redis.ping(), 5, "the server answers")
+    assert states(store, "b.1") == ["queued"]
 
 
 def test_the_store_goes_on_with_a_server_that_was_killed_and_came_back(restartable: RestartableServer) -> None:
