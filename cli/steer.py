@@ -81,7 +81,8 @@ def release(targets: tuple[str, ...], as_json: bool) -> None:
 def retry(targets: tuple[str, ...], failed: bool, as_json: bool) -> None:
     """Run again what failed or was cancelled: of a batch, or one job with what waited for it.
 
-    Training goes on from the newest checkpoint, where there is one. The results are made anew.
+    Training goes on from the newest checkpoint, where there is one. The results are made anew. What has succeeded
+    is left as it is; `loraq submit --again` trains it once more.
     """
     client = connect()
     nothing = "nothing has failed" if failed else "nothing has failed or was cancelled"

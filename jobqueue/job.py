@@ -34,7 +34,9 @@ MOVES: Mapping[JobState, frozenset[JobState]] = {
     JobState.RUNNING: frozenset(
         {JobState.QUEUED, JobState.HELD, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
     ),
-    JobState.SUCCEEDED: frozenset({JobState.WAITING}),  # these three by `retry` alone
+    JobState.SUCCEEDED: frozenset(
+        {JobState.WAITING}
+    ),  # by `retry` alone, as the next two; of reports and judgings only
     JobState.FAILED: frozenset({JobState.WAITING}),
     JobState.CANCELLED: frozenset({JobState.WAITING}),
 }

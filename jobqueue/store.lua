@@ -540,7 +540,8 @@ local function release(_, ids)
   return both(changed, woken)
 end
 
--- retry(id...) -> as release: ended jobs begin again, each after those that it waits for; checkpoints are theirs still
+-- retry(id...) -> as release: what failed or was cancelled begins again, each after those that it waits for; checkpoints are
+-- theirs still. What has succeeded is left, but for what sums up the others.
 local function retry(_, ids)
   local now, changed, woken = time(), {}, nobody()
   for _, id in ipairs(ids) do
@@ -551,9 +552,9 @@ local function retry(_, ids)
       runs_no_more(id)
       if not FINAL[state] then redis.call('HINCRBY', P .. 'open', kind, -1) end -- `begin` counts it again
     end
-    local ended = FINAL[state] and not SOON_FORGOTTEN[kind] -- which will be forgotten soon
-    if ended then redis.call('HSET', key(id), 'hold', '') end
-    if ended or early then
+    local failed = state == 'failed' or state == 'cancelled'
+    if early or failed and not SOON_FORGOTTEN[kind] then
+      if FINAL[state] then redis.call('HSET', key(id), 'hold', '') end
       redis.call('HSET', key(id), 'failures', 0, 'rung', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',
         'message', '', 'progress', '', 'outcome', '', 'state', 'waiting')
       event(id, 'state', 'to be run again, on request')

@@ -143,7 +143,7 @@ class Store(Records):
         return self._split(self._call_in_time("release", *ids))
 
     def retry(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
-        """(ended jobs that begin again, classes to wake); give them in an order where each comes after its needs."""
+        """(what had failed or was cancelled and begins again, classes to wake); give each after those that it needs."""
         return self._split(self._call_in_time("retry", *ids))
 
     def remove(self, name: str) -> bool:

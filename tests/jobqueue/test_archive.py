@@ -47,7 +47,10 @@ def afar(settings: Settings) -> Client:
     return Client(Settings(redis_url=settings.redis_url, data_dir=settings.data_dir))
 
 
-def ended(store: Store, name: str = "b") -> None:
+FAILED = Settlement(JobState.FAILED, "nan_loss", "the loss is nan", counts=True)
+
+
+def ended(store: Store, name: str = "b", *, evaluated: bool = True) -> None:
     """A batch of a training, its evaluation, a base model's, and a report, at its end."""
     report = {"kind": "report", "device": "control", "queue": "control", "need": 0}
     training = {**TRAIN, "lora": LORA, "training": {}, "resources": {}}
@@ -63,7 +66,8 @@ def ended(store: Store, name: str = "b") -> None:
         claimed = must_claim(store, device="control" if found[0].kind.control else "gpu")
         store.append(claimed, [("log", "I train"), ("progress", '{"step": 1}')], 0)
         outcome = {"folder": f"batches/{name}/{claimed.job_id}/1-ab", "likelihood": {"correct": 3, "accuracy": 0.75}}
-        store.settle(claimed, Settlement(JobState.SUCCEEDED, outcome={} if found[0].kind.control else outcome))
+        succeeded = Settlement(JobState.SUCCEEDED, outcome={} if found[0].kind.control else outcome)
+        store.settle(claimed, succeeded if evaluated or claimed.job_id != f"{name}.1.eval" else FAILED)
 
 
 def age(store: Store, name: str = "b", by: int = DAYS_AGO) -> None:
@@ -132,26 +136,26 @@ def test_what_is_young_or_goes_on_stays(client: Client, storage: Storage) -> Non
 
 
 def test_a_retry_that_comes_in_between_wins(client: Client, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended(client.store)
+    ended(client.store, evaluated=False)
     age(client.store)
     write = storage.write_text
 
     def slowly(relative: str, text: str) -> None:
         write(relative, text)
         if relative.endswith("archive.json"):
-            client.store.retry(["b.1"])
-            client.store.settle(must_claim(client.store), SUCCEEDED)  # it has even ended again
+            client.store.retry(["b.1.eval"])
+            client.store.settle(must_claim(client.store), FAILED)  # it has even ended again
 
     monkeypatch.setattr(storage, "write_text", slowly)
 
     assert not archive(client.store, storage, "b")
-    assert client.store.job("b.1").attempt == 3
+    assert client.store.job("b.1.eval").attempt == 2
     assert archived(client.store) == []
 
     monkeypatch.undo()
-    client.store.retry(["b.1"])
+    client.store.retry(["b.1.eval"])
     assert not archive(client.store, storage, "b")
-    assert states(client.store, "b.1") == ["queued"]
+    assert states(client.store, "b.1.eval") == ["queued"]
 
 
 @pytest.mark.parametrize("fault", ["unwritable", "loses what it is given", "not mounted"])

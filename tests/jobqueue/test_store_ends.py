@@ -125,6 +125,16 @@ def test_an_ended_job_is_left_alone(batch: Store, end: Settlement) -> None:
     assert batch.job("b.1") == before
 
 
+def test_a_job_that_has_succeeded_since_somebody_saw_it_fail_is_not_run_again(batch: Store) -> None:
+    batch.settle(must_claim(batch), FAILED)
+    batch.retry(["b.1"])
+    batch.settle(must_claim(batch), SUCCEEDED)
+
+    assert batch.retry(["b.1"]) == ([], [])
+    assert states(batch, "b.1") == ["succeeded"]
+    assert batch.job("b.1").outcome == {"ok": True}
+
+
 # -- delays and leases
 
 
