@@ -52,7 +52,10 @@ class Patience:
             except BaseException as error:
                 done.set_exception(error)
 
-        threading.Thread(target=run, name=f"storage: {what}", daemon=True).start()
+        try:
+            threading.Thread(target=run, name=f"storage: {what}", daemon=True).start()
+        except RuntimeError as error:  # no fault of the job's
+            raise StorageError(f"could not {what}: {error}", "See the limits on processes (ulimit -u).") from None
         give_up_at, hurries = time.monotonic() + self._timeout_s, False
         while not wait([done], LOOK_S).done:
             if self._lease.lost.is_set() and not settled:

@@ -26,7 +26,7 @@ from gpu_worker.sole import hold
 from gpu_worker.storage_watch import StorageWatch
 from gpu_worker.trainer_process import trainer_environment, worker_cache
 from jobqueue.broker import make_app, send_tokens
-from jobqueue.errors import ServerError, StaleAttemptError
+from jobqueue.errors import MachineError, ServerError, StaleAttemptError
 from jobqueue.job import Claim, FailureReason, JobKind, JobState, Settlement
 from jobqueue.memory import CONTEXT, GIB, PREVIEW, classes_for
 from jobqueue.settings import Settings
@@ -132,6 +132,9 @@ class Worker:
         self._running[claim.nonce] = claim.job_id
         try:
             self._run(claim, claimed_at)
+        except MachineError as error:  # nothing of it has begun: the claim is given back
+            self._unanswered.append(claim.nonce)
+            self._pause(error.what)
         except Exception:  # nothing that a job does may end its worker; the lease ends the job
             log.exception("%s: attempt %d broke its slot", claim.job_id, claim.attempt)
             self._pause("an attempt broke its slot")
