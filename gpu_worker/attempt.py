@@ -61,8 +61,8 @@ class Attempt:
         self._pool, self._watch, self._admission = pool, watch, admission
         self._leaving, self._draining, self._wake = leaving, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at, leaving)
-        self._patience = Patience(self._lease, settings, leaving)
-        self._read = Patience(self._lease, settings, leaving, draining)  # before there is a trainer
+        self._patience = Patience(self._lease, settings, leaving.is_set)
+        self._read = Patience(self._lease, settings, leaving.is_set, draining)  # before there is a trainer
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
         self._keeper = CheckpointKeeper(storage, claim, keep)
@@ -81,7 +81,7 @@ class Attempt:
             self.succeeded = end.state is JobState.SUCCEEDED
             self._wake(self._lease.settle(end))
             if self._claim.leaves_files and self.succeeded:  # whatever else ended may be retried
-                self._patience("remove checkpoints", self._keeper.forget, settled=True, hurry=True)
+                self._patience("remove checkpoints", self._keeper.forget, settled=True)
         except StaleAttemptError as error:
             log.warning("%s; its trainer was ended", error.what)
         except StorageError as error:
@@ -106,6 +106,8 @@ class Attempt:
         except StorageError as error:
             if self._lease.cancelled.is_set():
                 return Settlement(JobState.CANCELLED, message=ON_REQUEST)
+            if self._leaving.is_set():  # perhaps it had too little time
+                return self._conclusion.failure(FailureReason.PREEMPTED, f"{TOLD_TO_STOP}: {error.what}")
             return self._conclusion.failure(FailureReason.STORAGE, error.what)
         except LoraqError as error:
             return self._conclusion.failure(FailureReason.BAD_SPEC, error.what)
@@ -250,7 +252,7 @@ class Attempt:
 
     def _finish_checkpoints(self) -> None:
         try:
-            self._patience("finish a checkpoint", self._keeper.finish, hurry=True)
+            self._patience("finish a checkpoint", self._keeper.finish)
         except (StorageError, StaleAttemptError) as error:
             self._keeper.give_up()
             log.warning("%s: a checkpoint is given up: %s", self._claim.job_id, error.what)
@@ -260,7 +262,7 @@ class Attempt:
         try:
             text = self._log.read_text(encoding="utf-8")
             name = f"{attempt_folder(self._claim)}/log.txt"
-            self._patience("keep the log", lambda: self._storage.write_text(name, text), hurry=True)
+            self._patience("keep the log", lambda: self._storage.write_text(name, text))
         except (StorageError, OSError) as error:
             log.warning("%s: its log is not kept: %s", self._claim.job_id, error)
 

@@ -87,7 +87,7 @@ class Conclusion:
             "outcome": outcome,
             "published_at": time.time(),
         }
-        self._patience("write the result", lambda: self._storage.publish(output, folder, manifest))
+        self._patience("write the result", lambda: self._storage.publish(output, folder, manifest), graces=2)
         self._learn(outcome, request.correction)
         return Settlement(JobState.SUCCEEDED, outcome=outcome)
 

@@ -52,8 +52,8 @@ class ControlAttempt:
         self._claim, self._store, self._storage, self._settings = claim, store, storage, settings
         self._folder, self._draining, self._wake = folder, draining, wake
         self._lease = Lease(store, claim, settings, claimed_at, leaving)
-        self._patience = Patience(self._lease, settings, leaving)
-        self._hasty = Patience(self._lease, settings, leaving, draining)  # for what is soon done again
+        self._patience = Patience(self._lease, settings, draining)
+        self._hasty = Patience(self._lease, settings, draining, draining)  # for what is soon done again
 
     def run(self) -> None:
         try:
@@ -106,6 +106,7 @@ class ControlAttempt:
                         self._settings,
                         self._lease,
                         self._patience,
+                        self._hasty,
                         journal,
                         self._check,
                     )
@@ -124,7 +125,7 @@ class ControlAttempt:
     def _keep_log(self, file: Path) -> None:
         try:
             name, text = f"{attempt_folder(self._claim)}/log.txt", file.read_text(encoding="utf-8")
-            self._patience("keep the log", lambda: self._storage.write_text(name, text), hurry=True)
+            self._patience("keep the log", lambda: self._storage.write_text(name, text))
         except (LoraqError, OSError) as error:
             log.warning("%s: its log is not kept: %s", self._claim.job_id, error)
 

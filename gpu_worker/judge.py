@@ -45,6 +45,7 @@ def judge_batch(
     settings: Settings,
     lease: Lease,
     patience: Patience,
+    hasty: Patience,
     journal: Journal,
     check: Callable[[], None],
 ) -> dict[str, Any]:
@@ -53,6 +54,8 @@ def judge_batch(
     Each judgement is kept in the storage as it comes: nothing is asked twice, by a retry or by another batch.
 
     Args:
+        patience: for what was asked and paid for.
+        hasty: for what is soon done again.
         check: raises where the attempt is to end early.
 
     Returns the outcome. Raises JudgeError, StorageError, and what `check` raises.
@@ -62,14 +65,14 @@ def judge_batch(
     key = api_key(spec, settings.judge_urls)
     jobs = lease.insist(lambda: store.jobs(store.batch(task.batch).jobs))
     evaluations = [job for job in of_task(jobs) if job.state is JobState.SUCCEEDED]
-    rows = patience(
+    rows = hasty(
         "read the answers",
         lambda: [(job.id, row) for job in evaluations for row in drawn(of_job(job, storage), spec.limit, spec.seed)],
     )
 
     asks = {(job, row.index): list(_asks(row, spec)) for job, row in rows}
     wanted = {ask.name: ask for of_row in asks.values() for ask in of_row}
-    known = patience("read earlier judgements", lambda: _kept(wanted.values(), storage))
+    known = hasty("read earlier judgements", lambda: _kept(wanted.values(), storage))
     missing = sorted(wanted.keys() - known.keys())  # by their hashes: whose answer is next, tells nothing
     journal.line(
         f"{len(rows)} answers of {len(evaluations)} models, {len(wanted)} judgements; {len(known)} are at hand"
@@ -95,7 +98,7 @@ def judge_batch(
     ]
     folder = attempt_folder(claim)
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    patience("write the judgements", lambda: storage.write_text(f"{folder}/{JUDGEMENTS}", text))
+    hasty("write the judgements", lambda: storage.write_text(f"{folder}/{JUDGEMENTS}", text))
     usage = _usage(spec, wanted, all_of_them, len(known), lines)
     journal.line(f"{usage.unusable} judgements could not be read, {usage.retries} requests were sent again")
     return {"folder": folder, "models": spec.models, "usage": asdict(usage)}

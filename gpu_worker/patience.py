@@ -24,23 +24,28 @@ class Patience:
     """Does what an attempt asks of the storage in a thread that can be given up, while the lease is renewed.
 
     Args:
+        stopping: whether the worker has to stop, soon.
         drained: whether to give up at once, as a worker that has to stop need not wait for it.
     """
 
     def __init__(
-        self, lease: Lease, settings: Settings, leaving: threading.Event, drained: Callable[[], bool] = lambda: False
+        self,
+        lease: Lease,
+        settings: Settings,
+        stopping: Callable[[], bool],
+        drained: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._leaving, self._drained = leaving, drained
+        self._stopping, self._drained = stopping, drained
         self._lease, self._timeout_s, self._grace_s = lease, settings.storage_timeout_s, settings.grace_s
 
-    def __call__(self, what: str, work: Callable[[], Answer], *, settled: bool = False, hurry: bool = False) -> Answer:
+    def __call__(self, what: str, work: Callable[[], Answer], *, settled: bool = False, graces: float = 1) -> Answer:
         """What `work` returns or raises.
 
         A thread that was given up may go on where the storage wakes up: it writes below its own attempt's folder only.
-        With `hurry`, it is given up as well when the worker's process is to end.
+        Of a worker that has to stop it gets so many times the grace time.
 
         Raises:
-            StorageError: it took longer than the settings allow, or than the grace time after a cancel.
+            StorageError: it took longer than the settings allow, or than the grace time after a cancel or a stop.
             StaleAttemptError: the lease was lost meanwhile, unless the attempt is `settled` already.
             DrainedError: as `drained` says.
         """
@@ -62,8 +67,8 @@ class Patience:
                 raise StaleAttemptError(f"the lease was lost while the worker had to {what}")
             if self._drained():
                 raise DrainedError
-            if not hurries and (self._lease.cancelled.is_set() or (hurry and self._leaving.is_set())):
-                hurries, give_up_at = True, min(give_up_at, time.monotonic() + self._grace_s)
+            if not hurries and (self._lease.cancelled.is_set() or self._stopping()):
+                hurries, give_up_at = True, min(give_up_at, time.monotonic() + graces * self._grace_s)
             if time.monotonic() >= give_up_at:
                 raise StorageError(
                     f"could not {what}: the storage hangs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 from helpers import must_claim, new_job, restartable_server, snapshot, submit, wait_for
 from judge_server import KEY, Asked, JudgeServer, Reply, judge_server, refuses, scores
-from worker_process import START_S, Site, Worker, site
+from worker_process import ROOT, START_S, Site, Worker, site
 
-from jobqueue.job import JobState, Settlement
+from jobqueue.job import FailureReason, JobState, Settlement
 from jobqueue.service import Client
+from jobqueue.storage import Storage
 
 QUESTIONS = 6
+SLOW = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "slow_fs"), str(ROOT)])}
 EVALUATION = {"source": "q.jsonl", "metrics": ["generated"]}
 
 
@@ -30,6 +33,15 @@ def judge() -> Iterator[JudgeServer]:
 def opened(tmp_path: Path) -> Iterator[Site]:
     with restartable_server(tmp_path / "server") as running, site(running.url, tmp_path / "site") as made:
         yield made
+
+
+@pytest.fixture
+def slow(opened: Site) -> Path:
+    """A storage that hangs while it has a file of that name."""
+    folder = opened.folder / "slow"
+    folder.mkdir()
+    opened.storage = Storage(str(folder))
+    return folder
 
 
 def rates(asked: Asked, number: int) -> Reply:
@@ -179,6 +191,34 @@ def test_a_drained_worker_gives_its_judging_back_with_what_was_rated(opened: Sit
     judge.answer = rates
     control_worker(opened, judge)
     assert opened.ended("b.judge").outcome["usage"]["reused"] == 4
+
+
+def test_a_stop_does_not_wait_for_a_storage_that_hangs(opened: Site, judge: JudgeServer, slow: Path) -> None:
+    worker = control_worker(opened, judge, **SLOW, LORAQ_STORAGE=f"slow://{slow}")
+    wait_for(lambda: [w for w in opened.store.workers() if not w.note], START_S, "it has tried its storage")
+    (slow / "hang").write_text("")
+    answered(opened, judge)
+    wait_for(lambda: opened.store.job("b.judge").state is JobState.RUNNING, START_S, "it reads the answers")
+
+    assert worker.stop() == 0
+    job = opened.store.job("b.judge")
+    assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
+
+
+def test_a_stop_does_not_wait_for_a_judgement_that_cannot_be_kept(opened: Site, judge: JudgeServer, slow: Path) -> None:
+    answered(opened, judge)
+
+    def hangs_then(asked: Asked, number: int) -> Reply:
+        (slow / "hang").write_text("")
+        return rates(asked, number)
+
+    judge.answer = hangs_then
+    worker = control_worker(opened, judge, **SLOW, LORAQ_STORAGE=f"slow://{slow}")
+    wait_for(lambda: judge.asked, START_S, "the judge is asked")
+
+    assert worker.stop() == 0
+    job = opened.store.job("b.judge")
+    assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
 
 
 def test_a_worker_that_may_not_talk_to_the_endpoint_sends_it_nothing(opened: Site, judge: JudgeServer) -> None:

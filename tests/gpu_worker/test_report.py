@@ -145,4 +145,4 @@ def test_the_time_that_the_statistics_take_is_not_the_storages(
     lease = cast("Lease", SimpleNamespace(lost=Event(), cancelled=Event()))
     settings = Settings(data_dir=tmp_path, storage_timeout_s=1.5)
 
-    assert make_report(CLAIM, records(storage), storage, Patience(lease, settings, Event()))["complete"]
+    assert make_report(CLAIM, records(storage), storage, Patience(lease, settings, Event().is_set))["complete"]

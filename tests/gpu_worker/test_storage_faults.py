@@ -249,6 +249,25 @@ def test_a_stop_does_not_wait_for_what_a_job_still_reads(here: Site, slow: Path)
     assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
 
 
+def test_a_stop_does_not_wait_for_a_result_that_cannot_be_written(here: Site, slow: Path) -> None:
+    worker = here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}")
+    here.submit("b.1", "save/sleep:0.6/await:go/say:done", submission="s1")
+    wait_for(lambda: here.storage.checkpoints("b.1", "b", "s1"), START_S, "there is a checkpoint")
+    (slow / "hang").write_text("")
+    (here.beats / "go").write_text("")
+    wait_for(lambda: "done" in [e.text for e in here.store.events("b.1", "0", 0)], START_S, "it has a result")
+
+    assert worker.stop() == 0
+    job = here.store.job("b.1")
+    assert (job.state, job.reason, job.failures) == (JobState.QUEUED, FailureReason.PREEMPTED, 0)
+    assert job.message == "the worker was told to stop: could not write the result: the storage hangs"
+    (slow / "hang").unlink()
+    here.start(**SLOW, LORAQ_STORAGE=f"slow://{slow}")
+    job = here.ended("b.1")
+    assert succeeded_once(job)
+    assert job.outcome["resumed"]
+
+
 def test_a_stop_does_not_wait_for_a_report_that_cannot_be_written(here: Site, slow: Path) -> None:
     worker = here.start("--control-only", **SLOW, LORAQ_STORAGE=f"slow://{slow}")
     wait_for(lambda: not _note(here, "control") if here.store.workers() else False, START_S, "it has tried its storage")
