@@ -91,7 +91,7 @@ def run(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
         session.wait("gpus")
         sampler.stop()
         jobs = session.trains("gpus")
-        workers = {worker.id: worker.slots for worker in session.client.workers() if worker.device != "control"}
+        workers = {worker.id: worker.slots for worker in session.client.workers() if worker.trains}
     return {
         "makespan_s": round(max(job["ended_at"] for job in jobs) - began, 2),
         "workers": {name: occupation(jobs, name, slots, began) for name, slots in workers.items()},

@@ -104,7 +104,7 @@ def product(options: argparse.Namespace) -> dict[str, Any]:
             began = time.time()
         jobs = work_off(session, options, options.name, options.jobs, options.steps)
         events = {job["id"]: session.client.events(job["id"]) for job in jobs}
-        share = [worker.share for worker in session.client.workers() if worker.device != "control"]
+        share = [worker.share for worker in session.client.workers() if worker.trains]
     firsts = []
     for job in jobs:
         steps = [event.at for event in events[job["id"]] if event.data.get("step")]

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         session.wait("share")
         makespan_s = time.perf_counter() - began
         trains = session.trains("share")
-        shares = [worker.share for worker in session.client.workers() if worker.device != "control"]
+        shares = [worker.share for worker in session.client.workers() if worker.trains]
     return {
         "makespan_s": round(makespan_s, 2), "steps": options.steps, "workers": shares, "jobs": trains,
         "cores": os.cpu_count(), "python": platform.python_version(),

@@ -151,7 +151,7 @@ def _worker_up(client: Client, url: str, cpu: bool) -> None:
 
 
 def _devices(workers: list[WorkerInfo]) -> str:
-    return ", ".join(w.device for w in workers if w.device != "control")
+    return ", ".join(w.device for w in workers if w.trains)
 
 
 @click.command()

@@ -182,7 +182,7 @@ def wait_until_registered(
     host = socket.gethostname()
     while time.monotonic() < deadline:
         here = [w for w in client.workers() if w.host == host and w.seen_at > before.get(w.uid, 0)]
-        if any(w.device != "control" for w in here):
+        if any(w.trains for w in here):
             return here
         if process.poll() is not None:
             raise MachineError(f"the worker ended at its start: {last_lines(log)}", f"Its log is {log}.")

@@ -61,7 +61,7 @@ def submit(
         retry = f"`loraq retry {batch.name}` runs again what did not succeed, " if batch.state in RETRIED else ""
         advice = f"{retry}--again makes another batch."
         notes.print(f"{batch.name} is that already ({batch.state}); {advice}", style="yellow", soft_wrap=True)
-    alive = [w for w in client.workers() if w.alive and w.device != "control"] if not batch.ended else []
+    alive = [w for w in client.workers() if w.alive and w.trains] if not batch.ended else []
     if not batch.ended and not alive:
         notes.print("warning: no worker that trains is alive; the jobs wait for one", style="yellow", soft_wrap=True)
     elif alive and all(w.note.startswith(("drained", "sick")) for w in alive):

@@ -69,7 +69,7 @@ def _totals(seen: Overview) -> list[Text]:
 
 
 def _devices_in_all(seen: Overview) -> Text:
-    workers = [worker for worker in seen.workers if worker.device != "control"]
+    workers = [worker for worker in seen.workers if worker.trains]
     if not workers:
         return Text(NO_WORKER, "yellow")
     does = Counter(_does(worker) for worker in workers)
@@ -99,7 +99,7 @@ def _devices(seen: Overview, width: int, bars: bool) -> Section:
     ]
     rows: list[list[RenderableType]] = []
     for worker in seen.workers:
-        if worker.device == "control" and worker.alive and not worker.note:
+        if not worker.trains and worker.alive and not worker.note:
             continue
         busy = worker.utilization if worker.alive else None
         rows.append(

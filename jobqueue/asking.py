@@ -43,7 +43,7 @@ def question(store: Store, trial: str, prompts: Sequence[str], owner: str, optio
     planned = PlannedJob(f"ask-{secrets.token_hex(6)}", JobKind.ASK, made_by.trial, spec, need_of(spec))
     job = replace(new_job(corrected_job(planned, store), "", owner, secrets.token_hex(8)), priority=PRIORITY)
     workers = store.workers()
-    if not any(worker.alive and worker.device != "control" for worker in workers):
+    if not any(worker.alive and worker.trains for worker in workers):
         raise CapacityError("no worker is alive to answer", "Start one: `loraq worker` on a GPU host, or `loraq up`.")
     check_capacity(job.need, job.device, workers)
     return job

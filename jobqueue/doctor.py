@@ -77,10 +77,10 @@ def _storage(client: Client) -> Iterator[Finding]:
 def _workers(client: Client) -> Iterator[Finding]:
     found = client.workers()
     alive = [worker for worker in found if worker.alive]
-    if not any(worker.device != "control" for worker in alive):
+    if not any(worker.trains for worker in alive):
         do = "`loraq worker` on a GPU host, or `loraq up` on this machine."
         yield Finding("problem", "workers", "none is alive that trains: jobs wait", do)
-    if alive and not any(worker.device == "control" for worker in alive):
+    if alive and not any(not worker.trains for worker in alive):
         do = "Start one `loraq worker` without --no-control."
         yield Finding("problem", "workers", "no control worker is alive: nobody makes reports or finds lost jobs", do)
     for worker in found:

@@ -258,6 +258,11 @@ class WorkerInfo:
     power_limit_w: float | None = None
 
     @property
+    def trains(self) -> bool:
+        """Whether it trains, evaluates and answers; control workers do not."""
+        return self.device != "control"
+
+    @property
     def name(self) -> str:
         """host/gpu0, which workers of two machines may share."""
         return self.uid.partition("#")[0]

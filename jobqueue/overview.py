@@ -114,7 +114,7 @@ def _living(job: Job, workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
     alive = [worker for worker in workers if worker.alive]
     on_gpus = [worker for worker in alive if worker.device not in ("cpu", "control")]
     if job.kind.control:
-        return [worker for worker in alive if worker.device == "control"]
+        return [worker for worker in alive if not worker.trains]
     if job.queue == "cpu" or not on_gpus:
         return [worker for worker in alive if worker.device == "cpu"]
     return on_gpus

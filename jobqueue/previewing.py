@@ -67,7 +67,7 @@ def job_of(
 
 def check_alive(store: Store) -> None:
     """Raises CapacityError where no worker is alive that could do it."""
-    if not any(worker.alive and worker.device == "control" for worker in store.workers()):
+    if not any(worker.alive and not worker.trains for worker in store.workers()):
         raise CapacityError(
             "no control worker is alive to make the preview", "Start one: `loraq worker` on a GPU host, or `loraq up`."
         )
