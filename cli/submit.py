@@ -105,10 +105,10 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     out = console()
     columns = [
         Column("id"),
-        Column("kind"),
+        Column("kind", below="id"),
         Column("trial", wrap=True),
         Column("waits for", wrap=True, rank=2),
-        Column("memory", right=True, rank=1),
+        Column("memory", right=True, rank=1, below="trial"),
     ]
     rows = []
     for job in plan.jobs:

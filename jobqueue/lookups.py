@@ -141,8 +141,11 @@ class Lookups:
     def check_model(self, name: str) -> None:
         """Raises SpecError, also where the workers see that folder and it holds no model."""
         located = Path(self.model(name))
-        if self.workers_are_here and located.is_dir() and (what := base_model.no_model(located)):
+        if not located.is_dir() or not (what := base_model.no_model(located)):
+            return
+        if self.workers_are_here:
             raise SpecError([Problem(f"{located} is {what}", str(self.sweep.file), path="base_model")])
+        self.warn(f"{located} on this machine is {what}; every worker must have one there")
 
     def check_revision(self, revision: str | None, located: str) -> None:
         """Raises SpecError where the model is no hub model."""

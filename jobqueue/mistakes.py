@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from jobqueue.data_spec import ClashError
 
+GRID = ["sweep", "grid"]  # where any key may be
+
 
 def mistakes(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Sequence[str | int], str]]:
     """The place of each mistake, and one line about it."""
@@ -26,7 +28,8 @@ def _one_per_value(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) 
     merged: list[Mapping[str, Any]] = []
     for details in errors:
         *value, kind = details["loc"] or ("",)
-        is_kind = isinstance(kind, str) and kind not in _fields(model, value)  # pydantic names the kind last
+        is_key = kind in _fields(model, value) or value == GRID
+        is_kind = isinstance(kind, str) and not is_key  # pydantic names the kind last
         another = is_kind and bool(merged) and merged[-1]["loc"][:-1] == tuple(value)
         if details["type"] == "too_short":
             if details["ctx"]["actual_length"] < len(details["input"]):

@@ -130,11 +130,19 @@ def _checked(document: _Document, sets: Sequence[str]) -> Sweep:
     for item in sets:
         _set(document, item)
     file = _validate(document, SweepFile, *_with_first(document))
-    trials = _trials(document) if file else []
+    known = list(document.problems)
+    trials = _trials(document)
+    if file is None:  # what all configurations share has been said
+        document.problems = known + [new for new in document.problems if _is_new(new, known)]
     document.check()
     assert isinstance(file, SweepFile)  # else there was a problem
     _check_ensembles(document, file.ensembles, trials)
     return Sweep(file.name, document.path, trials, file.ensembles, document)
+
+
+def _is_new(problem: Problem, known: Sequence[Problem]) -> bool:
+    """Whether it is about a varied value of which nothing was said yet."""
+    return problem.path.startswith("sweep.") and (problem.line, problem.path) not in {(p.line, p.path) for p in known}
 
 
 def _check_ensembles(document: _Document, given: Sequence[EnsembleSpec], trials: Sequence[Trial]) -> None:
@@ -221,8 +229,8 @@ def _validate(document: _Document, model: type[RunSpec], value: Any, places: Pla
 
 def _trials(document: _Document) -> list[Trial]:
     """Every combination of the grid, for each entry of the list, each checked as a whole."""
-    plain = json.loads(json.dumps(document.root, default=str))
-    sweep = SweepSpec.model_validate(plain.pop("sweep", None) or {})
+    plain = _plain(document)
+    sweep = _sweep(plain.pop("sweep", None))
     plain.pop("ensembles", None)
     entries = sweep.list or [{}]
     for key, values in sweep.grid.items():
@@ -247,12 +255,33 @@ def _trials(document: _Document) -> list[Trial]:
 
 def _with_first(document: _Document) -> tuple[Any, Places]:
     """The file with the values of its first configuration: what it needs may be among what is varied."""
-    try:
-        plain = json.loads(json.dumps(document.root, default=str))
-        sweep = SweepSpec.model_validate(plain.get("sweep") or {})
-    except (TypeError, ValueError):  # the check of the whole file says why
+    plain = _plain(document)
+    if not plain:
         return document.root, {}
+    sweep = _sweep(plain.get("sweep"))
     return _varied(document, plain, sweep, *next(_combinations(sweep)))
+
+
+def _plain(document: _Document) -> Any:
+    """The file without YAML's own classes; nothing where it is no JSON, which the check of the whole file says."""
+    try:
+        return json.loads(json.dumps(document.root, default=str))
+    except (TypeError, ValueError):
+        return {}
+
+
+def _sweep(given: Any) -> SweepSpec:
+    """What is varied, as far as it can be read: the check of the whole file says what is wrong with the rest."""
+    grid, entries = (_section(given).get(part) for part in ("grid", "list"))
+    lists = {key: values if isinstance(values, list) else [values] for key, values in _section(grid).items()}
+    return SweepSpec(
+        grid={key: values for key, values in lists.items() if values},
+        list=[_section(entry) for entry in entries] if isinstance(entries, list) else [],
+    )
+
+
+def _section(given: Any) -> dict[str, Any]:
+    return given if isinstance(given, dict) else {}
 
 
 def _varied(

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 from cli_fakes import Command, FakeClient, make_job, two_trials
 
@@ -37,6 +38,13 @@ def test_dry_run_shows_the_jobs_and_submits_nothing(command: Command, client: Fa
     assert ["2.eval", "evaluate", "r=16", "2", "by", "a", "worker"] in rows
     assert "medqa: 6 jobs for 2 trials. Nothing was submitted." in result.stdout
     assert client.submitted == []
+
+
+def test_dry_run_fits_a_narrow_terminal(command: Command, sweep_file: str) -> None:
+    lines = click.unstyle(command("submit", sweep_file, "--dry-run", columns=40).stdout).splitlines()
+
+    assert max(map(len, lines)) <= 40
+    assert [line.split()[0] for line in lines[:4]] == ["id", "kind", "1", "train"]
 
 
 def test_dry_run_names_the_votes_that_are_no_jobs(command: Command, sweep_file: str) -> None:

@@ -318,6 +318,13 @@ def test_a_model_that_is_missing_is_an_error_where_the_workers_see_this_machine_
     made = plan(folder, base_model="/no/such", workers_are_here=False, sweep={"grid": {"lora.r": [8, 16]}})
     assert made.warnings == ("/no/such is not on this machine; every worker must have it",)
 
+    (folder / "empty").mkdir()
+    with pytest.raises(SpecError, match="is no model: it has no config"):
+        plan(folder, base_model="./empty")
+    made = plan(folder, base_model="./empty", workers_are_here=False)
+    said = f"{folder / 'empty'} on this machine is no model: it has no config.json; every worker must have one there"
+    assert made.warnings == (said,)
+
 
 @pytest.mark.parametrize(
     ("file", "words"), [("README.md", "no model: it has no config"), ("adapter_config.json", "an adapter, not a base")]

@@ -388,6 +388,35 @@ def test_mistakes_in_a_sweep(problems: Problems, sweep: str, line: int, key: str
     assert words in found[0][2]
 
 
+def test_a_part_of_the_sweep_that_cannot_be_read_hides_no_other_mistake(problems: Problems) -> None:
+    found = problems(
+        HEAD
+        + """dta: {source: rows.jsonl}
+data: {source: rows.jsonl}
+sweep:
+  grid:
+    training.learning_rate: 1e-4
+    lora.rr: [8, 16]
+    lora.lora_alpha: [8, sixteen]
+    lora.r: []
+  list:
+  - {lora.lora_dropout: 0.1}
+  - 7
+  - {training.sed: 1}
+"""
+    )
+
+    assert [(line, path) for line, path, _ in found] == [
+        (3, "dta"),
+        (7, "sweep.grid.training.learning_rate"),
+        (8, "sweep.grid.lora.rr"),
+        (9, "sweep.grid.lora.lora_alpha"),
+        (10, "sweep.grid.lora.r"),
+        (13, "sweep.list.1"),
+        (14, "sweep.list.2.training.sed"),
+    ]
+
+
 def test_a_grid_below_what_is_no_section_is_told_with_the_line_of_either(problems: Problems) -> None:
     found = problems(GOOD + "lora: 7\nsweep:\n  grid:\n    lora.r: [8]\n")
 
