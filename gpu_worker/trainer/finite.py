@@ -63,7 +63,7 @@ class Finite(TrainerCallback):
         if gradients:
             raise nan_gradients(step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._seen.copy_(self._broken)
         self._tell(state.global_step)
         skipped = int(self._skipped)
@@ -71,7 +71,10 @@ class Finite(TrainerCallback):
             log.info("%d steps were left out: in float16 a gradient was infinite or NaN", skipped)
         if 0 < skipped == state.global_step:
             raise nan_gradients(state.global_step)
-        # What the last step has done is in no loss.
-        trained = [torch.isfinite(p).all() for p in model.parameters() if p.requires_grad]
-        if not bool(torch.stack(trained).all()):
-            raise nan_weights(state.global_step)
+
+
+def check_weights(model: Any, step: int) -> None:
+    """Raises JobFailure where what is to be saved is not all numbers: what the last `step` has done is in no loss."""
+    trained = [torch.isfinite(p).all() for p in model.parameters() if p.requires_grad]
+    if not bool(torch.stack(trained).all()):
+        raise nan_weights(step)

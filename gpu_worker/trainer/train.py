@@ -28,7 +28,7 @@ from gpu_worker.trainer.config import config_of
 from gpu_worker.trainer.data import chat_of
 from gpu_worker.trainer.ewc import Ewc
 from gpu_worker.trainer.failures import JobFailure, bad_spec, on_rung, one_line
-from gpu_worker.trainer.finite import Finite
+from gpu_worker.trainer.finite import Finite, check_weights
 from gpu_worker.trainer.neftune import Noise
 from gpu_worker.trainer.padding_free import layout_of
 from gpu_worker.trainer.recompute import recompute_above
@@ -215,6 +215,7 @@ def _fit(
     held = ewc.outcome()
     clock.lap("setup_s")
 
+    check_weights(model, trainer.state.global_step)
     report(Progress("save", step=trainer.state.global_step, steps=trainer.state.max_steps))
     _save(model, tokenizer, Path(request.output) / "adapter", spec.base_model)
     with contextlib.suppress(OSError):  # the trainer's own folder, empty as nothing is checkpointed

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from trainer_child import Child, train_spec
 from transformers import Trainer, TrainingArguments
 
@@ -83,6 +84,20 @@ def test_a_training_that_has_learned_before_may_end_with_steps_that_are_left_out
     _, finite = train(tmp_path, 1e3, NOT_FUSED, 22, tmp_path / "checkpoint-20")
 
     assert int(finite._skipped) == 2
+
+
+def test_weights_that_the_last_step_has_ruined_are_not_kept_where_better_ones_are(child: Child) -> None:
+    """With load_best_model_at_end; the rate is 0 at the first step."""
+    ruins = {"max_steps": 2, "learning_rate": 1e30, "weight_decay": 1e30, "warmup_steps": 1, "eval_steps": 1}
+    split = {"validation_split": 0.25, "limit": 40}
+    done = child.run(train_spec(data=split, training=ruins | {"load_best_model_at_end": True}))
+
+    assert done.outcome["validation"]["kept_step"] == 1
+    saved = load_file(done.folder / "adapter" / "adapter_model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.values())
+
+    done = child.run(train_spec(data=split, training=ruins))
+    assert "the weights became NaN at step 2" in done.failure.message
 
 
 def test_weights_that_the_last_step_has_ruined_are_not_saved(child: Child) -> None:
