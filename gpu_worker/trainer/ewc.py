@@ -173,10 +173,24 @@ def _trained(model: Any) -> list[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _without_dropout(model: Any) -> Iterator[None]:
-    """The model stays in training, where Unsloth keeps what a gradient needs; and no random number is drawn."""
+    """The model stays in training, where Unsloth keeps what a gradient needs; and no random number is drawn.
+
+    Attention drops out by a function, with a rate that its module, or the model's config, has as an attribute.
+    """
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
+    holders = {id(holder): holder for module in model.modules() for holder in (module, getattr(module, "config", None))}
+    rates = [
+        (holder, name, rate)
+        for holder in holders.values()
+        for name, rate in getattr(holder, "__dict__", {}).items()
+        if "drop" in name and isinstance(rate, float)
+    ]
     for module in dropouts:
         module.eval()
+    for holder, name, _ in rates:
+        setattr(holder, name, 0.0)
     yield
     for module in dropouts:
         module.train()
+    for holder, name, rate in rates:
+        setattr(holder, name, rate)

@@ -95,6 +95,33 @@ def test_the_weight_of_a_parameter_is_the_mean_square_of_its_gradient_of_a_rows_
         torch.testing.assert_close(ewc._fisher[name], fisher, msg=name)
 
 
+def test_attention_that_drops_out_by_a_function_does_not_while_the_rows_are_asked(tmp_path: Path) -> None:
+    class Attention(Tiny):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__(dtype)
+            self.attention_dropout, self.config = 0.5, SimpleNamespace(attn_pdrop=0.5)
+
+        def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> SimpleNamespace:
+            assert self.training
+            hidden = self.first(input_ids)
+            for rate in (self.attention_dropout, self.config.attn_pdrop):
+                hidden = torch.nn.functional.dropout(hidden, rate, self.training)
+            logits = self.second(hidden)
+            return SimpleNamespace(loss=torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]))
+
+    fishers = []
+    for model in (Attention(torch.float32), Tiny(torch.float32)):
+        ewc, trainer = of_tiny(tmp_path)
+        trainer.model = model.train()
+        ewc.prepare(trainer, None, lambda _: None)
+        fishers.append(ewc._fisher)
+        if isinstance(model, Attention):
+            assert (model.attention_dropout, model.config.attn_pdrop) == (0.5, 0.5)
+
+    for name, fisher in fishers[1].items():
+        torch.testing.assert_close(fishers[0][name], fisher, msg=name)
+
+
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 1024.0)])
 def test_each_step_has_the_gradient_of_the_penalty_once(
