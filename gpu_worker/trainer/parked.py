@@ -56,20 +56,18 @@ def loaded_for_asking(spec: EvaluateSpec | AskSpec, adapter: str | Merged | None
     whole = spec.method == "full" and isinstance(adapter, str)  # what was trained is a whole model
     name = published.resolve(adapter if whole and isinstance(adapter, str) else spec.base_model)
     revision = None if whole else spec.revision
-    with (
-        stock.classes(published.config_of(name, revision)),
-        _loaded(spec, name, revision, None if whole else adapter) as base,
-    ):
+    config = published.config_of(name, revision)
+    version = base_model.fingerprint(name) if base_model.is_path(name) else getattr(config, "_commit_hash", None)
+    with stock.classes(config), _loaded(spec, name, revision, version, None if whole else adapter) as base:
         yield base
 
 
 @contextmanager
 def _loaded(
-    spec: EvaluateSpec | AskSpec, name: str, revision: str | None, adapter: str | Merged | None
+    spec: EvaluateSpec | AskSpec, name: str, revision: str | None, version: str | None, adapter: str | Merged | None
 ) -> Iterator[models.Loaded]:
-    """When the block is done, the base model is parked if it can be."""
+    """When the block is done, the base model is parked if it can be; `version` is another one when the model is."""
     global _parked
-    version = base_model.fingerprint(name) if base_model.is_path(name) else ""
     key = (name, revision, spec.load_in_4bit, models.dtype(spec.dtype), version)
     parked, _parked = _parked, None  # one that is not wanted now is not kept either
     model = _unpark(parked.model) if parked and parked.key == key else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from trainer_child import DEMO, Child, train_spec
+from trainer_child import DEMO, Child, evaluate_spec, train_spec
 
 from gpu_worker.protocol import Ready
 from gpu_worker.trainer import hub
@@ -94,3 +94,24 @@ def test_a_training_waits_for_no_file_of_it(cached: bool, tmp_path: Path, monkey
         assert "Retrying in" not in log
     finally:
         trainer.close()
+
+
+def test_a_model_whose_branch_has_moved_is_loaded_anew_for_the_next_evaluation(tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / "models--org--tiny"
+    (folder / "refs").mkdir(parents=True)
+    first, second = "1" * 40, "2" * 40
+    for commit in (first, second):
+        shutil.copytree(DEMO / "model", folder / "snapshots" / commit)
+    trainer = Child(tmp_path, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    loaded_before = []
+    try:
+        assert isinstance(trainer.next_event(), Ready)
+        for commit in (first, first, second):
+            (folder / "refs" / "main").write_text(commit)
+            done = trainer.run(evaluate_spec(base_model="org/tiny"))
+            assert done.outcome["commit"] == commit
+            loaded_before.append(trainer.log.read_text().count("the base model is still loaded"))
+    finally:
+        trainer.close()
+
+    assert loaded_before == [0, 1, 1]
