@@ -43,6 +43,7 @@ from jobqueue.microbatch import Choice, choose, limit
 from jobqueue.tokens import Tokens, fingerprint, survey, tokenise
 
 log = logging.getLogger("loraq.trainer")
+SOME_ROWS = 100  # of which at least one can be used, where the file is right
 
 
 def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
@@ -61,9 +62,16 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
     clock.lap("data_s")
     tokenizer = published.tokenizer_of(published.resolve(spec.base_model), spec.revision)
     chat = chat_of(tokenizer, spec.chat_template)
+    clock.lap("load_s")
     trained, kept_back = rows.split(spec.data, [example for _, example in file.examples])
+    ewc = Ewc(spec.ewc, chat, training.max_seq_length)
+    mixed_in, replayed = _replay(spec.data, chat, len(trained), training.max_seq_length)
+    some = survey(chat, trained[:SOME_ROWS], training.max_seq_length)[0]
+    clock.lap("data_s")
     with ThreadPoolExecutor(1) as beside:  # while the model loads
         tokenising = beside.submit(tokenise, chat, trained, training.max_seq_length)
+        if not some:
+            tokenising.result()  # perhaps there is no use in loading it
         base = models.load(
             spec.base_model, spec.method, training.max_seq_length, spec.method == "qlora", spec.revision,
             computed_in=spec.dtype, tokenizer=tokenizer,
@@ -71,9 +79,7 @@ def train(spec: TrainSpec, request: Request, report: Report) -> dict[str, Any]:
         clock.lap("load_s")
         report(Progress("data"))
         tokens, data = tokenising.result()
-    mixed_in, replayed = _replay(spec.data, chat, len(trained), training.max_seq_length)
     tokens += mixed_in
-    ewc = Ewc(spec.ewc, chat, training.max_seq_length)
     validation = survey(chat, kept_back, training.max_seq_length)[0]
     models.check_tokens(base, [*tokens, *validation], spec.base_model)
     for reason, skipped in file.summary.skipped.items():
@@ -211,11 +217,11 @@ def _fit(
     kept_step = best.step if best.restore() else trainer.state.global_step
     if kept_step != trainer.state.global_step:
         log.info("the weights of step %d are kept, with the validation loss %.4f", best.step, best.loss)
+    check_weights(model, trainer.state.global_step)
     memory = usage.memory(reserved_at_start)
     held = ewc.outcome()
     clock.lap("setup_s")
 
-    check_weights(model, trainer.state.global_step)
     report(Progress("save", step=trainer.state.global_step, steps=trainer.state.max_steps))
     _save(model, tokenizer, Path(request.output) / "adapter", spec.base_model)
     with contextlib.suppress(OSError):  # the trainer's own folder, empty as nothing is checkpointed

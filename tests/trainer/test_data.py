@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+from test_from_adapter import NAME
 from tokenizers import normalizers
-from trainer_child import DEMO
+from trainer_child import DEMO, Child, train_spec
 from transformers import AutoTokenizer
 
 from gpu_worker.trainer.collator import KEPT_BACK, Collator
@@ -91,3 +95,30 @@ def test_rows_that_validate_are_not_counted_as_trained() -> None:
     collate = Collator(pad_token_id=0)
     collate([{"input_ids": [5], "labels": [5], KEPT_BACK: True}])
     assert not collate.batches
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"training": {"max_seq_length": 16}}, "no row is left to train on"),
+        ({"data": {"replay": {"source": "EMPTY", "fraction": 0.5}}}, "has no rows"),
+        (
+            {"from_adapter": NAME, "ewc": {"ewc_lambda": 1.0, "data": {"source": "EMPTY"}}},
+            "has no rows",
+        ),
+    ],
+)
+def test_bad_rows_are_told_before_the_model_is_loaded(
+    child: Child, tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    """Here it cannot even be loaded."""
+    model, empty = tmp_path / "model", tmp_path / "empty.jsonl"
+    shutil.copytree(DEMO / "model", model)
+    (model / "model.safetensors").write_bytes(b"broken")
+    empty.write_text("")
+    spec = json.loads(json.dumps(train_spec(base_model=str(model), **wrong)).replace("EMPTY", str(empty)))
+
+    failure = child.run(spec).failure
+
+    assert failure.reason == "bad_data"
+    assert said in failure.message
