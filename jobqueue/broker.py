@@ -7,6 +7,7 @@ here is acknowledged late, retried or stored.
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ def make_app(url: str, timeout_s: float) -> Celery:
     from celery import Celery
 
     app = Celery("loraq", broker=url, set_as_current=False)
+    if url.startswith("rediss://") and "ssl_" not in url:  # where it is told nothing, Celery trusts any certificate
+        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
     app.conf.update(
         task_acks_late=False,  # a late ack makes a second copy of a running job after a dropped connection
         worker_disable_prefetch=True,  # a message in a busy worker's hands wakes nobody

@@ -17,6 +17,7 @@ from redis.retry import Retry
 from jobqueue.errors import ServerError, UnansweredError
 
 BINARY_TIMEOUT_S = 60.0
+READS = frozenset({"overview"})  # functions of store.lua that write nothing: whoever may only read may call them
 
 
 @cache
@@ -103,11 +104,12 @@ class Connection:
 
     def _call(self, name: str, *args: object, connection: redis.Redis | None = None) -> Any:
         client = connection or self._redis
+        call = client.fcall_ro if name in READS else client.fcall
         version, source = _library()
         words = [str(arg).encode("utf-8", "backslashreplace") for arg in args]  # text from anywhere may be no Unicode
         with self._errors():
             try:
-                return client.fcall(f"{name}_{version}", 0, *words)
+                return call(f"{name}_{version}", 0, *words)
             except redis.ResponseError as error:
                 if "not found" not in str(error).lower():
                     raise
@@ -116,7 +118,7 @@ class Connection:
             except redis.ResponseError as error:
                 if "already exists" not in str(error):  # another client was quicker
                     raise
-            return client.fcall(f"{name}_{version}", 0, *words)
+            return call(f"{name}_{version}", 0, *words)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -125,13 +127,18 @@ class Connection:
         except redis.AuthenticationError as error:
             raise ServerError(
                 f"Redis at {self.where} refuses the login: {error}",
-                "Check the password in LORAQ_REDIS_URL.",
+                "Check the user and password in LORAQ_REDIS_URL.",
+            ) from error
+        except redis.exceptions.NoPermissionError as error:
+            raise ServerError(
+                f"Redis at {self.where} does not permit that: {error}",
+                "Ask whoever runs it for a user who may: docs/operations.md has what each needs.",
             ) from error
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-            raise UnansweredError(
-                f"Redis at {self.where} does not answer: {error}",
-                "Check that the server runs and that LORAQ_REDIS_URL is right.",
-            ) from error
+            do = "Check that the server runs and that LORAQ_REDIS_URL is right."
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                do = "Name the certificate of its authority, rediss://...?ssl_ca_certs=FILE, and the host as it does."
+            raise UnansweredError(f"Redis at {self.where} does not answer: {error}", do) from error
         except redis.ReadOnlyError as error:
             raise ServerError(
                 f"Redis at {self.where} is a replica, or its primary by now is another; it takes no writes",

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 
 
 class Proxy:
-    """Passes connections to 127.0.0.1:`target` on, each with two threads of its own."""
+    """Passes connections to 127.0.0.1:`target` on, each with two threads of its own; with `tls`, as plain text."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, tls: ssl.SSLContext | None = None) -> None:
         self.target = target  # a port; connections that are open stay where they are
+        self._tls = tls
         self.swallows = False
         self.swallowed = self.lost = 0  # pieces that were swallowed; answers that were lost
         self._lose_answer_to: tuple[bytes, ...] = ()
         self._before: tuple[bytes, Callable[[], object]] | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"redis://127.0.0.1:{self.port}/0"
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -38,8 +41,10 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         try:
+            if self._tls is not None:
+                client = self._tls.wrap_socket(client, server_side=True)
             server = socket.create_connection(("127.0.0.1", self.target), timeout=5)
-        except OSError:
+        except OSError:  # among them one who does not trust the certificate
             client.close()
             return
         server.settimeout(None)
@@ -86,8 +91,8 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def proxy(target: int) -> Iterator[Proxy]:
-    opened = Proxy(target)
+def proxy(target: int, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+    opened = Proxy(target, tls)
     try:
         yield opened
     finally:
