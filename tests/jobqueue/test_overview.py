@@ -155,14 +155,9 @@ def test_a_look_is_one_command_that_reads_and_costs_little_however_much_waits(st
         admin.config_resetstat()
         look(store, most=40)
         calls = {name: stats["calls"] for name, stats in admin.info("commandstats").items()}
-        took_ms = admin.info("commandstats")["cmdstat_fcall"]["usec"] / 1000
 
-    assert {name for name in calls if name in ("cmdstat_fcall", "cmdstat_hset", "cmdstat_zadd", "cmdstat_del")} == {
-        "cmdstat_fcall"
-    }
-    assert calls["cmdstat_fcall"] == 1
+    assert calls["cmdstat_fcall_ro"] == 1, "which the server would refuse a write"
     assert calls["cmdstat_hmget"] <= 41, "only what is listed is read"
-    assert took_ms < 50, "some 2 ms on an idle machine"
 
 
 def test_what_has_ended_within_the_hour_is_counted_and_then_forgotten(store: Store) -> None:
