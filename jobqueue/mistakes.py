@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from jobqueue.data_spec import ClashError
 
-GRID = ["sweep", "grid"]  # where any key may be
+ANY_KEY = (["sweep", "grid"], ["sweep", "random", "parameters"])  # what is varied there
 
 
 def mistakes(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Sequence[str | int], str]]:
@@ -28,7 +28,7 @@ def _one_per_value(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) 
     merged: list[Mapping[str, Any]] = []
     for details in errors:
         *value, kind = details["loc"] or ("",)
-        is_key = kind in _fields(model, value) or value == GRID
+        is_key = kind in _fields(model, value) or value in ANY_KEY
         is_kind = isinstance(kind, str) and not is_key  # pydantic names the kind last
         another = is_kind and bool(merged) and merged[-1]["loc"][:-1] == tuple(value)
         if details["type"] == "too_short":

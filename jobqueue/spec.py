@@ -23,6 +23,7 @@ from jobqueue.data_spec import Clash, DataSpec, EwcSpec, Part, QuestionFormat, R
 from jobqueue.ensemble_spec import EnsembleSpec
 from jobqueue.export_spec import ExportOptions
 from jobqueue.judge_spec import JudgeSpec
+from jobqueue.random_spec import RandomSpec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 Revision = Annotated[str, Field(min_length=1)]
@@ -262,12 +263,18 @@ class RunSpec(Part):
 
 
 class SweepSpec(Part):
-    """Configurations of a sweep: every combination of `grid`, for each entry of `list`."""
+    """Configurations of a sweep: every combination of `grid`, for each entry of `list` or each of `random`."""
 
     grid: dict[str, Values] = Field({})
     """Dotted key -> values, e.g. `lora.r: [8, 16]`."""
     list: Entries = Field([])
     """Sets of dotted keys, e.g. `- {lora.r: 8, lora.lora_alpha: 16}`."""
+    random: RandomSpec | None = None
+    """Section, see below."""
+
+    def clashes(self) -> Iterator[Clash]:
+        if self.random and self.list:
+            yield "random", "does not go with list, which names its configurations"
 
 
 class SweepFile(RunSpec):

@@ -23,7 +23,7 @@ import click
 from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
-from jobqueue import data_spec, ensemble_spec, export_spec, judge_spec, spec
+from jobqueue import data_spec, ensemble_spec, export_spec, judge_spec, random_spec, spec
 from jobqueue.retry import TABLE, Rule
 from jobqueue.settings import Settings
 
@@ -44,6 +44,8 @@ SECTIONS = (
     ("export", export_spec.ExportOptions),
     ("resources", spec.ResourcesSpec),
     ("sweep", spec.SweepSpec),
+    ("sweep.random", random_spec.RandomSpec),
+    ("sweep.random.parameters.KEY", random_spec.ParameterSpec),
     ("ensembles", ensemble_spec.EnsembleSpec),
 )
 

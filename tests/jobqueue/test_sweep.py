@@ -576,3 +576,119 @@ def test_a_judge_is_read_with_its_defaults(read: Read) -> None:
     assert judge is not None
     assert (judge.models, judge.limit, judge.samples, judge.temperature) == (["grader"], None, 2, None)
     assert judge.cost("grader", 10, 10) is None
+
+
+# --- What is drawn at random
+
+
+RANDOM = """\
+sweep:
+  random:
+    samples: {samples}
+    seed: {seed}
+    parameters:
+      training.learning_rate: {{min: 1e-5, max: 1e-3, scale: log}}
+      training.warmup_steps: {{min: 0, max: 20}}
+      lora.lora_dropout: {{min: 0, max: 0.5}}
+      lora.r: [8, 16, 32]
+"""
+
+
+def drawn(read: Read, samples: int = 200, seed: int = 1) -> list[tuple[Any, ...]]:
+    found = read(GOOD + RANDOM.format(samples=samples, seed=seed))
+    return [tuple(trial.differs.values()) for trial in found.trials]
+
+
+def test_random_configurations_are_within_their_bounds_and_no_two_the_same(read: Read) -> None:
+    found = read(GOOD + RANDOM.format(samples=200, seed=1))
+
+    rates, dropouts = values(found, "training.learning_rate"), values(found, "lora.lora_dropout")
+    assert 80 < sum(rate < 1e-4 for rate in rates) < 120, "half of the logarithms"
+    assert all(1e-5 <= rate <= 1e-3 for rate in rates)
+    assert 80 < sum(dropout < 0.25 for dropout in dropouts) < 120
+    assert set(values(found, "training.warmup_steps")) == set(range(21))
+    assert set(values(found, "lora.r")) == {8, 16, 32}
+    assert len({trial.label for trial in found.trials}) == len(found.trials) == 200
+
+
+def test_the_same_seed_draws_the_same_and_more_samples_only_add_to_them(read: Read) -> None:
+    assert drawn(read) == drawn(read)
+    assert drawn(read, samples=12) == drawn(read)[:12]
+    assert drawn(read, seed=2)[0] != drawn(read)[0]
+
+
+def test_what_was_drawn_can_be_copied_from_its_label(read: Read) -> None:
+    trial = read(GOOD + RANDOM.format(samples=1, seed=1)).trials[0]
+    given = dict(word.split("=") for word in trial.label.split())
+
+    again = read(GOOD, *(f"training.{key}={given[key]}" for key in ("learning_rate", "warmup_steps")))
+    assert again.trials[0].run.training == trial.run.training
+
+
+def test_every_combination_of_a_grid_is_tried_with_each_that_was_drawn(read: Read) -> None:
+    text = "sweep: {grid: {training.seed: [1, 2]}, random: {samples: 3, parameters: {lora.r: [4, 8, 16]}}}\n"
+    found = read(GOOD + text)
+
+    assert sorted(values(found, "lora.r")) == [4, 4, 8, 8, 16, 16]
+    assert values(found, "training.seed") == [1, 2] * 3
+
+
+def test_whole_numbers_are_drawn_evenly_to_their_ends(read: Read) -> None:
+    text = "sweep: {random: {samples: 64, parameters: {lora.r: {min: 1, max: 64, scale: log}}}}\n"
+    assert sorted(values(read(GOOD + text), "lora.r")) == list(range(1, 65))
+
+
+def test_every_mistake_of_what_is_drawn_is_told_at_once(problems: Problems) -> None:
+    text = """\
+sweep:
+  grid: {lora.lora_alpha: [8, 16]}
+  random:
+    samples: 40
+    parameters:
+      training.learning_rate: {min: 1e-3, max: 1e-5}
+      lora.r: {min: 4}
+      training.warmup_steps: 5
+      lora.lora_alpha: [1, 2]
+      training.weight_decy: {min: 0.0, max: 0.1}
+      training.optim: [adamw_8bit, adam]
+      lora.lora_dropout: {min: 0.0, max: 1.5}
+      training.seed: {min: 0, max: 5, scale: log}
+      training.max_steps: {values: [1], min: 1}
+"""
+    found = problems(GOOD + text)
+
+    place = "sweep.random.parameters."
+    assert sorted((line, key.removeprefix(place)) for line, key, _ in found if line) == [
+        (9, "training.learning_rate.max"),
+        (10, "lora.r"),
+        (11, "training.warmup_steps"),
+        (12, "lora.lora_alpha"),
+        (13, "training.weight_decy"),
+        (14, "training.optim"),
+        (15, "lora.lora_dropout"),
+        (16, "training.seed.min"),
+        (17, "training.max_steps.min"),
+    ]
+    said = {key.removeprefix(place): message for _, key, message in found}
+    assert said["lora.r"] == "needs values, or max"
+    assert said["lora.lora_alpha"] == "is varied by the grid too"
+    assert "weight_decay" in said["training.weight_decy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{samples: 5, parameters: {lora.r: [8, 16]}}", "must be at most 2: there are no more that differ"),
+        ("{samples: 9, parameters: {lora.lora_dropout: {min: 0.1, max: 0.1001}}}", "must be at most 2"),
+        ("{samples: 1, parameters: {}}", "must have at least 1 value"),
+        ("{samples: 0, parameters: {lora.r: [8]}}", "must be greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(problems: Problems, text: str, message: str) -> None:
+    ((line, _, said),) = problems(f"{GOOD}sweep:\n  random: {text}\n")
+    assert (line, said.partition(",")[0]) == (5, message) or said.startswith(message)
+
+
+def test_a_list_names_its_configurations_and_is_not_drawn_from(problems: Problems) -> None:
+    text = "sweep:\n  list: [{lora.r: 8}]\n  random: {samples: 1, parameters: {lora.r: [8]}}\n"
+    assert problems(GOOD + text) == [(6, "sweep.random", "does not go with list, which names its configurations")]
