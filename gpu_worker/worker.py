@@ -6,7 +6,6 @@ import logging
 import secrets
 import shutil
 import threading
-import time
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from gpu_worker.health import watch
 from gpu_worker.identity import boot, identity
 from gpu_worker.lease import Lease
 from gpu_worker.mps import mps_of
+from gpu_worker.pause import Pause
 from gpu_worker.pool import TrainerPool
 from gpu_worker.sole import hold
 from gpu_worker.storage_watch import StorageWatch
@@ -34,7 +34,6 @@ from jobqueue.storage import Storage
 from jobqueue.store import Store
 
 log = logging.getLogger(__name__)
-FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0  # of a host that cannot write
 
 
 class Worker:
@@ -83,8 +82,7 @@ class Worker:
         self._slots = threading.BoundedSemaphore(slots)
         self._running: dict[str, str] = {}  # nonce -> job
         self._unanswered: list[str] = []  # nonces of claims that may have been given
-        self._pause_s = self._well_at = 0.0
-        self._paused_for, self._pausing = "", threading.Lock()
+        self._pause = Pause()
         self._storage_watch = StorageWatch(self.storage, cache)
         self._watch = watch(device, cache, alive=lambda: bool(self._running or self.pool.resting))
 
@@ -96,7 +94,7 @@ class Worker:
         return [self.device.kind, *([PREVIEW] if self.device.kind == "control" and _can_preview() else [])]
 
     def well(self) -> bool:
-        return not (self._storage_watch.problem or self._watch.health.sick) and time.monotonic() >= self._well_at
+        return not (self._storage_watch.problem or self._watch.health.sick or self._pause.why)
 
     def draining(self) -> bool:
         return self.leaving.is_set() or self.drained.is_set()
@@ -107,8 +105,8 @@ class Worker:
             return "drained"
         if problem := self._storage_watch.problem:
             return f"sick: {problem}"
-        if time.monotonic() < self._well_at:
-            return f"it pauses: {self._paused_for}"
+        if why := self._pause.why:
+            return f"it pauses: {why}"
         return self._watch.health.note
 
     def work(self, *, wait: bool) -> None:
@@ -134,10 +132,10 @@ class Worker:
             self._run(claim, claimed_at)
         except MachineError as error:  # nothing of it has begun: the claim is given back
             self._unanswered.append(claim.nonce)
-            self._pause(error.what)
+            self._spoilt(error.what)
         except Exception:  # nothing that a job does may end its worker; the lease ends the job
             log.exception("%s: attempt %d broke its slot", claim.job_id, claim.attempt)
-            self._pause("an attempt broke its slot")
+            self._spoilt("an attempt broke its slot")
         finally:
             self._running.pop(claim.nonce)
             self._admission.release(claim.nonce)
@@ -240,8 +238,10 @@ class Worker:
             wake,
         )
         attempt.run()
-        if attempt.sick or attempt.succeeded:  # how else it ended says nothing of this host
-            self._pause(attempt.sick)
+        if attempt.sick:
+            self._spoilt(attempt.sick)
+        elif attempt.succeeded:  # how else it ended says nothing of this host
+            self._pause.end()
 
     def _refuse(self, claim: Claim, claimed_at: float) -> None:
         """A job of a newer release: it would be run by nobody, and taken back by no sweeper of this one."""
@@ -254,17 +254,11 @@ class Worker:
         finally:
             lease.close()
 
-    def _pause(self, sick: str) -> None:
-        """A host whose storage or disk fails would spoil the whole queue, one job after the other: it rests, longer
-        each time, until an attempt shows that it is well again. (What is full for an adapter may hold a trial.)"""
-        with self._pausing:
-            if sick and time.monotonic() < self._well_at:
-                return  # what another slot has met already
-            self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S) if sick else 0.0
-            self._well_at, self._paused_for = time.monotonic() + self._pause_s, sick
-        if sick:
+    def _spoilt(self, why: str) -> None:
+        """By this host, not by its job, an attempt has failed."""
+        if seconds := self._pause.begin(why):
             self._storage_watch.try_again()
-            log.warning("nothing is claimed for %g s: %s", self._pause_s, sick)
+            log.warning("nothing is claimed for %g s: %s", seconds, why)
 
     def info(self) -> dict[str, object]:
         """What the store is told of it, the fields of WorkerInfo."""

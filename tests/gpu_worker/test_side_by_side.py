@@ -15,13 +15,14 @@ import pytest
 from helpers import wait_for
 from worker_process import STUB
 
-from gpu_worker import worker as workers
+from gpu_worker import pause
 from gpu_worker.admission import Admission, grown
 from gpu_worker.gpu import Device
 from gpu_worker.main import FIRST_DELAY_S, LAST_DELAY_S, Served
+from gpu_worker.pause import FIRST_PAUSE_S
 from gpu_worker.pool import TrainerPool
 from gpu_worker.serve import Server
-from gpu_worker.worker import FIRST_PAUSE_S, Worker
+from gpu_worker.worker import Worker
 from jobqueue.broker import make_app
 from jobqueue.job import Claim
 from jobqueue.memory import GIB
@@ -68,15 +69,15 @@ def test_a_job_that_is_claimed_again_before_its_earlier_attempt_has_ended_keeps_
 
 def test_what_all_slots_meet_at_once_is_one_reason_to_pause(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(pause, "time", SimpleNamespace(monotonic=lambda: now))
 
     for _ in range(16):
-        worker._pause("the disk is full")
+        worker._spoilt("the disk is full")
     now += FIRST_PAUSE_S
     assert worker.well() or worker._storage_watch.problem
     assert not worker.note().startswith("it pauses")
 
-    worker._pause("the disk is full")
+    worker._spoilt("the disk is full")
     now += FIRST_PAUSE_S
     assert worker.note() == "it pauses: the disk is full", "the next time it pauses for longer"
 
