@@ -149,6 +149,11 @@ class TrainerPool:
         """How many rest."""
         return len(self._resting)
 
+    @property
+    def spares(self) -> int:
+        """How many of them have done no job yet."""
+        return sum(resting.base_model is None for resting in self._resting)
+
     def close(self) -> None:
         """Ends all that rest."""
         with self._lock:

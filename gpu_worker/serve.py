@@ -40,6 +40,7 @@ class Server:
     def __init__(self, worker: Worker) -> None:
         self._worker, self._app, self._settings = worker, worker.app, worker.settings
         self._wakeups = Wakeups(self._app)
+        self._sweeper: Sweeper | None = None
 
     def _ask(self) -> None:
         """A wake-up may be eaten by the wrong worker: an idle slot asks by itself."""
@@ -56,7 +57,7 @@ class Server:
         worker = self._worker
         while True:
             try:
-                if worker.store.heartbeat(worker.id, worker.device.kind, worker.info()):
+                if worker.store.heartbeat(worker.id, worker.device.kind, worker.info() | self._of_control()):
                     worker.drained.set()
                     worker.pool.close()  # a resting trainer holds GPU memory
                 else:
@@ -68,6 +69,20 @@ class Server:
             self._wakeups.listen_to(worker.classes if worker.well() and not worker.draining() else [])
             if worker.leaving.wait(self._settings.heartbeat_s):
                 return
+
+    def _of_control(self) -> dict[str, object]:
+        """What a control worker adds to the fields of WorkerInfo."""
+        if self._sweeper is None:
+            return {}
+        return {"sweep_s": self._sweeper.sweep_s, "swept_at": self._sweeper.swept_at}
+
+    def _export(self) -> None:
+        try:
+            from gpu_worker.exporter import Exporter
+        except ImportError:
+            log.error("no metrics: prometheus_client is not installed; pip install 'loraq[control]'")
+            return
+        Exporter(self._worker.store, self._settings).run(self._worker.leaving)
 
     def run(self) -> None:
         """Runs Celery in this thread until SIGTERM or SIGINT, then drains."""
@@ -91,8 +106,11 @@ class Server:
         beat.start()
         side: list[Callable[[], None]] = [self._ask]
         if worker.device.kind == "control":
-            side.append(partial(Sweeper(worker.store, self._app, self._settings, worker.storage).run, worker.leaving))
+            self._sweeper = Sweeper(worker.store, self._app, self._settings, worker.storage)
+            side.append(partial(self._sweeper.run, worker.leaving))
             side.append(partial(Mover(worker.store, worker.storage, worker.id).run, worker.leaving))
+            if self._settings.metrics_port is not None:
+                side.append(self._export)
         for task in side:
             threading.Thread(target=task, daemon=True).start()
         try:
@@ -116,7 +134,8 @@ class Server:
         Redis is at its memory limit."""
         worker = self._worker
         queues = ",".join(map(queue_name, worker.classes or classes_for(sys.maxsize)))
-        options = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-n", f"{worker.device.label}@%h"]
+        options = ["--without-gossip", "--without-mingle", "-n", f"{worker.device.label}@%h"]
+        options += ["--task-events"] if self._settings.celery_events else ["--without-heartbeat"]
         with contextlib.suppress(SystemExit):
             self._app.worker_main(
                 ["--quiet", "worker", "-P", "threads", "-c", str(worker.slots), "-Q", queues, *options]

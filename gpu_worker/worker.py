@@ -276,6 +276,8 @@ class Worker:
             "every_s": self.settings.heartbeat_s,
             "promised_bytes": self._admission.promised,
             **asdict(self._watch.load),
+            "spares": self.pool.spares,
+            "storage_writable": not self._storage_watch.problem,
         }
 
     @property

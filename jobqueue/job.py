@@ -256,6 +256,11 @@ class WorkerInfo:
     temperature_c: int | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
+    # Of what is around it:
+    spares: int = 0  # trainers that stand ready and have done no job yet
+    storage_writable: bool | None = None  # the shared one and its own disk; None: an older release says nothing of it
+    sweep_s: float | None = None  # of a control worker: how long its last sweep took, and when that ended
+    swept_at: float | None = None
 
     @property
     def trains(self) -> bool:

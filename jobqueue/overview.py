@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -43,8 +44,7 @@ class Overview:
     def from_answer(cls, answer: Mapping[str, Any], owner: str, host: str) -> Overview:
         """Of the function `overview` in store.lua."""
         now, held = answer["now"] / 1000, tuple(sorted(answer["held_classes"]))
-        records = sorted(answer["workers"].items())
-        workers = told_apart([_corrected(WorkerInfo.from_record(uid, record, now), answer) for uid, record in records])
+        workers = workers_of(answer)
         made = cls(
             now=now,
             owner=owner,
@@ -62,16 +62,30 @@ class Overview:
             ),
             empty_in_s=None,
         )
-        opened = {kind: int(count) for kind, count in answer["open"].items()}
+        opened = Counter[str]()
+        for (kind, _), count in live_of(answer).items():
+            opened[kind] += count
         return replace(made, empty_in_s=empty_in(made, opened, answer["ended"]))
 
 
-def _corrected(worker: WorkerInfo, answer: Mapping[str, Any]) -> WorkerInfo:
-    """What it runs, and whether it is drained, the server knows before the worker says so."""
-    running = tuple(sorted(answer["busy"].get(worker.uid, ())))
-    if {worker.uid, worker.name, worker.host} & set(answer["drained"]):
-        worker = replace(worker, note="drained", takes_jobs=False)
-    return replace(worker, running=running)
+def workers_of(answer: Mapping[str, Any]) -> list[WorkerInfo]:
+    """What they run, and whether they are drained, the server knows before the workers say so."""
+    found = []
+    for uid, record in sorted(answer["workers"].items()):
+        worker = WorkerInfo.from_record(uid, record, answer["now"] / 1000)
+        if {worker.uid, worker.name, worker.host} & set(answer["drained"]):
+            worker = replace(worker, note="drained", takes_jobs=False)
+        found.append(replace(worker, running=tuple(sorted(answer["busy"].get(uid, ())))))
+    return told_apart(found)
+
+
+def live_of(answer: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+    """Kind and state -> jobs that have not ended."""
+    found = {}
+    for what, count in answer["live"].items():
+        kind, _, state = what.partition(" ")
+        found[kind, state] = int(count)
+    return found
 
 
 def _sum(ended: Sequence[tuple[str, str, int, float]], state: JobState) -> int:

@@ -12,6 +12,7 @@ from jobqueue.events import Event
 from jobqueue.job import Batch, Job, JobState, WorkerInfo, told_apart
 
 if TYPE_CHECKING:
+    from jobqueue.figures import Figures
     from jobqueue.overview import Overview
 
 PREFIX = "{loraq}:"
@@ -133,6 +134,12 @@ class Records(Connection):
         from jobqueue.overview import Overview
 
         return Overview.from_answer(json.loads(self._call("overview", owner, host, most)), owner, host)
+
+    def figures(self) -> Figures:
+        """What monitors want to know, in one call that changes nothing."""
+        from jobqueue.figures import Figures
+
+        return Figures.from_answer(json.loads(self._call("figures")))
 
     def correction(self, kind: str) -> float:
         """What an estimate for that kind of job is to be multiplied with; 1 where none has been measured."""

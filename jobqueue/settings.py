@@ -74,6 +74,12 @@ class Settings:
     """Folders below which a worker may read local models and data that a spec names."""
     judge_urls: tuple[str, ...] = ("https://api.openai.com/v1",)
     """Endpoints, as `evaluation.judge.base_url`, to which a control worker may send answers and a key of its own."""
+    metrics_port: int | None = field(default=None, metadata={"at least": 1, "below": 65536})
+    """Where a control worker serves Prometheus metrics; without one it does not. See docs/metrics.md."""
+    metrics_address: str = "127.0.0.1"
+    """The address that it listens on for that: whoever reaches it can read them, without a password."""
+    celery_events: bool = False
+    """Workers send Celery's events, which Flower shows; see docs/operations.md."""
     gguf_converter: Path | None = None
     """llama.cpp's convert_hf_to_gguf.py on a worker's machine, which then can export GGUF files."""
     gpu_hour_price: float | dict[str, float] | None = None
@@ -95,7 +101,7 @@ class Settings:
         for each in fields(self):
             value = getattr(self, each.name)
             for words, bound in each.metadata.items():
-                if not HOLDS[words](value, bound):
+                if value is not None and not HOLDS[words](value, bound):
                     yield f"{each.name} ({value:g}) must be {words} {bound}"
         prices = self.gpu_hour_price if isinstance(self.gpu_hour_price, dict) else {"": self.gpu_hour_price or 0}
         if not all(price >= 0 for price in prices.values()):

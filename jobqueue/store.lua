@@ -15,9 +15,11 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:queue:<q>:<owner>   zset    queued jobs of an owner in a memory class; for those who look, `waiting` and `held` are two more
   {loraq}:owners:<q>          set     owners that have a job in that class
   {loraq}:queues              set     classes that have ever held a job
+  {loraq}:since:<q>           zset    jobs that can be claimed in a memory class, by the T since which they can
   {loraq}:delayed             zset    queued jobs that may not be claimed before T
   {loraq}:running             zset    running jobs by the time, on the clock of leases, at which theirs ends
-  {loraq}:open                hash    kind of job -> how many of them have not ended
+  {loraq}:live                hash    "<kind> <state>" -> how many jobs, of those that have not ended; see `enter`
+  {loraq}:totals              hash    what has ever happened, counted; see `count`
   {loraq}:ended               zset    ends of jobs lately, "<kind> <state> <seconds> <id>:<attempt> <owner>", by their T
   {loraq}:leases              zset    lengths of leases in ms, by the T at which a worker last asked for one
   {loraq}:claims              hash    nonce of a claim -> the job that runs by it
@@ -55,6 +57,8 @@ local ANSWERS_KEPT = 24 * 3600 * 1000 -- after their end
 local LATELY = 3600 * 1000
 local FORGET = 24 * 3600 * 1000 -- of silent workers
 local STRIDE = 4 * 1000 -- of the clock of leases, until a sweep has said otherwise
+local WAITS = { 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600 } -- buckets of histograms, in seconds
+local DURATIONS = { 5, 15, 60, 300, 900, 1800, 3600, 2 * 3600, 4 * 3600, 8 * 3600, 24 * 3600 }
 local SOON_FORGOTTEN = { ask = true, preview = true }
 local FINAL = { succeeded = true, failed = true, cancelled = true }
 
@@ -67,6 +71,38 @@ local function host_of(worker) return string.match(worker, '^[^/]*') end
 local function time()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+local function map(hash)
+  local flat, found = redis.call('HGETALL', P .. hash), {}
+  for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
+  return found
+end
+
+-- Counters for monitors, "<what>:<label>:..." -> number. They last as long as the server's data, whoever restarts.
+local function count(by, ...) redis.call('HINCRBY', P .. 'totals', table.concat({ ... }, ':'), by) end
+
+-- Into the bucket of a histogram, `bounds` in seconds; the last has no bound.
+local function observe(ms, bounds, ...)
+  local bucket = 'inf'
+  for i = #bounds, 1, -1 do
+    if ms <= bounds[i] * 1000 then bucket = bounds[i] end
+  end
+  local name = table.concat({ ... }, ':')
+  count(1, name, bucket)
+  count(math.max(0, ms), name, 'ms')
+end
+
+-- A job's next state. Nothing else writes it, so that each job is counted where it is.
+local function enter(id, state)
+  local kind, before = unpack(redis.call('HMGET', key(id), 'kind', 'state'))
+  if before and not FINAL[before] then redis.call('HINCRBY', P .. 'live', kind .. ' ' .. before, -1) end
+  if FINAL[state] then
+    count(1, 'ended', kind, state)
+  else
+    redis.call('HINCRBY', P .. 'live', kind .. ' ' .. state, 1)
+  end
+  redis.call('HSET', key(id), 'state', state)
 end
 
 -- A command that its sender has given up may lie in a stopped server's socket: it must not be carried out afterwards.
@@ -148,10 +184,17 @@ local function place(id, queue)
   redis.call('SADD', P .. 'owners:' .. queue, owner)
 end
 
+-- The class of a queued job, and the T since which it can be claimed.
+local function claimable(id)
+  local queue, queued_at, not_before = unpack(redis.call('HMGET', key(id), 'queue', 'queued_at', 'not_before'))
+  return queue, math.max(queued_at, not_before)
+end
+
 -- Into its class, from where it can be claimed.
 local function offer(id)
-  local queue = field(id, 'queue')
+  local queue, since = claimable(id)
   place(id, queue)
+  redis.call('ZADD', P .. 'since:' .. queue, since, id)
   redis.call('SADD', P .. 'queues', queue)
   return queue
 end
@@ -162,6 +205,7 @@ local function unplace(id)
   for _, name in ipairs({ queue, 'waiting', 'held' }) do
     redis.call('ZREM', P .. 'queue:' .. name .. ':' .. owner, id)
   end
+  redis.call('ZREM', P .. 'since:' .. queue, id)
   redis.call('ZREM', P .. 'delayed', id)
 end
 
@@ -169,11 +213,13 @@ end
 local function enqueue(id, now, not_before)
   unplace(id)
   if field(id, 'hold') == '1' then
-    redis.call('HSET', key(id), 'state', 'held', 'not_before', not_before)
+    enter(id, 'held')
+    redis.call('HSET', key(id), 'not_before', not_before)
     place(id, 'held')
     return nil
   end
-  redis.call('HSET', key(id), 'state', 'queued', 'queued_at', now, 'not_before', not_before)
+  enter(id, 'queued')
+  redis.call('HSET', key(id), 'queued_at', now, 'not_before', not_before)
   if not_before > now then
     redis.call('ZADD', P .. 'delayed', not_before, id)
     return nil
@@ -198,11 +244,11 @@ end
 -- The end of a job, and what it means for those that waited for it.
 local function finish(id, now, state, reason, message, woken)
   unplace(id)
-  redis.call('HSET', key(id), 'state', state, 'ended_at', now, 'reason', reason, 'message', message)
+  enter(id, state)
+  redis.call('HSET', key(id), 'ended_at', now, 'reason', reason, 'message', message)
   redis.call('SREM', P .. 'unsized', id)
   local kind, owner, claimed = unpack(redis.call('HMGET', key(id), 'kind', 'owner', 'claimed_at'))
   local took = claimed == '0' and 0 or (now - claimed) / 1000
-  redis.call('HINCRBY', P .. 'open', kind, -1)
   redis.call('ZADD', P .. 'ended', now, table.concat({ kind, state, took, id .. ':' .. number(id, 'attempt'), owner }, ' '))
   event(id, 'state', reason == '' and state or (state .. ': ' .. reason .. ': ' .. message))
   for _, other in ipairs(redis.call('SMEMBERS', key(id) .. ':then')) do
@@ -236,8 +282,8 @@ local function begin(id, needs, follows, now, woken)
       end
     end
   end
-  redis.call('HSET', key(id), 'state', 'waiting', 'waits', waits)
-  redis.call('HINCRBY', P .. 'open', field(id, 'kind'), 1)
+  enter(id, 'waiting')
+  redis.call('HSET', key(id), 'waits', waits)
   place(id, 'waiting')
   arrived(id, now, woken)
 end
@@ -250,7 +296,7 @@ local function add(job, now, woken)
   end
   redis.call('HSET', key(id), 'id', id, 'kind', job.kind, 'batch', job.batch, 'trial', job.trial, 'owner', job.owner,
     'spec', job.spec, 'submission', job.submission, 'device', job.device, 'priority', job.priority, 'queue', job.queue, 'need', job.need, 'hold', '',
-    'needs', cjson.encode(job.needs), 'follows', cjson.encode(job.follows), 'state', 'waiting',
+    'needs', cjson.encode(job.needs), 'follows', cjson.encode(job.follows),
     'failures', 0, 'rung', 0, 'submitted_at', now, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '', 'message', '',
     'progress', '', 'outcome', '', 'seq', redis.call('INCR', P .. 'sequence'))
   redis.call('HSETNX', key(id), 'attempt', 0)
@@ -362,6 +408,7 @@ local function first_fit(queue, owner, worker, device, free, whole, now)
       need = tonumber(need)
       if not need then -- evicted, by a server that may do that
         redis.call('ZREM', list, id)
+        redis.call('ZREM', P .. 'since:' .. queue, id)
       elseif not (device == 'cpu' and meant == 'gpu') then
         local blocked = need > free and need <= whole and now - queued_at > PATIENCE and keeps(id, worker, now)
         if need <= free or blocked then
@@ -402,11 +449,14 @@ local function claim(_, args)
     if drained(worker) > 0 or quiet(lease_time()) then return {} end
     id = best(worker, device, tonumber(free), tonumber(whole), { unpack(args, 8) }, now)
     if not id then return {} end
+    local queue, since = claimable(id)
+    observe(now - since, WAITS, 'wait', queue)
     unplace(id)
     redis.call('HDEL', key(id), 'kept_by', 'kept_until', 'kept_since', 'kept_turns')
     redis.call('HINCRBY', key(id), 'attempt', 1)
-    redis.call('HSET', key(id), 'state', 'running', 'nonce', nonce, 'lease', lease, 'worker', worker, 'claimed_at', now,
-      'ended_at', 0, 'cancel', '', 'progress', '', 'reason', '', 'message', '', 'said', 0)
+    enter(id, 'running')
+    redis.call('HSET', key(id), 'nonce', nonce, 'lease', lease, 'worker', worker, 'claimed_at', now, 'ended_at', 0,
+      'cancel', '', 'progress', '', 'reason', '', 'message', '', 'said', 0)
     redis.call('HSET', P .. 'claims', nonce, id)
     event(id, 'state', 'running on ' .. name_of(worker))
   end
@@ -449,13 +499,13 @@ local function append(_, args)
   return 1
 end
 
--- settle(id, attempt, nonce, state, reason, message, outcome, delay, counts, rung, need, class, "expired" or "")
+-- settle(id, attempt, nonce, state, reason, message, outcome, delay, counts, rung, need, class, tokens, "expired" or "")
 --   -> {1, classes...} or {0}
 -- state `queued` means: again, after `delay` ms; `counts` "1": as one more failure. "expired": only if the lease ended.
 -- After `out_of_memory` the next attempt begins at `rung`, and its job needs `need` (0: what it did) and so waits in `class`.
--- Said twice by the same attempt it is done once and answered alike.
+-- `tokens` that a training has trained, in all its attempts. Said twice by the same attempt it is done once and answered alike.
 local function settle(_, args)
-  local id, attempt, nonce, state, reason, message, outcome, delay, counts, rung, need, queue, only = unpack(args)
+  local id, attempt, nonce, state, reason, message, outcome, delay, counts, rung, need, queue, tokens, only = unpack(args)
   local now, woken, word = time(), nobody(), attempt .. ' ' .. nonce .. ' ' .. state
   if field(id, 'settled') == word then return { 1 } end
   if not owns(id, attempt, nonce) then return { 0 } end
@@ -463,12 +513,18 @@ local function settle(_, args)
   local asked = field(id, 'cancel') == '1'
   if asked and state == 'queued' then state, reason, message = 'cancelled', '', 'on request' end
   if not asked and state == 'cancelled' then state, message = 'queued', 'wanted again' end -- by a batch that came since
-  local owner, claimed, worker = unpack(redis.call('HMGET', key(id), 'owner', 'claimed_at', 'worker'))
+  local owner, claimed, worker, kind = unpack(redis.call('HMGET', key(id), 'owner', 'claimed_at', 'worker', 'kind'))
   runs_no_more(id)
   redis.call('HSET', P .. 'usage', owner, (usage(owner, now) + (now - claimed) / 1000) .. ':' .. now)
   redis.call('RPUSH', key(id) .. ':history', cjson.encode({ attempt = tonumber(attempt), worker = name_of(worker),
     claimed_at = claimed / 1000, ended_at = now / 1000, state = state, reason = reason, message = message }))
   redis.call('HSET', key(id), 'settled', word, 'ended_at', now, 'outcome', outcome)
+  count(1, 'attempt', kind, state, reason)
+  observe(now - claimed, DURATIONS, 'took', kind, state)
+  if state == 'succeeded' and tokens ~= '0' then count(tokens, 'tokens') end
+  if reason == 'out_of_memory' then
+    count(1, 'memory', kind, state == 'queued' and (need ~= '0' and 'more_memory' or 'smaller') or 'none')
+  end
   if counts == '1' then redis.call('HINCRBY', key(id), 'failures', 1) end
   if state == 'queued' and reason == 'out_of_memory' then
     redis.call('HSET', key(id), 'rung', rung)
@@ -519,7 +575,7 @@ local function hold(_, ids)
       redis.call('HSET', key(id), 'hold', '1')
       if state == 'queued' then
         unplace(id)
-        redis.call('HSET', key(id), 'state', 'held')
+        enter(id, 'held')
         place(id, 'held')
       end
       changed[#changed + 1] = id
@@ -550,13 +606,13 @@ local function retry(_, ids)
     if early then
       unplace(id)
       runs_no_more(id)
-      if not FINAL[state] then redis.call('HINCRBY', P .. 'open', kind, -1) end -- `begin` counts it again
     end
     local failed = state == 'failed' or state == 'cancelled'
     if early or failed and not SOON_FORGOTTEN[kind] then
       if FINAL[state] then redis.call('HSET', key(id), 'hold', '') end
+      enter(id, 'waiting')
       redis.call('HSET', key(id), 'failures', 0, 'rung', 0, 'ended_at', 0, 'claimed_at', 0, 'cancel', '', 'reason', '',
-        'message', '', 'progress', '', 'outcome', '', 'state', 'waiting')
+        'message', '', 'progress', '', 'outcome', '')
       event(id, 'state', 'to be run again, on request')
       changed[#changed + 1] = id
     end
@@ -643,6 +699,42 @@ local function release_base(keys, args)
   return cancel(keys, { id })
 end
 
+-- The lists of jobs that have not ended, {state, key} each.
+local function lists()
+  local found = { { 'running', P .. 'running' }, { 'queued', P .. 'delayed' } }
+  for _, queue in ipairs({ 'waiting', 'held', unpack(redis.call('SMEMBERS', P .. 'queues')) }) do
+    local state = (queue == 'waiting' or queue == 'held') and queue or 'queued'
+    for _, owner in ipairs(redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
+      found[#found + 1] = { state, P .. 'queue:' .. queue .. ':' .. owner }
+    end
+  end
+  return found
+end
+
+-- Where `live` differs from the lists, by an eviction or a release that counts otherwise, all is counted anew.
+local function recount()
+  local found, off = lists(), {}
+  for _, list in ipairs(found) do off[list[1]] = (off[list[1]] or 0) + redis.call('ZCARD', list[2]) end
+  for what, jobs in pairs(map('live')) do
+    local state = string.match(what, '%S+$')
+    off[state] = (off[state] or 0) - jobs
+  end
+  local right = true
+  for _, jobs in pairs(off) do right = right and jobs == 0 end
+  if right then return end
+  redis.call('DEL', P .. 'live')
+  for _, list in ipairs(found) do
+    for _, id in ipairs(redis.call('ZRANGE', list[2], 0, -1)) do
+      local kind = field(id, 'kind')
+      if kind then
+        redis.call('HINCRBY', P .. 'live', kind .. ' ' .. list[1], 1)
+      else
+        redis.call('ZREM', list[2], id)
+      end
+    end
+  end
+end
+
 -- sweep(ms between sweeps) -> JSON {expired: [{id, attempt, nonce}], unsized: [id], queues: {class: jobs that can be claimed}}
 local function sweep(_, args)
   local now, expired, queues = time(), {}, {}
@@ -663,12 +755,15 @@ local function sweep(_, args)
     if field(id, 'state') then offer(id) end
   end
   for _, queue in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
-    local count = 0
+    local jobs = 0
     for _, owner in ipairs(redis.call('SMEMBERS', P .. 'owners:' .. queue)) do
-      count = count + redis.call('ZCARD', P .. 'queue:' .. queue .. ':' .. owner)
+      jobs = jobs + redis.call('ZCARD', P .. 'queue:' .. queue .. ':' .. owner)
     end
-    queues[#queues + 1] = { queue, count }
+    queues[#queues + 1] = { queue, jobs }
+    local oldest = redis.call('ZRANGE', P .. 'since:' .. queue, 0, 0)[1]
+    if oldest and field(oldest, 'state') ~= 'queued' then redis.call('ZREM', P .. 'since:' .. queue, oldest) end
   end
+  recount()
   local workers = redis.call('HGETALL', P .. 'workers')
   for i = 1, #workers, 2 do
     if now - string.match(workers[i + 1], '^%d+') > FORGET then redis.call('HDEL', P .. 'workers', workers[i]) end
@@ -773,12 +868,6 @@ local function ended_lately(owner, now)
   return list
 end
 
-local function map(hash)
-  local flat, found = redis.call('HGETALL', P .. hash), {}
-  for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
-  return found
-end
-
 -- overview(owner or "", host or worker or "", most) -> JSON: the whole cluster in one look that changes nothing, see
 -- jobqueue/overview.py; `most` jobs in a list. What it costs grows with what runs and what is listed, not with what waits.
 local function overview(_, args)
@@ -792,11 +881,26 @@ local function overview(_, args)
   return cjson.encode({
     now = now, workers = map('workers'), busy = busy,
     drained = redis.call('SMEMBERS', P .. 'drained'), held_classes = redis.call('SMEMBERS', P .. 'held_classes'),
-    open = map('open'), ended = ended_lately(owner, now),
+    live = map('live'), ended = ended_lately(owner, now),
     counts = { running = #running, queued = queued_count + #delayed, held = held_count, waiting = waiting_count },
     classes = classes,
     running = records(running, most), queued = records(queued, most), delayed = records(delayed, most - #queued),
     held = records(held, most), waiting = records(waiting, most),
+  })
+end
+
+-- figures() -> JSON: what monitors want to know, in one look that changes nothing; see jobqueue/figures.py
+local function figures()
+  local _, busy = running_ids('', '')
+  local _, _, classes = queued_ids(redis.call('SMEMBERS', P .. 'queues'), '', 0)
+  local oldest, memory = {}, redis.call('INFO', 'memory')
+  for queue in pairs(classes) do
+    oldest[queue] = tonumber(redis.call('ZRANGE', P .. 'since:' .. queue, 0, 0, 'WITHSCORES')[2])
+  end
+  return cjson.encode({
+    now = time(), workers = map('workers'), busy = busy, drained = redis.call('SMEMBERS', P .. 'drained'),
+    live = map('live'), classes = classes, oldest = oldest, totals = map('totals'), waits = WAITS, durations = DURATIONS,
+    memory = { tonumber(string.match(memory, 'used_memory:(%d+)')), tonumber(string.match(memory, 'maxmemory:(%d+)')) },
   })
 end
 
@@ -830,3 +934,4 @@ register('heartbeat', heartbeat, SETTLES)
 register('leave', leave, SETTLES)
 register('orderly', orderly, SETTLES)
 register('overview', overview, { 'no-writes' })
+register('figures', figures, { 'no-writes' })

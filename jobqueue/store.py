@@ -245,6 +245,7 @@ class Store(Records):
             end.rung,
             end.need_bytes,
             memory_class(end.need_bytes),
+            _tokens(end.outcome or {}),
             "expired" if only_expired else "",
         )
         if answer[0] == 0:
@@ -293,3 +294,10 @@ class Store(Records):
     @staticmethod
     def _stale(claim: Claim) -> StaleAttemptError:
         return StaleAttemptError(f"attempt {claim.attempt} of {claim.job_id} no longer owns the job")
+
+
+def _tokens(outcome: Mapping[str, Any]) -> int:
+    """How many a training has trained; nothing that it says of them may keep it from its end."""
+    training = outcome.get("training")
+    tokens = training.get("tokens") if isinstance(training, dict) else None
+    return tokens if isinstance(tokens, int) and tokens > 0 else 0

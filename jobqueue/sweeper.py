@@ -46,6 +46,8 @@ class Sweeper:
         self._sizing: threading.Thread | None = None
         self._warnings: list[str] = []
         self._look_at = 0.0
+        self.sweep_s: float | None = None  # how long the last one took, and when it ended, since the epoch
+        self.swept_at: float | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until `stop`; a server that is away is waited for."""
@@ -53,7 +55,9 @@ class Sweeper:
             try:
                 self.look_at_server()
                 self.look_for_old()
+                began = time.monotonic()
                 self.round()
+                self.sweep_s, self.swept_at = time.monotonic() - began, time.time()
             except ServerError as error:
                 log.warning("no sweep: %s", error.what)
             except Exception:  # the next round is needed all the same

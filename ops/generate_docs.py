@@ -1,5 +1,5 @@
 """Write docs/sweep-file.md from the pydantic models, docs/settings.md from the settings, docs/commands.md from the
-Click commands, docs/failures.md from the table of retries.
+Click commands, docs/failures.md from the table of retries, docs/metrics.md from the table of metrics.
 
 python ops/generate_docs.py            writes them
 python ops/generate_docs.py --check    exit code 1 where one of them is not what it would write
@@ -23,6 +23,7 @@ import click
 from pydantic import BaseModel
 
 from cli.main import COMMANDS, exit_codes, loraq
+from gpu_worker.metrics import METRICS
 from jobqueue import data_spec, ensemble_spec, export_spec, judge_spec, random_spec, spec
 from jobqueue.retry import TABLE, Rule
 from jobqueue.settings import Settings
@@ -105,6 +106,7 @@ def main() -> int:
         "commands.md": commands_page(),
         "settings.md": settings_page(),
         "failures.md": failures_page(),
+        "metrics.md": metrics_page(),
     }
     if sys.argv[1:] == ["--check"]:
         return sum(_differs(DOCS / name, text) for name, text in pages.items())
@@ -218,6 +220,19 @@ def _attempts(rule: Rule) -> str:
 
 def _wait(rule: Rule) -> str:
     return f"{rule.delay_s:g} s, {2 * rule.delay_s:g} s, ..." if rule.delay_s else "none"
+
+
+# -- metrics
+
+
+def metrics_page() -> str:
+    """What was written by hand stays; the table below it is the code's."""
+    written = (DOCS / "metrics.md").read_text(encoding="utf-8").partition(NOTE)[0]
+    lines = ["| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        lines.append(_row(f"`{metric.name}`", metric.kind, labels or "-", metric.meaning))
+    return f"{written}{NOTE}\n\n" + "\n".join(lines) + "\n"
 
 
 # -- the sweep file

@@ -185,3 +185,10 @@ def test_a_program_that_misspells_a_setting_is_told() -> None:
 def test_settings_of_ones_own_are_held_to_their_bounds_too() -> None:
     with pytest.raises(ValueError, match=r"grace_s \(-1\) must be at least 0; archive_days \(inf\) must be below inf"):
         Settings(grace_s=-1, archive_days=float("inf"))
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "http"])
+def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("LORAQ_METRICS_PORT", text)
+
+    assert "metrics_port" in error_of().what

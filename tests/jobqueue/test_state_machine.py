@@ -7,6 +7,7 @@ lease ends, and a delay is over, when a rule moves its time in Redis.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -403,14 +404,18 @@ class StoreMachine(RuleBasedStateMachine):
         for name in names:
             pipe.hmget(f"{P}job:{name}", "state", "attempt", "nonce", "failures", "waits", "cancel")
         records = pipe.execute()
-        opened = sum(int(count) for count in self.redis.hvals(f"{P}open"))
-        assert opened == sum(job.state not in FINAL for job in self.model.jobs.values())
+        live = {what: int(count) for what, count in self.redis.hgetall(f"{P}live").items() if count != "0"}
+        assert live == Counter(
+            f"{job.new.kind} {job.state}" for job in self.model.jobs.values() if job.state not in FINAL
+        )
         places: dict[str, list[str]] = {name: [] for name in names}
         for index in (*self.redis.scan_iter(f"{P}queue:*"), f"{P}delayed", f"{P}running"):
             for name in self.redis.zrange(index, 0, -1):
                 places[name].append(index.removeprefix(P))
         for name in self.redis.smembers(f"{P}unsized"):
             places[name].append("unsized")
+        since = {name for index in self.redis.scan_iter(f"{P}since:*") for name in self.redis.zrange(index, 0, -1)}
+        assert since == {name for name, job in self.model.jobs.items() if job.place.startswith("queue:")}
         for name, (state, attempt, nonce, failures, waits, cancel) in zip(names, records, strict=True):
             job = self.model.jobs[name]
             assert state == job.state, name
