@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jobqueue.job import Batch, Job
+    from jobqueue.notification import Told
     from jobqueue.service import Client
 
 LOOKS_LIKE_A_JOB = re.compile(r"(base|ask|preview)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|before|original|export)|judge|report)")
@@ -92,6 +93,16 @@ def _print_batch(out: Console, batch: Batch, jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.message and job.reason is not FailureReason.DEPENDENCY:
             out.print(f"\n{job.id}: {job.message}", style="yellow", soft_wrap=True)
+    if batch.told:
+        _title(out, "Told of its end")
+        facts(out, {told.target: _telling(told) for told in batch.told})
+
+
+def _telling(told: Told) -> str:
+    from cli.render import moment
+
+    why = f": {told.message}" if told.message else ""
+    return f"{told.state.replace('_', ' ')} {moment(told.at)} (try {told.tries}){why}"
 
 
 def _print_job(out: Console, job: Job, waits_for: str) -> None:

@@ -42,6 +42,7 @@ def submit(
     same data, submitted twice, is one batch.
     """
     from cli.render import console, counted, print_json
+    from jobqueue.notification import unknown
     from jobqueue.steering import RETRIED
 
     client = connect()
@@ -61,11 +62,16 @@ def submit(
         retry = f"`loraq retry {batch.name}` runs again what did not succeed, " if batch.state in RETRIED else ""
         advice = f"{retry}--again makes another batch."
         notes.print(f"{batch.name} is that already ({batch.state}); {advice}", style="yellow", soft_wrap=True)
-    alive = [w for w in client.workers() if w.alive and w.trains] if not batch.ended else []
+    workers = client.workers() if not batch.ended else []
+    alive = [w for w in workers if w.alive and w.trains]
     if not batch.ended and not alive:
         notes.print("warning: no worker that trains is alive; the jobs wait for one", style="yellow", soft_wrap=True)
     elif alive and all(w.note.startswith(("drained", "sick")) for w in alive):
         text = "warning: no worker takes a job now; `loraq workers` says why"
+        notes.print(text, style="yellow", soft_wrap=True)
+    for name in unknown(plan.sweep.notify, workers) if not batch.ended else ():
+        what = "is not of LORAQ_WEBHOOK_HOSTS" if "://" in name else "is none of LORAQ_WEBHOOKS"
+        text = f"warning: {name} {what} of any living control worker; it would not be told that the batch has ended"
         notes.print(text, style="yellow", soft_wrap=True)
     if wait:
         _wait(client, batch.name, as_json)

@@ -23,6 +23,7 @@ from jobqueue.errors import ServerError
 from jobqueue.figures import Figures
 from jobqueue.job import JobKind, JobState, WorkerInfo
 from jobqueue.memory import all_classes
+from jobqueue.notification import Telling
 from jobqueue.settings import Settings
 from jobqueue.store import Store
 
@@ -53,6 +54,7 @@ def families(figures: Figures) -> Iterator[Family]:
     yield _histogram(metrics.DURATION, totals["took"], figures.durations_s)
     yield _numbers(metrics.OUT_OF_MEMORY, totals["memory"])
     yield _numbers(metrics.TOKENS, {(): 0, **totals["tokens"]})
+    yield _numbers(metrics.TOLD, {**{(telling,): 0 for telling in Telling}, **totals["told"]})
     yield _numbers(metrics.WORKERS, {(kind,): alive.count(kind) for kind in ("gpu", "cpu", "control")})
     of_workers: dict[Metric, dict[tuple[str, ...], float]] = {metric: {} for metric in metrics.OF_WORKERS}
     for worker in figures.workers:

@@ -44,6 +44,7 @@ OUT_OF_MEMORY = Metric(
     "Attempts that ran out of memory, by what the next one gets: `smaller` micro-batches, `more_memory`, or `none`.",
 )
 TOKENS = Metric("loraq_trained_tokens_total", "counter", (), "Tokens of the trainings that succeeded.")
+TOLD = Metric("loraq_notifications_total", "counter", ("outcome",), "Tries to tell somebody that a batch has ended.")
 WORKERS = Metric("loraq_workers", "gauge", ("kind",), "Workers that are alive: gpu, cpu or control.")
 INFO = Metric("loraq_worker_info", "gauge", ("worker", "device", "uuid", "share"), "What a worker serves; always 1.")
 UP = Metric("loraq_worker_up", "gauge", ("worker",), "0 where a worker has fallen silent; a day later it is forgotten.")
@@ -72,5 +73,5 @@ OF_WORKERS = (
 )
 METRICS = (
     *(REDIS_UP, REDIS_MEMORY, REDIS_LIMIT, JOBS, QUEUE, OLDEST, WAIT, ENDED, ATTEMPTS, DURATION, OUT_OF_MEMORY, TOKENS),
-    *(WORKERS, *OF_WORKERS),
+    *(TOLD, WORKERS, *OF_WORKERS),
 )

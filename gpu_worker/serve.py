@@ -19,6 +19,7 @@ from celery.worker import state
 
 from gpu_worker import guardian
 from gpu_worker.gpu import Device
+from gpu_worker.notifier import Notifier
 from gpu_worker.wakeups import Wakeups
 from gpu_worker.worker import Worker
 from jobqueue.broker import WAKE, queue_name
@@ -74,7 +75,8 @@ class Server:
         """What a control worker adds to the fields of WorkerInfo."""
         if self._sweeper is None:
             return {}
-        return {"sweep_s": self._sweeper.sweep_s, "swept_at": self._sweeper.swept_at}
+        webhooks = [*self._settings.webhooks, *self._settings.webhook_hosts]
+        return {"webhooks": webhooks, "sweep_s": self._sweeper.sweep_s, "swept_at": self._sweeper.swept_at}
 
     def _export(self) -> None:
         try:
@@ -109,6 +111,7 @@ class Server:
             self._sweeper = Sweeper(worker.store, self._app, self._settings, worker.storage)
             side.append(partial(self._sweeper.run, worker.leaving))
             side.append(partial(Mover(worker.store, worker.storage, worker.id).run, worker.leaving))
+            side.append(partial(Notifier(worker.store, worker.storage, self._settings).run, worker.leaving))
             if self._settings.metrics_port is not None:
                 side.append(self._export)
         for task in side:

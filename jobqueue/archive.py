@@ -33,11 +33,14 @@ class Archived:
 
 
 def archive(store: Store, storage: Storage, name: str) -> bool:
-    """Moves the records of an ended batch from the server to the storage; False: a job of it has been at work since.
+    """Moves the records of an ended batch from the server to the storage; False: a job of it has been at work since,
+    or somebody is still to be told of its end.
 
     They leave the server only once the storage has them. Several may do this at once, and a retry may come in between.
     Raises NotFoundError where there is no such batch, StorageError, ServerError.
     """
+    if store.is_to_be_told(name):
+        return False
     jobs = store.jobs(store.batch(name).jobs)
     # Looked at last: what is gone by then may have gone while the jobs were read, and another has written them.
     records = Archived(store.batch(name), jobs)

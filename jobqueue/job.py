@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
+from jobqueue.notification import Told
+
 SILENT_HEARTBEATS = 3  # a worker that has missed so many is not alive
 
 
@@ -210,6 +212,7 @@ class Batch:
     base_model: str
     states: Mapping[JobState, int]  # how many of its jobs are in each state; its report is one of them
     jobs: tuple[str, ...]  # ids in the order of the file; evaluations of base models last
+    told: tuple[Told, ...] = ()  # who was told of its end, or is to be
 
     @property
     def ended(self) -> bool:
@@ -259,6 +262,7 @@ class WorkerInfo:
     # Of what is around it:
     spares: int = 0  # trainers that stand ready and have done no job yet
     storage_writable: bool | None = None  # the shared one and its own disk; None: an older release says nothing of it
+    webhooks: Sequence[str] = ()  # of a control worker: their names, and the hosts of others, that it may tell
     sweep_s: float | None = None  # of a control worker: how long its last sweep took, and when that ended
     swept_at: float | None = None
 

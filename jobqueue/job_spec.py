@@ -114,6 +114,8 @@ class ReportSpec(Part):
     batch: str
     votes: tuple[Members, ...] = ()
     """Ensembles whose answers are a vote."""
+    notify: tuple[str, ...] = ()
+    """Who is told that the batch has ended."""
 
 
 class RateSpec(Part):

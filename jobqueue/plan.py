@@ -66,8 +66,11 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """The same for everything that asks for the same: by name, configurations, and content of local files."""
-        asked = [self.sweep.name, *((job.id, job.spec.model_dump_json()) for job in self.jobs)]
+        """The same for everything that asks for the same: by name, configurations, and content of local files.
+
+        Who is told of its end is no part of that: nothing is to be trained again for it.
+        """
+        asked = [self.sweep.name, *((job.id, job.spec.model_dump_json(exclude={"notify"})) for job in self.jobs)]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
@@ -98,7 +101,7 @@ def make_plan(sweep: Sweep, *, workers_are_here: bool) -> Plan:
     if judge is not None:
         answered = tuple(job.id for job in jobs.values() if job.kind is JobKind.EVALUATE)
         jobs["judge"] = PlannedJob("judge", JobKind.JUDGE, "", RateSpec(batch=BATCH, judge=judge), 0, follows=answered)
-    report_spec = ReportSpec(batch=BATCH, votes=tuple(votes))
+    report_spec = ReportSpec(batch=BATCH, votes=tuple(votes), notify=sweep.notify)
     report = PlannedJob("report", JobKind.REPORT, "", report_spec, 0, follows=tuple(jobs))
     said = advice.of_batch(look.advice, len(sweep.trials))
     return Plan(sweep, (*jobs.values(), report), look.files, tuple(look.warnings), tuple(said))

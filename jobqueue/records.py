@@ -10,6 +10,7 @@ from jobqueue.connection import Connection
 from jobqueue.errors import ArchivedError, NotFoundError
 from jobqueue.events import Event
 from jobqueue.job import Batch, Job, JobState, WorkerInfo, told_apart
+from jobqueue.notification import read_told
 
 if TYPE_CHECKING:
     from jobqueue.figures import Figures
@@ -53,6 +54,7 @@ class Records(Connection):
             base_model=record["base_model"],
             states={state: states.count(state) for state in JobState if state in states},
             jobs=tuple(ids),
+            told=read_told(record.get("told")),
         )
 
     def batch_names(self, limit: int = 10_000) -> list[str]:

@@ -11,6 +11,8 @@ from functools import cached_property
 from math import inf
 from pathlib import Path
 
+from jobqueue import notification
+
 HOLDS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt}
 ABOVE_0 = {"above": 0}
 NOT_NEGATIVE = {"at least": 0}
@@ -74,6 +76,14 @@ class Settings:
     """Folders below which a worker may read local models and data that a spec names."""
     judge_urls: tuple[str, ...] = ("https://api.openai.com/v1",)
     """Endpoints, as `evaluation.judge.base_url`, to which a control worker may send answers and a key of its own."""
+    webhooks: dict[str, str] = field(default_factory=dict, repr=False)
+    """Whom control workers can tell that a batch has ended: `{"team": "https://..."}`. Sweep files name them by
+    `notify`, and do not see the URLs, which may hold a secret."""
+    webhook_hosts: tuple[str, ...] = ()
+    """Hosts (`ci.example.org`, or `ci.example.org:8080`) to which a URL in `notify` of a sweep file may go."""
+    on_batch_end: str | None = None
+    """A command that a control worker runs, without a shell, when a batch has ended, whoever submitted it; it gets JSON
+    on its standard input. See docs/operations.md."""
     metrics_port: int | None = field(default=None, metadata={"at least": 1, "below": 65536})
     """Where a control worker serves Prometheus metrics; without one it does not. See docs/metrics.md."""
     metrics_address: str = "127.0.0.1"
@@ -106,6 +116,9 @@ class Settings:
         prices = self.gpu_hour_price if isinstance(self.gpu_hour_price, dict) else {"": self.gpu_hour_price or 0}
         if not all(price >= 0 for price in prices.values()):
             yield "gpu_hour_price must be at least 0"
+        yield from notification.wrong_webhooks(self.webhooks)
+        if self.on_batch_end is not None:
+            yield from notification.wrong_command(self.on_batch_end)
         # one renewal that fails must not cost the lease, and a jump of the clock may count as two sweeps: see store.lua
         for name in ("renew_s", "sweep_s"):
             if (value := getattr(self, name)) > self.lease_s / 3:

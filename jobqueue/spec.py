@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ByteSize,
     Field,
@@ -23,6 +24,7 @@ from jobqueue.data_spec import Clash, DataSpec, EwcSpec, Part, QuestionFormat, R
 from jobqueue.ensemble_spec import EnsembleSpec
 from jobqueue.export_spec import ExportOptions
 from jobqueue.judge_spec import JudgeSpec
+from jobqueue.notification import WEBHOOK, may_be_named
 from jobqueue.random_spec import RandomSpec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
@@ -277,9 +279,27 @@ class SweepSpec(Part):
             yield "random", "does not go with list, which names its configurations"
 
 
+def _one_or_several(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value  # strictness takes no list for a tuple behind a function
+
+
+def _receiver(value: str) -> str:
+    if not (WEBHOOK.fullmatch(value) or may_be_named(value)):
+        raise ValueError("is neither the name of a webhook nor an http(s) URL without user, password and spaces")
+    return value
+
+
+Receiver = Annotated[str, AfterValidator(_receiver)]
+
+
 class SweepFile(RunSpec):
     """The whole file."""
 
     sweep: SweepSpec = SweepSpec()
+    notify: Annotated[tuple[Receiver, ...], BeforeValidator(_one_or_several), Field(max_length=5)] = ()
+    """Webhooks that are told when the batch has ended, one or a list: names of `LORAQ_WEBHOOKS` of the control workers,
+    or URLs whose hosts `LORAQ_WEBHOOK_HOSTS` allows. See docs/operations.md."""
     ensembles: tuple[EnsembleSpec, ...] = ()
     """List of sections, see below: trials that are scored together as one."""

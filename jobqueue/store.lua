@@ -8,7 +8,9 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:job:<id>:finally    set     jobs that wait for its end
   {loraq}:job:<id>:history    list    ended attempts, JSON, oldest first
   {loraq}:job:<id>:events     stream  progress and log lines of all attempts, trimmed
-  {loraq}:batch:<name>        hash    key (of its submit), owner, submitted_at T, trials, base_model, jobs (JSON list of ids)
+  {loraq}:batch:<name>        hash    key (of its submit), owner, submitted_at T, trials, base_model, jobs (JSON list of ids),
+                                      ended_at (T of its report's end), told (JSON: who was told of that; jobqueue/notification.py)
+  {loraq}:to_tell             zset    batches that have ended, by the T from which somebody is to be told
   {loraq}:submits             hash    key of a submit -> the batch that it made
   {loraq}:batches             zset    names by submission T
   {loraq}:archived            zset    names of batches that are in the storage alone, by the T at which they went there
@@ -139,7 +141,7 @@ end
 
 -- A clock that went back: whoever is silent would pass for alive for as much longer, and delays would last longer.
 local function went_back(by)
-  for _, name in ipairs({ 'delayed', 'gpu_workers' }) do
+  for _, name in ipairs({ 'delayed', 'to_tell', 'gpu_workers' }) do
     for _, member in ipairs(redis.call('ZRANGE', P .. name, 0, -1)) do redis.call('ZINCRBY', P .. name, -by, member) end
   end
 end
@@ -247,7 +249,7 @@ local function finish(id, now, state, reason, message, woken)
   enter(id, state)
   redis.call('HSET', key(id), 'ended_at', now, 'reason', reason, 'message', message)
   redis.call('SREM', P .. 'unsized', id)
-  local kind, owner, claimed = unpack(redis.call('HMGET', key(id), 'kind', 'owner', 'claimed_at'))
+  local kind, owner, claimed, batch = unpack(redis.call('HMGET', key(id), 'kind', 'owner', 'claimed_at', 'batch'))
   local took = claimed == '0' and 0 or (now - claimed) / 1000
   redis.call('ZADD', P .. 'ended', now, table.concat({ kind, state, took, id .. ':' .. number(id, 'attempt'), owner }, ' '))
   event(id, 'state', reason == '' and state or (state .. ': ' .. reason .. ': ' .. message))
@@ -262,6 +264,10 @@ local function finish(id, now, state, reason, message, woken)
     arrived(other, now, woken)
   end
   redis.call('DEL', key(id) .. ':then', key(id) .. ':finally')
+  if kind == 'report' and redis.call('EXISTS', P .. 'batch:' .. batch) == 1 then -- the last of its batch
+    redis.call('HSET', P .. 'batch:' .. batch, 'ended_at', now, 'told', '')
+    redis.call('ZADD', P .. 'to_tell', now, batch)
+  end
   if SOON_FORGOTTEN[kind] then -- it is of no batch, with which it would go
     for _, part in ipairs({ '', ':history', ':events' }) do redis.call('PEXPIRE', key(id) .. part, ANSWERS_KEPT) end
   end
@@ -607,6 +613,11 @@ local function retry(_, ids)
       unplace(id)
       runs_no_more(id)
     end
+    if kind == 'report' then
+      local batch = field(id, 'batch')
+      redis.call('ZREM', P .. 'to_tell', batch)
+      redis.call('HDEL', P .. 'batch:' .. batch, 'ended_at', 'told')
+    end
     local failed = state == 'failed' or state == 'cancelled'
     if early or failed and not SOON_FORGOTTEN[kind] then
       if FINAL[state] then redis.call('HSET', key(id), 'hold', '') end
@@ -649,6 +660,7 @@ local function forget(name, own)
   redis.call('HDEL', P .. 'submits', redis.call('HGET', P .. 'batch:' .. name, 'key'))
   redis.call('DEL', P .. 'batch:' .. name)
   redis.call('ZREM', P .. 'batches', name)
+  redis.call('ZREM', P .. 'to_tell', name)
 end
 
 -- remove(name): forgets an ended batch and its own jobs, or that it was archived
@@ -904,6 +916,31 @@ local function figures()
   })
 end
 
+-- to_tell(for how long, ms) -> {batch, T until which no other worker gets it, T of its end, told JSON}, or {}
+local function to_tell(_, args)
+  local now = time()
+  local batch = redis.call('ZRANGE', P .. 'to_tell', '-inf', now, 'BYSCORE', 'LIMIT', 0, 1)[1]
+  if not batch then return {} end
+  redis.call('ZADD', P .. 'to_tell', now + args[1], batch)
+  return { batch, tostring(now + args[1]), unpack(redis.call('HMGET', P .. 'batch:' .. batch, 'ended_at', 'told')) }
+end
+
+-- told(batch, T until which it is this worker's, T of its end, JSON, delay ms or -1: nothing is left to tell, results of attempts...)
+--   -> 1, 0 where another worker has it by now, or it has begun again
+local function told(_, args)
+  local batch, till, ended_at, said, delay = unpack(args, 1, 5)
+  for i = 6, #args do count(1, 'told', args[i]) end
+  if redis.call('ZSCORE', P .. 'to_tell', batch) ~= till then return 0 end
+  if redis.call('HGET', P .. 'batch:' .. batch, 'ended_at') ~= ended_at then return 0 end
+  redis.call('HSET', P .. 'batch:' .. batch, 'told', said)
+  if delay == '-1' then
+    redis.call('ZREM', P .. 'to_tell', batch)
+  else
+    redis.call('ZADD', P .. 'to_tell', time() + delay, batch)
+  end
+  return 1
+end
+
 -- orderly(): the server is about to stop with everything on disk; the next process of it need not be distrusted
 local function orderly() return redis.call('HDEL', LEASE_CLOCK, 'run_id', 'seen_at') end
 
@@ -933,5 +970,7 @@ register('sweep', sweep, SETTLES)
 register('heartbeat', heartbeat, SETTLES)
 register('leave', leave, SETTLES)
 register('orderly', orderly, SETTLES)
+register('to_tell', to_tell, SETTLES)
+register('told', told, SETTLES)
 register('overview', overview, { 'no-writes' })
 register('figures', figures, { 'no-writes' })

@@ -14,7 +14,7 @@ from jobqueue.durability import Keeping, look, wait_until_on_disk
 from jobqueue.errors import StaleAttemptError
 from jobqueue.job import Claim, Job, Settlement
 from jobqueue.memory import memory_class
-from jobqueue.records import Records
+from jobqueue.outbox import Outbox
 
 KEEP_EVENTS = 20_000  # entries of a job's stream; the whole log is a file in storage
 CONFIRMED = 0.8  # of a call's time may pass until a submit is on the server's disk, beside the second that it may take
@@ -58,7 +58,7 @@ class Sweep:
     queues: dict[str, int]  # class -> jobs that can be claimed
 
 
-class Store(Records):
+class Store(Outbox):
     """The job records on one server.
 
     Raises ServerError where the server cannot be reached or refuses; a call is tried once, so that a caller

@@ -20,7 +20,8 @@ from jobqueue.sweep_file import Document
 from jobqueue.variations import Place, Variation
 
 MAX_TRIALS = 10_000
-WHOLE_FILE = ("name", "sweep", "ensembles")  # keys that all configurations share
+OF_THE_FILE = ("ensembles", "notify")  # keys that no configuration has
+WHOLE_FILE = ("name", "sweep", *OF_THE_FILE)  # keys that all configurations share
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Sweep:
     file: Path  # relative names in the file are relative to its folder
     trials: Sequence[Trial]
     ensembles: Sequence[EnsembleSpec] = ()
+    notify: tuple[str, ...] = ()  # webhooks that are told of the batch's end
     document: Document | None = field(default=None, repr=False, compare=False)
 
     def placed(self, problem: Problem, trial: Trial) -> Problem:
@@ -82,7 +84,7 @@ def _checked(document: Document, sets: Sequence[str]) -> Sweep:
     document.check()
     assert isinstance(file, SweepFile)  # else there was a problem
     _check_ensembles(document, file.ensembles, trials)
-    return Sweep(file.name, document.path, trials, file.ensembles, document)
+    return Sweep(file.name, document.path, trials, file.ensembles, file.notify, document)
 
 
 def _is_new(problem: Problem, known: Sequence[Problem]) -> bool:
@@ -120,7 +122,8 @@ def _trials(document: Document) -> list[Trial]:
     """All configurations, each checked as a whole."""
     shared = document.plain()
     sweep = variations.as_far_as_readable(shared.pop("sweep", None))
-    shared.pop("ensembles", None)
+    for key in OF_THE_FILE:
+        shared.pop(key, None)
     for message, place in variations.mistakes(sweep):
         document.report(message, place)
     if (count := variations.count(sweep)) > MAX_TRIALS:

@@ -17,6 +17,7 @@ from jobqueue.events import Event
 from jobqueue.export_spec import ExportOptions
 from jobqueue.exports import plan_export
 from jobqueue.job import Batch, FailureReason, Job, JobKind, JobState, WorkerInfo
+from jobqueue.notification import Told
 from jobqueue.overview import Overview
 from jobqueue.plan import Plan, make_plan
 from jobqueue.preview import Preview
@@ -199,6 +200,7 @@ class FakeClient:
     price: float | dict[str, float] | None = None
     risks: list[str] = field(default_factory=list)
     present: list[WorkerInfo] = field(default_factory=list)
+    told: tuple[Told, ...] = ()  # who was told that a batch has ended
     previewed: Preview | None = None  # by a worker
     question: Job | None = None  # what `ask` makes
     asked: tuple[Any, ...] = ()  # what it was called with
@@ -245,7 +247,7 @@ class FakeClient:
     def batch(self, name: str) -> Batch:
         if name not in self.known:
             raise NotFoundError(f"there is no batch {name!r}", "See `loraq ls`.")
-        return make_batch(name, self.known[name])
+        return replace(make_batch(name, self.known[name]), told=self.told)
 
     def jobs(self, batch: str) -> list[Job]:
         self.batch(batch)

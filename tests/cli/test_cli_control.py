@@ -10,6 +10,7 @@ from cli_fakes import Command, FakeClient, make_job, trained, two_trials
 
 from jobqueue.job import Batch, FailureReason, Job, JobState, WorkerInfo
 from jobqueue.memory import GIB
+from jobqueue.notification import Telling, Told
 
 LONG = "llama-3.2-1b-medqa-learning-rate-and-rank"
 
@@ -133,6 +134,21 @@ def test_show_of_a_batch_whose_name_looks_like_a_job(command: Command, client: F
 
 def test_show_of_a_failed_batch_has_the_messages(command: Command) -> None:
     assert "medqa.3: the loss was NaN at step [12]" in command("show", "medqa").stdout
+
+
+def test_show_of_a_batch_says_who_was_told_of_its_end(command: Command, client: FakeClient) -> None:
+    assert "Told of its end" not in command("show", "medqa").stdout
+    client.told = (
+        Told("team", Telling.DELIVERED, 1, 1e9),
+        Told("https://ci.example.org/x", Telling.GIVEN_UP, 10, 1e9, "it answered 502 Bad Gateway"),
+    )
+
+    lines = [" ".join(line.split()) for line in command("show", "medqa").stdout.splitlines()]
+    at = lines.index("Told of its end")
+    assert lines[at + 1].startswith("team delivered 2001-09-0")
+    assert lines[at + 2].startswith("https://ci.example.org/x given up 2001-09-0")
+    assert lines[at + 2].endswith("(try 10): it answered 502 Bad Gateway")
+    assert json.loads(command("show", "medqa", "--json").stdout)["told"][0]["state"] == "delivered"
 
 
 def test_cancel_goes_on_after_an_unknown_target(command: Command, client: FakeClient) -> None:

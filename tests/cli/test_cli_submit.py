@@ -167,3 +167,21 @@ def test_what_is_unusual_is_said_and_stops_nothing(command: Command, client: Fak
     assert result.stderr.splitlines() == [f"warning: {words}"], "once, though there are two trials"
     assert words in command("submit", sweep_file, "--dry-run", *fast).stderr
     assert json.loads(command("submit", sweep_file, "--dry-run", "--json", *fast).stdout)["warnings"] == [words]
+
+
+def test_a_webhook_that_nobody_could_call_is_said(command: Command, client: FakeClient, sweep_file: str) -> None:
+    client.known["medqa"] = [make_job("medqa.1", JobState.QUEUED)]
+    control = WorkerInfo(
+        "h/control", "h", "control", "", 0, 4, (), 0.0, alive=True, webhooks=["team", "ci.example.org"]
+    )
+    elsewhere, url = "https://elsewhere.example/x", "https://ci.example.org/x"
+
+    def said(*notify: str) -> list[str]:
+        result = command("submit", sweep_file, "--again", "--set", f"notify=[{', '.join(notify)}]")
+        return [line for line in result.stderr.splitlines() if "would not be told" in line]
+
+    client.present = [control]
+    assert said("team", url) == []
+    assert [line.split()[1] for line in said("team", "nobody", elsewhere)] == ["nobody", elsewhere]
+    client.present = [replace(control, alive=False)]
+    assert len(said("team")) == 1

@@ -17,6 +17,7 @@ from jobqueue.broker import make_app
 from jobqueue.errors import ArchivedError, NotFoundError, SpecError, StorageError
 from jobqueue.export_spec import ExportOptions
 from jobqueue.job import JobState, Settlement
+from jobqueue.notification import Telling, Told
 from jobqueue.service import Client
 from jobqueue.settings import Settings
 from jobqueue.spec import LoraSpec
@@ -68,6 +69,8 @@ def ended(store: Store, name: str = "b", *, evaluated: bool = True) -> None:
         outcome = {"folder": f"batches/{name}/{claimed.job_id}/1-ab", "likelihood": {"correct": 3, "accuracy": 0.75}}
         succeeded = Settlement(JobState.SUCCEEDED, outcome={} if found[0].kind.control else outcome)
         store.settle(claimed, succeeded if evaluated or claimed.job_id != f"{name}.1.eval" else FAILED)
+    while due := store.to_tell(60):
+        store.told(due, [Told("team", Telling.DELIVERED, 1, 1e9)], ["delivered"], None)
 
 
 def age(store: Store, name: str = "b", by: int = DAYS_AGO) -> None:

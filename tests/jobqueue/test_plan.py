@@ -14,7 +14,7 @@ import pytest
 from jobqueue.base_model import commit, fingerprint
 from jobqueue.errors import DataError, SpecError
 from jobqueue.job import JobKind
-from jobqueue.job_spec import EvaluateSpec, ExportSpec, RateSpec, TrainSpec
+from jobqueue.job_spec import EvaluateSpec, ExportSpec, RateSpec, ReportSpec, TrainSpec
 from jobqueue.memory import GIB
 from jobqueue.plan import Plan, make_plan
 from jobqueue.storage import file_hash
@@ -50,6 +50,15 @@ def plan(folder: Path, *, workers_are_here: bool = True, **changes: object) -> P
 def base_id(made: Plan) -> str:
     [only] = [job.id for job in made.jobs if job.shared]
     return only
+
+
+def test_who_is_told_is_the_reports_and_makes_no_other_batch(folder: Path) -> None:
+    made = plan(folder, notify=["team", "https://ci.example.org/x"])
+
+    spec = made.jobs[-1].spec
+    assert isinstance(spec, ReportSpec)
+    assert spec.notify == ("team", "https://ci.example.org/x")
+    assert made.key == plan(folder).key
 
 
 def test_a_sweep_is_a_train_and_an_evaluation_each_one_base_evaluation_and_one_report(folder: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_batch_is_submitted_with_its_data_and_the_workers_are_woken(client: Cl
     assert Path(stored).read_bytes() == (tmp_path / "rows.jsonl").read_bytes()
     assert client.store.tokens(queue_name("gpu8")) == 2  # the train job and the evaluation of the base model
     assert client.job("b.1.eval").spec["adapter_job"] == "b.1"
-    assert client.job("b.report").spec == {"kind": "report", "batch": "b", "votes": []}
+    assert client.job("b.report").spec == {"kind": "report", "batch": "b", "votes": [], "notify": []}
 
 
 def test_a_name_that_is_taken_gets_a_number(client: Client, tmp_path: Path) -> None:

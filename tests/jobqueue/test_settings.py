@@ -187,6 +187,35 @@ def test_settings_of_ones_own_are_held_to_their_bounds_too() -> None:
         Settings(grace_s=-1, archive_days=float("inf"))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"team": "team.example/s3cret"}',
+        '{"team": "ftp://team.example/s3cret"}',
+        '{"team": "https://user:s3cret@team.example"}',
+        '{"team": "https://team.example:port/s3cret"}',
+        '{"team": "https://team.example:99999/s3cret"}',
+        '{"a b": "https://x/s3cret"}',
+        '{"http://x": "https://x/s3cret"}',
+        '{"team": ["https://x/s3cret"]}',
+        '{"team": "https://x/s3cret"',
+        "s3cret",
+    ],
+)
+def test_webhooks_that_are_none_are_refused_without_their_urls(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("LORAQ_WEBHOOKS", text)
+
+    assert "webhooks" in error_of().what
+    assert "s3cret" not in error_of().what
+
+
+@pytest.mark.parametrize("text", ["'no end", "  "])
+def test_a_command_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("LORAQ_ON_BATCH_END", text)
+
+    assert "on_batch_end" in error_of().what
+
+
 @pytest.mark.parametrize("text", ["0", "65536", "http"])
 def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("LORAQ_METRICS_PORT", text)

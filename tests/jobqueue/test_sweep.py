@@ -692,3 +692,41 @@ def test_what_cannot_be_drawn_is_refused(problems: Problems, text: str, message:
 def test_a_list_names_its_configurations_and_is_not_drawn_from(problems: Problems) -> None:
     text = "sweep:\n  list: [{lora.r: 8}]\n  random: {samples: 1, parameters: {lora.r: [8]}}\n"
     assert problems(GOOD + text) == [(6, "sweep.random", "does not go with list, which names its configurations")]
+
+
+# --- Who is told of its end
+
+
+def test_one_or_several_are_told(read: Read) -> None:
+    assert read(GOOD).notify == ()
+    assert read(GOOD + "notify: team\n").notify == ("team",)
+    several = read(GOOD + "notify: [team, 'https://ci.example.org:8080/hooks/1?run=7']\n")
+    assert several.notify == ("team", "https://ci.example.org:8080/hooks/1?run=7")
+    assert read(GOOD, "notify=team").notify == ("team",)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "https://user:password@ci.example.org/",
+        "ftp://ci.example.org/x",
+        "file:///etc/passwd",
+        "https://",
+        "https://ci.example.org:99999/",
+        "a team",
+        "https://ci.example.org/a b",
+        "https://ci.example.org\\@evil.example/",
+        "/bin/sh",
+    ],
+)
+def test_what_is_no_receiver_is_refused_with_its_line(problems: Problems, wrong: str) -> None:
+    [(line, key, message)] = problems(GOOD + f"notify: [team, '{wrong}']\n")
+
+    assert (line, key) == (4, "notify.1")
+    assert message == "is neither the name of a webhook nor an http(s) URL without user, password and spaces"
+
+
+def test_who_is_told_is_not_varied(problems: Problems) -> None:
+    [(_, key, message)] = problems(GOOD + "sweep: {grid: {notify: [a, b]}}\n")
+
+    assert (key, message) == ("sweep.grid.notify", "cannot be varied")
