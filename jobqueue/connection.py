@@ -17,7 +17,9 @@ from redis.retry import Retry
 from jobqueue.errors import ServerError, UnansweredError
 
 BINARY_TIMEOUT_S = 60.0
-READS = frozenset({"overview"})  # functions of store.lua that write nothing: whoever may only read may call them
+READS = frozenset(
+    {"figures", "overview"}
+)  # functions of store.lua that write nothing: whoever may only read may call them
 
 
 @cache

@@ -85,6 +85,7 @@ def test_each_user_may_do_what_it_is_for_and_nothing_else(guarded: Guarded, subm
         assert {worker.alive for worker in monitor.overview().workers} == {True}
         assert monitor.events("b.1")
         assert monitor.warnings() == []
+        assert monitor.store.figures().workers
         submitter.retry("b")
         assert guarded.refused() == []
 

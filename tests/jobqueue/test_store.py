@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
+from importlib import resources
 
 import pytest
 from helpers import LEASE_S, SUCCEEDED, claim, must_claim, new_job, snapshot, states, submit, wait_for
 
+from jobqueue.connection import READS
 from jobqueue.errors import NotFoundError
 from jobqueue.job import JobState
 from jobqueue.memory import GIB
@@ -384,3 +387,8 @@ def test_a_correction_grows_at_once_and_falls_slowly(store: Store) -> None:
     store.learn("train:qlora:m", 40)
     assert store.correction("train:qlora:m") == 2, "what is so far off is no matter of a factor"
     assert store.correction("train:qlora:other") == 1
+
+
+def test_what_writes_nothing_is_called_so_that_those_may_who_only_read() -> None:
+    source = resources.files("jobqueue").joinpath("store.lua").read_text(encoding="utf-8")
+    assert set(re.findall(r"register\('(\w+)', \w+, \{ 'no-writes' \}\)", source)) == READS
