@@ -29,6 +29,7 @@ COMMANDS = {
     "submit": ("cli.submit", "Put the fine-tunes of a sweep file into the queue."),
     "preview": ("cli.preview", "Show what a training would read, and what of it is trained on."),
     "export": ("cli.export", "Write a trained adapter as a model of its own, or as GGUF."),
+    "pull": ("cli.pull", "Copy a trial's adapter to this machine."),
     "ls": ("cli.control", "List batches, or the jobs of one."),
     "show": ("cli.show", "Show a batch or a job in full."),
     "watch": ("cli.watch", "Follow a batch until it has ended."),

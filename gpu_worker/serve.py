@@ -24,6 +24,7 @@ from gpu_worker.wakeups import Wakeups
 from gpu_worker.worker import Worker
 from jobqueue.broker import WAKE, queue_name
 from jobqueue.configuration import read_settings
+from jobqueue.download import Provider
 from jobqueue.embedded import connect_url
 from jobqueue.errors import LoraqError, ServerError
 from jobqueue.memory import classes_for
@@ -110,7 +111,8 @@ class Server:
         if worker.device.kind == "control":
             self._sweeper = Sweeper(worker.store, self._app, self._settings, worker.storage)
             side.append(partial(self._sweeper.run, worker.leaving))
-            side.append(partial(Mover(worker.store, worker.storage, worker.id).run, worker.leaving))
+            movers = (kind(worker.store, worker.storage, worker.id) for kind in (Mover, Provider))
+            side += [partial(mover.run, worker.leaving) for mover in movers]
             side.append(partial(Notifier(worker.store, worker.storage, self._settings).run, worker.leaving))
             if self._settings.metrics_port is not None:
                 side.append(self._export)

@@ -15,6 +15,7 @@ from jobqueue.job import Batch, Job
 from jobqueue.storage import Storage, job_folder
 
 if TYPE_CHECKING:
+    from jobqueue.published import Source
     from jobqueue.store import Store
 
 FILE = "archive.json"
@@ -106,11 +107,11 @@ def log_file(job: Job) -> str:
 class Lookup:
     """Batches and jobs wherever they are: on the server, or in the storage.
 
-    Raises NotFoundError as the store does, StorageError, and ArchivedError where this machine knows no storage.
+    Raises NotFoundError as the store does, StorageError, and ArchivedError where nothing gives the storage's files.
     """
 
-    def __init__(self, store: Store, storage: Callable[[], Storage | None]) -> None:
-        self._store, self._storage = store, storage
+    def __init__(self, store: Store, source: Callable[[], Source | None]) -> None:
+        self._store, self._source = store, source
 
     def batch(self, name: str) -> Batch:
         try:
@@ -139,12 +140,13 @@ class Lookup:
     def _read(self, name: str) -> Archived:
         from pydantic import TypeAdapter
 
-        storage = self._storage()
-        if storage is None:
-            raise ArchivedError(name, do="Set LORAQ_STORAGE, as the workers have it, to read it.")
+        source = self._source()
+        if source is None:
+            do = "Set LORAQ_STORAGE, as the workers have it, or start a control worker, to read it."
+            raise ArchivedError(name, do=do)
         file = f"batches/{name}/{FILE}"
         try:
-            return TypeAdapter(Archived).validate_python(json.loads(storage.read_text(file)))
+            return TypeAdapter(Archived).validate_python(json.loads(source.read_text(file)))
         except NotFoundError as error:
             raise StorageError(
                 f"{name} was archived, and {error.what}", "Set LORAQ_STORAGE, as the workers have it."

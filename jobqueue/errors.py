@@ -13,6 +13,7 @@
       MachineError            9   this machine lacks what the command needs
       BatchFailedError       10   a batch that was waited for did not succeed
       BusyError              11   a batch that was to be removed has not ended
+      TargetError            12   files that were to be written are there already, with other content
       StaleAttemptError       -   a write by an attempt that has lost its job (workers only)
 
 The number is the exit code of the command (2 is Click's for a wrong command line). A message is two lines:
@@ -133,6 +134,12 @@ class BusyError(LoraqError):
     """A batch that was to be removed has not ended."""
 
     exit_code = 11
+
+
+class TargetError(LoraqError):
+    """Files that were to be written are there already, with other content."""
+
+    exit_code = 12
 
 
 class StaleAttemptError(LoraqError):

@@ -15,6 +15,11 @@ from jobqueue.spec import RunSpec
 from jobqueue.sweep import Sweep, Trial
 
 
+def batch_of_exports(batch: str) -> str:
+    """What the batch of an export is called, where another one has not that name yet."""
+    return f"{batch[:70]}-export"
+
+
 def plan_export(name: str, options: ExportOptions, job_of: Callable[[str], Job]) -> Plan:
     """The batch that exports a trial (BATCH/NUMBER). Raises NotFoundError where it has trained nothing."""
     if not (named := TRIAL.fullmatch(name)):
@@ -28,5 +33,5 @@ def plan_export(name: str, options: ExportOptions, job_of: Callable[[str], Job])
     train = TrainSpec.model_validate(job.spec, strict=False)
     spec = ExportSpec.of(train, job.id, options)
     planned = PlannedJob(f"{number}.export", JobKind.EXPORT, job.trial, spec, need_of(spec))
-    run = RunSpec(name=f"{batch[:70]}-export", base_model=train.base_model, data=train.data, export=options)
+    run = RunSpec(name=batch_of_exports(batch), base_model=train.base_model, data=train.data, export=options)
     return Plan(Sweep(run.name, Path(name), [Trial(job.trial, {}, run)]), (planned,), {}, ())

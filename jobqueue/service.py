@@ -17,7 +17,7 @@ from jobqueue.embedded import connect_url
 from jobqueue.errors import BusyError, NotFoundError, StorageError
 from jobqueue.job import JobKind
 from jobqueue.memory import all_classes
-from jobqueue.storage import Storage
+from jobqueue.storage import MARK, Storage
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from jobqueue.overview import Overview
     from jobqueue.plan import Plan
     from jobqueue.preview import Preview
+    from jobqueue.published import Source
+    from jobqueue.pull import Part, Pull, Pulled
     from jobqueue.ratings import Ratings
     from jobqueue.results import BatchReport
     from jobqueue.settings import Settings
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 UploadProgress = Callable[[Path, int, int], None]
 """Called with a file, how many bytes of it have arrived, and how many it has."""
+PullProgress = Callable[[str, int, int, str], None]
+"""Called with a trial, how many of its bytes are here, how many it has, and why none come ("" while some do)."""
 
 PREVIEW_S = 60.0  # until a worker begins, and until it ends
 NEWEST = 100  # batches that are listed
@@ -64,7 +68,22 @@ class Client:
 
     @cached_property
     def _lookup(self) -> Lookup:
-        return Lookup(self.store, lambda: self.storage if self.storage_is_known else None)
+        return Lookup(self.store, self._source)
+
+    def _source(self) -> Source | None:
+        """What gives files of the storage: itself where this machine can read it, else a control worker if one lives.
+
+        None: neither is there. A folder that is known, but not mounted here, has no mark.
+        """
+        if self.storage_is_known:
+            with suppress(StorageError):
+                if self.storage.exists(MARK):
+                    return self.storage
+        if any(worker.alive and worker.device == "control" for worker in self.workers()):
+            from jobqueue.download import Reader
+
+            return Reader(self.store)
+        return self.storage if self.storage_is_known else None
 
     @cached_property
     def _app(self) -> Celery:
@@ -254,6 +273,47 @@ class Client:
             with suppress(StorageError):  # the report itself needs no storage
                 report = replace(report, people=cards.imported(batch, self.storage))
         return report.priced(self.settings.gpu_hour_price)
+
+    # -- files
+
+    def plan_pull(
+        self, trial: str, target: Path | None = None, *, what: Sequence[Part] = (), force: bool = False
+    ) -> Pull:
+        """What `pull` is to copy of a trial; nothing is written.
+
+        Args:
+            trial: BATCH/NUMBER, or BATCH/NAME of merged adapters.
+            target: the folder that is to have it; None: BATCH-NUMBER in the working directory.
+            what: adapter, log, scores, export; none: the adapter, PARTS: all that there is.
+            force: replace what is there.
+
+        Raises NotFoundError where there is no such trial, or it has not made that; StorageError.
+        """
+        from jobqueue.pull import Chooser, Pull
+
+        source = self._source()
+        if source is None:
+            raise StorageError(
+                "this machine does not know the workers' storage, and no control worker is alive to read it",
+                "Set LORAQ_STORAGE, as they have it, or start `loraq worker` on a host that has it.",
+            )
+        chooser = Chooser(source, self.jobs, self.store.batch_names)
+        return Pull(chooser.target(trial, target, what, force=force), source)
+
+    def pull(self, *pulls: Pull, progress: PullProgress | None = None) -> list[Pulled]:
+        """Copies trials' files to this machine: from the storage, or through the server where that is out of reach.
+
+        Nothing in the target looks complete before all is there and was checked. Files that are there are not copied
+        again; what broke off goes on when it is called again.
+
+        Raises:
+            TargetError: something else is in the target, and nothing was copied.
+            MachineError: there is no room for all of it, and nothing was copied; or it cannot be written.
+            StorageError: the storage cannot be read, has not what was published, or no control worker answers.
+        """
+        from jobqueue import pull
+
+        return pull.pull(pulls, progress or (lambda trial, there, size, why: None))
 
     # -- score cards
 

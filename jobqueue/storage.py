@@ -16,11 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobqueue.errors import NotFoundError, StorageError
 from jobqueue.job import Claim
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 MARK = "storage.json"
 BLOB = "loraq://"  # a source in storage, by content: loraq://<sha256>/<name>
+
+
+class Stretch(NamedTuple):
+    """A part of a file."""
+
+    file: str  # relative to the storage
+    start: int  # bytes
+    size: int
 
 
 @dataclass(frozen=True)
@@ -279,6 +287,29 @@ class Storage:
         with self._errors("read"):
             there = sorted({*names} & {*self._names(folder)})
         return {name: self.read_text(f"{folder}/{name}") for name in there}
+
+    def read_part(self, part: Stretch) -> tuple[int, bytes]:
+        """How long the whole file is, and the part, as far as the file goes. Raises NotFoundError."""
+        path = f"{self._root}/{part.file}"
+        with self._errors("read"):
+            try:
+                return int(self._fs.size(path)), bytes(self._fs.cat_file(path, part.start, part.start + part.size))
+            except FileNotFoundError:
+                raise NotFoundError(f"{part.file} is not in the storage {self.url}") from None
+
+    def read_parts(self, wanted: Iterable[Stretch], waits: Callable[[str], None]) -> Generator[bytes, None, None]:
+        """The content of each, see `published.Source`."""
+        for part in wanted:
+            yield self.read_part(part)[1]
+
+    def holds(self, folder: str, name: str) -> bool:
+        """Whether a file of that name in a folder would be its own: no link leads out of it."""
+        self._check()
+        if not self.local:
+            return True
+        with self._errors("read"):
+            top, file = (Path(self.address(path)).resolve() for path in (folder, f"{folder}/{name}"))
+            return file.is_relative_to(top) and file.is_file()
 
     def write_text(self, relative: str, text: str) -> None:
         """Appears whole or not at all."""

@@ -20,6 +20,7 @@ import logging
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,11 +172,15 @@ def _heads(redis: Redis) -> list[bytes]:
     return cast("list[bytes]", pipe.execute())
 
 
-class Mover:
-    """A control worker's side: from the slots to the storage. Any number of them may work side by side."""
+class ControlSide(ABC):
+    """A control worker's side of a transfer. Any number of them may work side by side."""
 
     def __init__(self, store: Store, storage: Storage, name: str) -> None:
         self.store, self.storage, self.name = store, storage, name
+
+    @abstractmethod
+    def round(self) -> bool:
+        """One look, and what is to do; whether anything is under way."""
 
     def run(self, stop: threading.Event) -> None:
         """Moves what comes until `stop`."""
@@ -187,8 +192,12 @@ class Mover:
                 log.warning("no file is moved: %s", error.what)
                 pause = IDLE_S
             except Exception:  # the next file is needed all the same
-                log.exception("moving files to the storage broke off")
+                log.exception("moving files broke off")
                 pause = IDLE_S
+
+
+class Mover(ControlSide):
+    """From the slots to the storage."""
 
     def round(self) -> bool:
         """Whether any file is on its way."""
