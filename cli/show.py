@@ -107,7 +107,8 @@ def _telling(told: Told) -> str:
 
 def _print_job(out: Console, job: Job, waits_for: str) -> None:
     from cli.render import age, duration, facts, memory, moment, progress, state
-    from jobqueue.job import JobKind, JobState
+    from jobqueue.job import JobState
+    from jobqueue.pull import has_adapter, trials_of
     from jobqueue.retry import TABLE
 
     took = f", after {duration(job.seconds)}" if job.seconds else ""
@@ -145,8 +146,9 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
     if folder := job.outcome.get("folder"):
         _title(out, "Files")
         written = {made["format"]: f"{folder}/{made['path']}" for made in job.outcome.get("exports") or ()}
-        has_adapter = job.kind is JobKind.TRAIN or job.spec.get("members")
-        facts(out, {"in the storage": folder, "adapter": f"{folder}/adapter" if has_adapter else "", **written})
+        own = has_adapter(job)
+        places = {"in the storage": folder, "adapter": f"{folder}/adapter" if own else "", **written}
+        facts(out, {**places, "to copy it here": f"loraq pull {trials_of([job])[0]}" if own else ""})
     _title(out, "Spec")
     _print_yaml(out, job.spec)
 

@@ -62,8 +62,8 @@ def _storage(client: Client) -> Iterator[Finding]:
         yield Finding(
             "note",
             "storage",
-            "this machine does not know the workers' storage: local files go through the server",
-            "Set LORAQ_STORAGE, as they have it, to read scores and old batches here.",
+            "this machine does not know the workers' storage: files go through the server",
+            "Set LORAQ_STORAGE, as they have it, for score cards, and to copy files faster.",
         )
         return
     try:

@@ -124,7 +124,7 @@ class Reader:
                 now = time.monotonic()
                 waited, looked_at = 0.0 if moved else waited + min(now - looked_at, ROUND_S), now
                 if waited > PATIENCE_S:
-                    do = "Start `loraq worker` on a host that has the storage, or set LORAQ_STORAGE here; then again."
+                    do = "Start `loraq worker`, of this release, where the storage is, or set LORAQ_STORAGE here."
                     raise trouble or StorageError(f"{NOBODY}: {wanted[given].file} does not arrive", do)
                 waits("" if moved else trouble.what if trouble else NOBODY if waited > ROUND_S else "")
                 if given < len(wanted):

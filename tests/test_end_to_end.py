@@ -228,6 +228,23 @@ def test_the_adapter_is_in_the_storage_with_a_manifest_whose_hashes_are_right(en
     assert not list(ended.storage.rglob("*.part"))
 
 
+def test_an_adapter_is_pulled_without_the_storage_and_peft_loads_it(ended: Shell, tmp_path: Path) -> None:
+    laptop = {"LORAQ_STORAGE": "", "LORAQ_DATA_DIR": str(tmp_path / "laptop")}
+    done = ended.run("pull", "sweep", str(tmp_path / "to"), **laptop)
+    assert done.returncode == 0, done.stderr
+
+    program = (
+        "import sys; from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer;"
+        "model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]);"
+        "tokens = AutoTokenizer.from_pretrained(sys.argv[1])('The opposite of dirty is', return_tensors='pt');"
+        "print(model.generate(**tokens, max_new_tokens=2).shape[1] - tokens['input_ids'].shape[1])"
+    )
+    command = [sys.executable, "-P", "-c", program, str(tmp_path / "to")]
+    loaded = subprocess.run(command, env=ended.environment, capture_output=True, text=True, timeout=120, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+    assert int(loaded.stdout) in (1, 2)
+
+
 def test_a_job_shows_its_progress_its_log_and_its_attempts(ended: Shell) -> None:
     job = ended.json("show", "sweep.1")
     assert (job["state"], job["attempt"], job["failures"]) == ("succeeded", 1, 0)
