@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
 READERS = f"{PREFIX}pulls"
+FIRST_WISHES = 4  # of a reader that does not know yet how fast its line is
 ACTIVE_S = 30  # a reader that has not looked for so long gets no share of the slots
 ANSWER_S = 20  # a control worker that took up a wish has so long, then another may
 PATIENCE_S = 60.0  # without any progress a reader gives up
@@ -117,7 +118,7 @@ class Reader:
                     moved = reading.look(given)
                     trouble = reading.trouble
                 except ServerError as error:
-                    moved, trouble = False, error
+                    moved, trouble = given in reading.arrived, error
                 while given in reading.arrived:
                     yield reading.arrived.pop(given)
                     given += 1
@@ -151,7 +152,7 @@ class _Reading:
     trouble: LoraqError | None = None  # that the last look met
     _standing: dict[int, _Wish] = field(default_factory=dict)  # slot -> what is wished for there
     _heads: list[bytes] = field(default_factory=list)
-    _taking_s: float = 0.0  # how long it took to take the last answer
+    _window: int = FIRST_WISHES  # how many answers it can take before they expire
 
     def look(self, first: int) -> bool:
         """Takes what is there, and wishes for what comes next, `first` before all; whether anything has moved.
@@ -183,8 +184,7 @@ class _Reading:
         pipe.zcard(READERS)
         pipe.expire(READERS, 2 * ACTIVE_S)
         readers: int = pipe.execute()[2]
-        in_time = int(PIECE_TTL_S / 4 / self._taking_s) if self._taking_s else SLOTS
-        return max(1, min(SLOTS // readers, in_time))
+        return max(1, min(SLOTS // readers, self._window))
 
     def _wish(self, redis: Redis, first: int, share: int, free: Sequence[int]) -> None:
         under_way = {*self.arrived, *(wish.index for wish in self._standing.values())}
@@ -208,7 +208,8 @@ class _Reading:
             self.trouble = _said(body)
         elif hashlib.sha256(content).digest() == digest and len(content) <= wanted.size:
             self.arrived[wish.index] = size, content
-            self._taking_s = time.monotonic() - began
+            if len(content) == PIECE_BYTES:  # less says little of the line
+                self._window = int(PIECE_TTL_S / 4 / max(time.monotonic() - began, 1e-3))
         else:
             self.trouble = StorageError(f"a part of {wanted.file} was damaged on its way", "Try again.")
         del self._standing[slot]

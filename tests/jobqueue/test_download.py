@@ -94,6 +94,13 @@ def slots(raw: redis.Redis) -> list[str]:
     return [key.decode() for key in raw.keys("{loraq}:pull:slot:*")]  # type: ignore[union-attr]
 
 
+def fill(provider: Provider, raw: redis.Redis) -> None:
+    """Until a reader that has just begun has wishes in all slots, and none is answered."""
+    wait_for(lambda: len(slots(raw)) == download.FIRST_WISHES, DEADLINE_S, "it begins with a few")
+    provider.round()
+    wait_for(lambda: len(slots(raw)) == SLOTS, DEADLINE_S, "all slots are full")
+
+
 def test_a_file_arrives_in_order_and_leaves_nothing_on_the_server(
     store: Store, storage: Storage, content: bytes, start: Start, raw: redis.Redis
 ) -> None:
@@ -109,22 +116,32 @@ def test_a_file_arrives_in_order_and_leaves_nothing_on_the_server(
 def test_no_more_than_16_slots_are_used_and_all_of_them_expire(
     store: Store, storage: Storage, raw: redis.Redis
 ) -> None:
-    provider, ended = Provider(store, storage, "control"), threading.Event()
-    reading = Reader(store).read_parts(parts(), print)
-
-    def look() -> None:
-        next(reading)
-        ended.set()
-
-    reader = threading.Thread(target=look)
+    provider, used = Provider(store, storage, "control"), set[int]()
+    reader = threading.Thread(target=read, args=(Reader(store),))
     reader.start()
-    wait_for(lambda: len(slots(raw)) == SLOTS, DEADLINE_S, "all slots are full")
-    assert all(0 < raw.ttl(slot) <= 120 for slot in slots(raw))  # type: ignore[operator]
-    wait_for(lambda: provider.round() and ended.is_set(), DEADLINE_S, "the first part has come")
-    reader.join(DEADLINE_S)
-    assert len(slots(raw)) <= SLOTS
+    fill(provider, raw)
+
+    def round_() -> bool:
+        used.add(len(slots(raw)))
+        assert all(0 < ttl <= 120 for ttl in map(raw.ttl, slots(raw)) if ttl != -2)  # type: ignore[operator]
+        provider.round()
+        return not reader.is_alive()
+
+    wait_for(round_, DEADLINE_S, "all has arrived")
+    assert max(used) <= SLOTS
+
+
+def test_who_stops_reading_frees_the_slots_at_once(
+    store: Store, storage: Storage, start: Start, raw: redis.Redis
+) -> None:
+    start(Provider(store, storage, "control"))
+    reading = Reader(store).read_parts(parts(), print)
+    for _ in range(5):
+        next(reading)
+    assert slots(raw)
     reading.close()  # as by Ctrl-C
     assert slots(raw) == []
+    assert not raw.exists(download.READERS)
 
 
 def test_text_of_several_parts_is_read_whole(store: Store, storage: Storage, start: Start) -> None:
@@ -266,15 +283,16 @@ def test_a_second_reader_gets_half_of_the_slots_once_the_first_ones_parts_are_th
             next(reading)
             came.append(name)
 
-    one = threading.Thread(target=take, args=("first", first, 30))
+    one = threading.Thread(target=take, args=("first", first, 34))
     one.start()
-    wait_for(lambda: len(slots(raw)) == SLOTS, DEADLINE_S, "the first one has all slots")
+    fill(provider, raw)
+    before = len(came)
     two = threading.Thread(target=take, args=("second", second, 12))
     two.start()
     wait_for(lambda: raw.zcard(download.READERS) == 2, DEADLINE_S, "the second one is there")
     wait_for(lambda: provider.round() and not two.is_alive(), DEADLINE_S, "the second has its parts")
 
-    assert came.count("first") <= SLOTS + 16, "the first one took the slots again that were the second's"
+    assert came.count("first") - before <= SLOTS + 16, "the first one took the slots again that were the second's"
     wait_for(lambda: provider.round() and not one.is_alive(), DEADLINE_S, "the first has its parts")
     first.close()
     second.close()
@@ -421,22 +439,18 @@ def test_a_slow_line_takes_no_more_slots_than_it_can_empty_in_time(
     store: Store, storage: Storage, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     start(Provider(store, storage, "control"))
-    clock, slow, most = time.monotonic, [0.0], [0]
-    take = download._Reading._take
+    clock, later = time.monotonic, [0.0]
+    monkeypatch.setattr("jobqueue.download.time.monotonic", lambda: clock() + later[0])
+    sha256 = hashlib.sha256
 
-    def slowly(self: download._Reading, *args: object) -> None:
-        began = clock()
-        monkeypatch.setattr("jobqueue.download.time.monotonic", lambda: began + slow[0])
-        slow[0] += 7
-        take(self, *args)  # type: ignore[arg-type]
-        self._taking_s = 7.0
-        monkeypatch.setattr("jobqueue.download.time.monotonic", clock)
+    def slowly(content: bytes) -> object:
+        if threading.current_thread() is threading.main_thread():
+            later[0] += 9  # to take a piece
+        return sha256(content)
 
-    monkeypatch.setattr(download._Reading, "_take", slowly)
-    for number, _ in enumerate(Reader(store).read_parts(parts(), print)):
-        if number > SLOTS:
-            most[0] = max(most[0], len(slots(raw)))
-    assert 0 < most[0] <= 4  # a piece in 7 s: four within a quarter of the 120 s
+    monkeypatch.setattr("jobqueue.download.hashlib.sha256", slowly)
+    used = [len(slots(raw)) for _ in Reader(store).read_parts(parts(), print)]
+    assert max(used[download.FIRST_WISHES :]) == 3  # 30 s of the 120 that a piece lives
 
 
 def test_the_hash_of_what_was_read_is_that_of_the_file(
