@@ -85,6 +85,6 @@ def _profiles(_: click.Context, __: str) -> Iterable[str]:
 batches = _of(lambda ctx, _: _client(ctx).store.batch_names(NEWEST))
 jobs = _of(_jobs)
 trials = _of(_trials)
-batches_and_trials = _of(lambda client, begun: [*client.store.batch_names(NEWEST), *_trials(client, begun)])
+batches_and_trials = _of(lambda ctx, begun: [*_client(ctx).store.batch_names(NEWEST), *_trials(ctx, begun)])
 workers = _of(_workers)
 profiles = _of(_profiles)

@@ -108,7 +108,6 @@ def _telling(told: Told) -> str:
 def _print_job(out: Console, job: Job, waits_for: str) -> None:
     from cli.render import age, duration, facts, memory, moment, progress, state
     from jobqueue.job import JobState
-    from jobqueue.pull import has_adapter, trials_of
     from jobqueue.retry import TABLE
 
     took = f", after {duration(job.seconds)}" if job.seconds else ""
@@ -146,9 +145,8 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
     if folder := job.outcome.get("folder"):
         _title(out, "Files")
         written = {made["format"]: f"{folder}/{made['path']}" for made in job.outcome.get("exports") or ()}
-        own = has_adapter(job)
-        places = {"in the storage": folder, "adapter": f"{folder}/adapter" if own else "", **written}
-        facts(out, {**places, "to copy it here": f"loraq pull {trials_of([job])[0]}" if own else ""})
+        places = {"in the storage": folder, "adapter": f"{folder}/adapter" if job.has_adapter else "", **written}
+        facts(out, {**places, "to copy it here": f"loraq pull {job.of_trial}" if job.has_adapter else ""})
     _title(out, "Spec")
     _print_yaml(out, job.spec)
 

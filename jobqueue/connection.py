@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from jobqueue.errors import ServerError, UnansweredError
+from jobqueue.errors import DeniedError, ServerError, UnansweredError
 
 BINARY_TIMEOUT_S = 60.0
 READS = frozenset(
@@ -127,12 +127,12 @@ class Connection:
         try:
             yield
         except redis.AuthenticationError as error:
-            raise ServerError(
+            raise DeniedError(
                 f"Redis at {self.where} refuses the login: {error}",
                 "Check the user and password in LORAQ_REDIS_URL.",
             ) from error
         except redis.exceptions.NoPermissionError as error:
-            raise ServerError(
+            raise DeniedError(
                 f"Redis at {self.where} does not permit that: {error}",
                 "Ask whoever runs it for a user who may: docs/operations.md has what each needs.",
             ) from error

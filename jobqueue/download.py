@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from jobqueue.errors import LoraqError, NotFoundError, ServerError, StorageError
+from jobqueue.errors import DeniedError, LoraqError, NotFoundError, ServerError, StorageError
 from jobqueue.published import ARCHIVE, Waits, listed, split
 from jobqueue.records import PREFIX
 from jobqueue.storage import MANIFEST, Storage, Stretch
@@ -117,6 +117,8 @@ class Reader:
                 try:
                     moved = reading.look(given)
                     trouble = reading.trouble
+                except DeniedError:
+                    raise
                 except ServerError as error:
                     moved, trouble = given in reading.arrived, error
                 while given in reading.arrived:

@@ -5,6 +5,7 @@
       DataError               4   a data file is missing, empty or lacks its columns
         ChatTemplateError     4   the base model has no chat template, or one that is not valid
       ServerError             5   Redis cannot be reached, or refuses
+        DeniedError           5   Redis does not let this user do that
         UnansweredError       5   it is not known whether Redis has carried out a call
       NotFoundError           6   no such job or batch
         ArchivedError         6   its records are in the storage, no longer on the server
@@ -81,6 +82,10 @@ class ServerError(LoraqError):
     """Redis cannot be reached, or refuses."""
 
     exit_code = 5
+
+
+class DeniedError(ServerError):
+    """Redis does not let this user in, or do that."""
 
 
 class UnansweredError(ServerError):

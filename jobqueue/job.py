@@ -158,6 +158,16 @@ class Job:
         """How long the last attempt took, or has taken where `ended_at` is 0 (then 0)."""
         return max(0.0, self.ended_at - self.claimed_at) if self.ended_at and self.claimed_at else 0.0
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it makes one: a training (of all weights: a model), or the evaluation of merged ones."""
+        return self.kind is JobKind.TRAIN or bool(self.spec.get("members"))
+
+    @property
+    def of_trial(self) -> str:
+        """BATCH/NUMBER, or BATCH/NAME of merged adapters, of a job that belongs to one."""
+        return f"{self.batch}/{self.id[len(self.batch) + 1 :].partition('.')[0]}"
+
     @classmethod
     def from_record(cls, record: Mapping[str, str]) -> Job:
         """The record of `{loraq}:job:<id>`, see store.lua."""

@@ -60,15 +60,10 @@ def pull(pulls: Sequence[Pull], progress: Callable[[str, int, int, str], None]) 
     return done
 
 
-def has_adapter(job: Job) -> bool:
-    """Whether it leaves one: a training (of all weights: the model), or the evaluation of merged ones."""
-    return job.kind is JobKind.TRAIN or bool(job.spec.get("members"))
-
-
 def trials_of(jobs: Sequence[Job]) -> list[str]:
     """The trials of a batch, and its merged adapters, as BATCH/NAME in the order of the file."""
     own = [job for job in jobs if job.kind in (JobKind.TRAIN, JobKind.EVALUATE, JobKind.EXPORT) and job.batch]
-    return list(dict.fromkeys(f"{job.batch}/{job.id[len(job.batch) + 1 :].partition('.')[0]}" for job in own))
+    return list(dict.fromkeys(job.of_trial for job in own))
 
 
 def best_of(report: BatchReport, jobs: Sequence[Job]) -> tuple[str, list[str]]:
@@ -76,12 +71,12 @@ def best_of(report: BatchReport, jobs: Sequence[Job]) -> tuple[str, list[str]]:
 
     Raises NotFoundError where there is none, or nothing tells which one it is.
     """
-    ready = [job.id for job in jobs if has_adapter(job) and job.state is JobState.SUCCEEDED]
+    ready = {job.id: job.of_trial for job in jobs if job.has_adapter and job.state is JobState.SUCCEEDED}
     better: list[str] = []
     for trial in report.trials:
         measured = trial.scores or trial.measures or trial.validation_loss is not None
         if trial.job in ready and (measured or len(ready) == 1):
-            return trials_of([job for job in jobs if job.id == trial.job])[0], better
+            return ready[trial.job], better
         if measured:
             better.append(trial.label or trial.job)
     what = "no trial has been evaluated" if ready else "no trial has an adapter"
@@ -169,7 +164,7 @@ class Chooser:
 
 def _leaves(job: Job) -> Iterator[Part]:
     yield "log"
-    if has_adapter(job):
+    if job.has_adapter:
         yield "adapter"
     if job.kind is not JobKind.TRAIN:
         yield "export" if job.kind is JobKind.EXPORT else "scores"
@@ -200,6 +195,6 @@ def _has_no(part: Part, title: str, jobs: Sequence[Job]) -> NotFoundError:
         job = under_way[0]
         do = f"`loraq show {job.id}` says why." if job.state.final else f"`loraq watch {job.batch}` follows it."
         return NotFoundError(f"{title} has no {part}: {job.id} is {job.state}", do)
-    makes = part == "export" and any(map(has_adapter, jobs))
+    makes = part == "export" and any(job.has_adapter for job in jobs)
     do = f"`loraq export {title}` makes one." if makes else "--what names other parts of a trial."
     return NotFoundError(f"{title} has no {part}", do)

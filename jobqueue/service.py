@@ -79,7 +79,7 @@ class Client:
             with suppress(StorageError):
                 if self.storage.exists(MARK):
                     return self.storage
-        if any(worker.alive and worker.device == "control" for worker in self.workers()):
+        if any(worker.alive and not worker.trains for worker in self.workers()):
             from jobqueue.download import Reader
 
             return Reader(self.store)

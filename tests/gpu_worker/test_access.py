@@ -87,10 +87,15 @@ def test_each_user_may_do_what_it_is_for_and_nothing_else(guarded: Guarded, subm
         assert monitor.warnings() == []
         assert monitor.store.figures().workers
         submitter.retry("b")
+        afar = Client(Settings(redis_url=guarded.url("submitter"), data_dir=tmp_path / "laptop"))
+        afar.pull(afar.plan_pull("b/1", tmp_path / "pulled"))
+        assert (tmp_path / "pulled" / "adapter_model.txt").read_text() == "b.1"
         assert guarded.refused() == []
 
         with pytest.raises(ServerError, match=r"does not permit that: .*monitor") as refusal:
             monitor.cancel("b")
+        with pytest.raises(ServerError, match=r"does not permit that: .*monitor"):
+            monitor.plan_pull("b/1")  # by way of the server, where wishes are written
         assert "docs/operations.md" in refusal.value.do
         for command in (["FLUSHALL"], ["KEYS", "*"], ["SET", "else", "1"], ["CONFIG", "SET", "dir", "/tmp"]):
             for user in ("submitter", "worker", "monitor"):
