@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,7 @@ def test_a_storage_that_is_known_but_not_mounted_here_is_read_through_the_server
 ) -> None:
     trained(store, storage, tmp_path)
     (tmp_path / "mount").mkdir()
-    pulled(Client(settings.model_copy(update={"storage": str(tmp_path / "mount")})), "b/1")
+    pulled(Client(replace(settings, storage=str(tmp_path / "mount"))), "b/1")
     assert there("b-1") == adapter(ADAPTER)
 
 
