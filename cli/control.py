@@ -26,7 +26,7 @@ def ls(batch: str | None, as_json: bool) -> None:
     Without BATCH the newest batch comes first.
     """
     from cli.render import console, print_json
-    from jobqueue.service import NEWEST
+    from jobqueue.view import NEWEST
 
     client = connect()
     if batch is not None:
