@@ -117,6 +117,13 @@ def test_what_happens_is_news_and_that_a_worker_still_lives_is_not() -> None:
 # -- with a server
 
 
+def _on_its_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # tests that run in the background of a shell inherit that it is ignored
+
+
 class Shown:
     """`loraq top` on a terminal of its own."""
 
@@ -130,7 +137,7 @@ class Shown:
         command = [sys.executable, "-P", "-m", "cli.main", "top", "--interval", "0.2", *options]
         self.process = subprocess.Popen(
             command, env=environment, stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_on_its_terminal,
         )  # fmt: skip
         self._inner, self._said = inner, b""
         threading.Thread(target=self._read, daemon=True).start()
