@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from jobqueue.errors import DeniedError, LoraqError, NotFoundError, ServerError, StorageError
+from jobqueue.location import Stretch
 from jobqueue.published import ARCHIVE, Waits, listed, split
 from jobqueue.records import PREFIX
-from jobqueue.storage import MANIFEST, Storage, Stretch
+from jobqueue.storage import MANIFEST, Storage
 from jobqueue.store import Store
 from jobqueue.transfer import LOOK_S, PIECE_BYTES, PIECE_TTL_S, SLOTS, ControlSide
 

@@ -11,7 +11,8 @@ from typing import Annotated, Protocol
 from pydantic import Field, TypeAdapter
 
 from jobqueue.errors import StorageError
-from jobqueue.storage import MANIFEST, Stretch
+from jobqueue.location import Stretch
+from jobqueue.storage import MANIFEST
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 ATTEMPT = re.compile(rf"(?:batches/{_NAME}|evaluations)/{_NAME}/[0-9]+-[A-Za-z0-9]+")

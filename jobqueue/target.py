@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobqueue.errors import LoraqError, MachineError, StorageError, TargetError
+from jobqueue.location import Stretch
 from jobqueue.processes import locked
 from jobqueue.published import Source, is_plain
-from jobqueue.storage import Stretch, file_hash
+from jobqueue.storage import file_hash
 from jobqueue.transfer import PIECE_BYTES
 
 RECEIPT = ".loraq-pull.json"

@@ -13,7 +13,8 @@ from jobqueue.configuration import read_settings
 from jobqueue.embedded import connect_url
 from jobqueue.errors import NotFoundError, StorageError
 from jobqueue.job import JobKind
-from jobqueue.storage import MARK, Storage
+from jobqueue.location import MARK
+from jobqueue.storage import Storage
 
 if TYPE_CHECKING:
     from jobqueue.events import Event

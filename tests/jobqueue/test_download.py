@@ -19,7 +19,8 @@ from proxy import proxy
 from jobqueue import download, transfer
 from jobqueue.download import ANSWER, HEAD, SLOTS, WISH, Provider, Reader
 from jobqueue.errors import NotFoundError, ServerError, StorageError
-from jobqueue.storage import Storage, Stretch
+from jobqueue.location import Stretch
+from jobqueue.storage import Storage
 from jobqueue.store import Store
 
 PIECE = 16 * 1024
