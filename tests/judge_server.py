@@ -6,10 +6,11 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from local_server import LocalServer, QuietHandler, running
 
 KEY = "sk-of-a-test-0123456789"
 
@@ -54,17 +55,16 @@ def refuses(status: int, message: str, **headers: str) -> Reply:
     )
 
 
-class JudgeServer:
+class JudgeServer(LocalServer):
     """Answers with `answer(request, number)`; `number` counts all requests from 1."""
 
     def __init__(self) -> None:
         self.asked: list[Asked] = []
         self.answer: Callable[[Asked, int], Reply] = lambda asked, number: scores(4, 4, 4)
-        self.over = threading.Event()
         self._lock = threading.Lock()
         judge = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
@@ -86,28 +86,9 @@ class JudgeServer:
                     self.end_headers()
                     self.wfile.write(content)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-
-    def serve(self) -> None:
-        self._server.serve_forever(poll_interval=0.05)
-
-    def close(self) -> None:
-        self.over.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
+        self.url = f"http://{self.host}/v1"
 
 
-@contextlib.contextmanager
-def judge_server() -> Iterator[JudgeServer]:
-    server = JudgeServer()
-    thread = threading.Thread(target=server.serve)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.close()
-        thread.join()
+def judge_server() -> contextlib.AbstractContextManager[JudgeServer]:
+    return running(JudgeServer())

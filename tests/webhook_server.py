@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from local_server import LocalServer, QuietHandler, running
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,15 @@ class Heard:
     body: dict[str, Any]
 
 
-class WebhookServer:
+class WebhookServer(LocalServer):
     """Answers with `answer(number)`; `number` counts all requests from 1."""
 
     def __init__(self) -> None:
         self.heard: list[Heard] = []
         self.answer: Callable[[int], Answer] = lambda number: Answer()
-        self.over = threading.Event()
         hook = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 hook.heard.append(Heard(self.path, self.headers["Idempotency-Key"], body))
@@ -59,29 +58,9 @@ class WebhookServer:
 
             do_GET = do_POST  # what a followed redirect would become
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.host = f"127.0.0.1:{self._server.server_address[1]}"
+        super().__init__(Handler)
         self.url = f"http://{self.host}/hooks/s3cret"
 
-    def serve(self) -> None:
-        self._server.serve_forever(poll_interval=0.05)
 
-    def close(self) -> None:
-        self.over.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@contextlib.contextmanager
-def webhook_server() -> Iterator[WebhookServer]:
-    server = WebhookServer()
-    thread = threading.Thread(target=server.serve)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.close()
-        thread.join()
+def webhook_server() -> contextlib.AbstractContextManager[WebhookServer]:
+    return running(WebhookServer())
