@@ -34,7 +34,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
     out, found = console(), []
     client = connect()
-    for finding in (_settings(named_profile(ctx)), *_machine(client.settings), *examine(client)):
+    for finding in (*_settings(named_profile(ctx)), *_machine(client.settings), *examine(client)):
         found.append(finding)
         if not as_json:
             out.print(f"{finding.level:<8}", style=STYLES[finding.level], end="")
@@ -48,14 +48,16 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         ctx.exit(next((finding.exit_code for finding in wrong if finding.exit_code), 1))
 
 
-def _settings(profile: str | None) -> Finding:
+def _settings(profile: str | None) -> Iterator[Finding]:
     """Where they come from, the strongest first."""
     from jobqueue.configuration import config_file, sources
     from jobqueue.doctor import Finding
 
     what = ", then ".join(source.what for source in sources(profile) if source.values) or "defaults alone"
     file = config_file()
-    return Finding("ok", "settings", what if file.exists() else f"{what}; there is no {file}")
+    yield Finding("ok", "settings", what if file.exists() else f"{what}; there is no {file}")
+    if file.is_file() and file.stat().st_mode & 0o044 and "@" in file.read_text(encoding="utf-8-sig"):
+        yield Finding("note", "settings", f"{file} has a password that others here may read", f"chmod 600 {file}")
 
 
 def _machine(settings: Settings) -> Iterator[Finding]:

@@ -129,7 +129,7 @@ class Connection:
         except redis.AuthenticationError as error:
             raise DeniedError(
                 f"Redis at {self.where} refuses the login: {error}",
-                "Check the user and password in LORAQ_REDIS_URL.",
+                "Check the user and password in LORAQ_REDIS_URL, or in redis_url of the configuration file.",
             ) from error
         except redis.exceptions.NoPermissionError as error:
             raise DeniedError(
@@ -137,7 +137,7 @@ class Connection:
                 "Ask whoever runs it for a user who may: docs/operations.md has what each needs.",
             ) from error
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-            do = "Check that the server runs and that LORAQ_REDIS_URL is right."
+            do = "Check that the server runs, and its address: LORAQ_REDIS_URL, or redis_url in the configuration file."
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 do = "Name the certificate of its authority, rediss://...?ssl_ca_certs=FILE, and the host as it does."
             raise UnansweredError(f"Redis at {self.where} does not answer: {error}", do) from error

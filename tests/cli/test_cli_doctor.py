@@ -90,6 +90,20 @@ def test_settings_of_the_server_with_which_jobs_get_lost_are_a_problem(store: St
     assert result.exit_code == 5
 
 
+def test_a_password_that_others_may_read_is_noted(store: Store, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    for text, mode, noted in (
+        ("[profiles.lab]\nredis_url = 'redis://:secret@lab/0'", 0o644, True),
+        ("[profiles.lab]\nredis_url = 'redis://:secret@lab/0'", 0o600, False),
+        ("[profiles.lab]\nredis_url = 'redis://lab/0'", 0o644, False),
+    ):
+        config.write_text(text)
+        config.chmod(mode)
+        result = run()
+        assert (f"chmod 600 {config}" in result.stdout, result.exit_code) == (noted, 0)
+        assert "secret" not in result.stdout
+
+
 def test_what_settings_come_from_is_said_in_the_order_in_which_it_counts(
     store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

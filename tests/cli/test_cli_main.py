@@ -179,7 +179,7 @@ def test_wrong_settings_are_an_error_with_a_remedy(command: Command, monkeypatch
 
     assert result.exit_code == 1
     what, do = result.stderr.splitlines()
-    assert "lease_s" in what
+    assert what == "The settings are wrong: LORAQ_LEASE_S must be a number, not 'soon'"
     assert "the variables LORAQ_*" in do
 
 
@@ -192,7 +192,7 @@ def test_a_variable_that_is_misspelt_is_told_with_whatever_else_is_wrong(
 
     result = command("ls")
 
-    wrong = ("LORAQ_STORGE is none; did you mean LORAQ_STORAGE?", "leese_s is none; did you mean lease_s?")
+    wrong = ("LORAQ_STORGE is no setting; did you mean LORAQ_STORAGE?", "leese_s is no setting; did you mean lease_s?")
     what = f"The settings are wrong: {'; '.join(wrong)}"
     assert (result.exit_code, result.stderr.splitlines()[0]) == (1, what)
 

@@ -54,7 +54,7 @@ def test_price_of_a_gpu_hour(monkeypatch: pytest.MonkeyPatch, text: str, price: 
 def test_price_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("LORAQ_GPU_HOUR_PRICE", text)
 
-    assert "gpu_hour_price" in error_of().what
+    assert "gpu_hour_price" in error_of().what.lower()
 
 
 def test_values_have_the_types_of_their_settings(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,17 +117,24 @@ def test_an_unknown_profile_is_told_with_those_that_there_are(config: Path, monk
     assert error_of("lab").do == "Write one there: [profiles.lab]."
 
 
+def test_an_empty_name_in_a_call_is_not_the_default(config: Path) -> None:
+    """`loraq --profile "$CLUSTER" rm b`, with a variable that is not set, must not remove the batch of another one."""
+    config.write_text(f'profile = "cloud"\n{FILE}')
+
+    assert error_of("").what == f"there is no profile '' in {config}"
+
+
 def test_a_mistake_in_a_profile_hinders_only_who_uses_it(config: Path) -> None:
     config.write_text(f'{FILE}redis = "x"\npoll_s = "often"\n')
 
     assert read_settings("lab").owner == "lab"
     what = error_of("cloud").what
-    assert "profiles.cloud.redis is none; did you mean redis_url?" in what
-    assert "poll_s: Input should be a valid number" in what
+    assert "profiles.cloud.redis is no setting; did you mean redis_url?" in what
+    assert "profiles.cloud.poll_s must be a number, not 'often'" in what
 
 
 def test_everything_that_is_wrong_is_told_at_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config.write_text("leese_s = 30\nstorage = 5\nlease_s = 10\n")
+    config.write_text('leese_s = 30\nstorage = 5\nlease_s = 10\nLORAQ_OWNER = "ann"\ngpu_hour_price = {T4 = "x"}\n')
     monkeypatch.setenv("LORAQ_STORGE", "/mnt/team")
     monkeypatch.setenv("LORAQ_MODEL_ROOTS", "/models")
     monkeypatch.setenv("LORAQ_TIMEOUT_S", "0")
@@ -135,14 +142,22 @@ def test_everything_that_is_wrong_is_told_at_once(config: Path, monkeypatch: pyt
     what = error_of().what
 
     for mistake in (
-        "LORAQ_STORGE is none; did you mean LORAQ_STORAGE?",
-        "leese_s is none; did you mean lease_s?",
-        "storage: Input should be a valid string",
-        "model_roots: Input should be a valid tuple",
+        "LORAQ_STORGE is no setting; did you mean LORAQ_STORAGE?",
+        "leese_s is no setting; did you mean lease_s?",
+        "storage must be text, not 5",
+        "LORAQ_OWNER is no setting; did you mean owner?",
+        'gpu_hour_price must be a number or values by name, e.g. {"a": ...};',
+        'LORAQ_MODEL_ROOTS must be a list, e.g. ["a", "b"], not \'/models\'',
         "timeout_s (0) must be above 0",
         "renew_s (5) must be at most a third of lease_s (10)",
     ):
         assert mistake in what
+
+
+def test_a_mark_at_the_beginning_of_the_file_is_passed_over(config: Path) -> None:
+    config.write_text("timeout_s = 4", encoding="utf-8-sig")
+
+    assert read_settings().timeout_s == 4
 
 
 @pytest.mark.parametrize(
@@ -152,7 +167,8 @@ def test_everything_that_is_wrong_is_told_at_once(config: Path, monkeypatch: pyt
         ('owner = "\udce9"', "is not valid TOML"),
         ('profiles = "lab"', "the profiles in"),
         ("[profiles]\nlab = 1", "the profiles in"),
-        ('profile = ["lab"]', "there is no profile"),
+        ('profile = ["lab"]', "profile in"),
+        ('[profile.lab]\nredis_url = "redis://:secret@lab/0"', "profile in"),
     ],
 )
 def test_a_file_that_cannot_be_understood(config: Path, text: str, what: str) -> None:
@@ -160,6 +176,7 @@ def test_a_file_that_cannot_be_understood(config: Path, text: str, what: str) ->
 
     assert what in error_of().what
     assert str(config) in error_of().what
+    assert "secret" not in str(error_of())
 
 
 def test_a_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -178,7 +195,7 @@ def test_a_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_program_that_misspells_a_setting_is_told() -> None:
-    with pytest.raises(LoraqError, match="redis is none; did you mean redis_url"):
+    with pytest.raises(LoraqError, match="redis is no setting; did you mean redis_url"):
         read_settings(redis="redis://lab/0")
 
 
@@ -205,7 +222,7 @@ def test_settings_of_ones_own_are_held_to_their_bounds_too() -> None:
 def test_webhooks_that_are_none_are_refused_without_their_urls(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("LORAQ_WEBHOOKS", text)
 
-    assert "webhooks" in error_of().what
+    assert "webhooks" in error_of().what.lower()
     assert "s3cret" not in error_of().what
 
 
@@ -213,11 +230,11 @@ def test_webhooks_that_are_none_are_refused_without_their_urls(monkeypatch: pyte
 def test_a_command_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("LORAQ_ON_BATCH_END", text)
 
-    assert "on_batch_end" in error_of().what
+    assert "on_batch_end" in error_of().what.lower()
 
 
 @pytest.mark.parametrize("text", ["0", "65536", "http"])
 def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("LORAQ_METRICS_PORT", text)
 
-    assert "metrics_port" in error_of().what
+    assert "metrics_port" in error_of().what.lower()
