@@ -70,7 +70,7 @@ def _waits_for(client: Client, job: Job) -> str:
     if job.state is JobState.RUNNING or job.state.final:
         return ""
     seen = client.overview(most=0)
-    return waits_for(job, seen.workers, seen.held_classes, seen.now)
+    return waits_for(job, seen.workers, seen.held_classes, seen.now, seen.quiet_s)
 
 
 def _print_batch(out: Console, batch: Batch, jobs: Sequence[Job]) -> None:

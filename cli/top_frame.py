@@ -65,6 +65,9 @@ def _totals(seen: Overview) -> list[Text]:
     if seen.held_classes:
         held = ", ".join(seen.held_classes)
         lines.append(Text(f"held, so that nothing of it starts: {held}", "yellow"))
+    if seen.quiet_s:
+        quiet = render.duration(seen.quiet_s)
+        lines.append(Text(f"the server was started anew: nothing starts for {quiet}, as jobs may still run", "yellow"))
     return lines
 
 

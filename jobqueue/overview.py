@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -39,11 +40,13 @@ class Overview:
     running: tuple[Job, ...]  # worker by worker; of these and of what waits the first ones
     queue: tuple[Waiting, ...]  # what may be claimed, by priority; then what was delayed, is held, or waits
     empty_in_s: float | None  # see `empty_in`
+    quiet_s: float = 0.0  # nothing is claimed for so long, as another server process may know less than the last one
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, Any], owner: str, host: str) -> Overview:
         """Of the function `overview` in store.lua."""
         now, held = answer["now"] / 1000, tuple(sorted(answer["held_classes"]))
+        quiet_s = answer["quiet"] / 1000
         workers = workers_of(answer)
         made = cls(
             now=now,
@@ -56,11 +59,12 @@ class Overview:
             ended={state: _sum(answer["ended"], state) for state in JobState if state.final},
             running=tuple(Job.from_record(record) for record in answer["running"]),
             queue=tuple(
-                Waiting(job, waits_for(job, workers, held, now))
+                Waiting(job, waits_for(job, workers, held, now, quiet_s))
                 for state in ("queued", "delayed", "held", "waiting")
                 for job in map(Job.from_record, answer[state])
             ),
             empty_in_s=None,
+            quiet_s=quiet_s,
         )
         opened = Counter[str]()
         for (kind, _), count in live_of(answer).items():
@@ -92,7 +96,9 @@ def _sum(ended: Sequence[tuple[str, str, int, float]], state: JobState) -> int:
     return sum(count for _, how, count, _ in ended if how == state)
 
 
-def waits_for(job: Job, workers: Sequence[WorkerInfo], held_classes: Collection[str], now: float) -> str:
+def waits_for(
+    job: Job, workers: Sequence[WorkerInfo], held_classes: Collection[str], now: float, quiet_s: float = 0.0
+) -> str:
     """What keeps a job from running, in a few words."""
     if job.state is JobState.HELD:
         return "its release"
@@ -110,6 +116,8 @@ def waits_for(job: Job, workers: Sequence[WorkerInfo], held_classes: Collection[
     ready = [worker for worker in able if worker.takes_jobs]
     if not ready:
         return f"{able[0].id}: {able[0].note}"
+    if quiet_s > 0:
+        return f"{math.ceil(quiet_s)} s, as the server was started anew"
     idle = [worker for worker in ready if len(worker.running) < worker.slots]
     if not idle:
         return "a slot"

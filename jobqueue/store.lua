@@ -179,6 +179,13 @@ local function quiet(now)
   return now < till
 end
 
+-- For how many ms more `quiet` will be true; for a look, which changes nothing.
+local function quiet_for(now)
+  local seen, ours, stride, till = unpack(redis.call('HMGET', LEASE_CLOCK, 'seen_at', 'time', 'stride', 'quiet_until'))
+  if not (ours and till) then return 0 end
+  return math.max(0, till - ours - math.min(math.max(0, now - (seen or now)), tonumber(stride or STRIDE)))
+end
+
 -- Into a queue, in the order of priority (higher first), then of submission.
 local function place(id, queue)
   local owner, priority, seq = unpack(redis.call('HMGET', key(id), 'owner', 'priority', 'seq'))
@@ -891,7 +898,7 @@ local function overview(_, args)
   local held, held_count = queued_ids({ 'held' }, owner, math.max(0, most - #queued - #delayed))
   local waiting, waiting_count = queued_ids({ 'waiting' }, owner, math.max(0, most - #queued - #delayed - #held))
   return cjson.encode({
-    now = now, workers = map('workers'), busy = busy,
+    now = now, quiet = quiet_for(now), workers = map('workers'), busy = busy,
     drained = redis.call('SMEMBERS', P .. 'drained'), held_classes = redis.call('SMEMBERS', P .. 'held_classes'),
     live = map('live'), ended = ended_lately(owner, now),
     counts = { running = #running, queued = queued_count + #delayed, held = held_count, waiting = waiting_count },

@@ -85,6 +85,12 @@ def test_a_frame_fits_the_terminal_and_says_what_matters_first(width: int) -> No
     assert "athene/control" not in text
 
 
+def test_a_server_that_was_started_anew_is_told_while_nothing_starts() -> None:
+    said = "the server was started anew: nothing starts for 35 s"
+    assert said in "\n".join(drawn(overview(quiet_s=35.2), 100))
+    assert said not in "\n".join(drawn(overview(), 100))
+
+
 @pytest.mark.parametrize("height", [3, 8, 12, 16, 24, 100])
 def test_a_frame_is_as_high_as_the_terminal_and_says_how_much_more_there_is(height: int) -> None:
     lines = drawn(overview(running=50, waiting=3000, queue=overview(waiting=40).queue), 100, height)

@@ -92,6 +92,22 @@ def test_the_quiet_time_is_the_longest_lease_of_all_hosts_whoever_asks(restartab
     assert float(str(till)) - float(str(ours)) == 60_000
 
 
+def test_whoever_looks_is_told_for_how_long_nothing_starts(restartable: RestartableServer) -> None:
+    """An idle worker beside jobs of which each waits for its turn looks broken."""
+    store = Store(restartable.url)
+    submit(store, new_job("b.1"), new_job("b.2"))
+    must_claim(store, lease_s=60)
+    assert store.overview("", "", 10).quiet_s == 0
+    restartable.restart()
+    store.sweep(EVERY_S)
+    info = {"host": "box", "uuid": "GPU-1", "usable_bytes": 80 * 1024**3, "slots": 2, "running": [], "every_s": 60}
+    store.heartbeat("box/gpu0", "gpu", {**info, "device": "H100"})
+
+    seen = store.overview("", "", 10)
+    assert 50 < seen.quiet_s <= 60
+    assert seen.queue[0].waits_for in {f"{left} s, as the server was started anew" for left in range(51, 61)}
+
+
 def test_each_lease_has_its_own_length_whoever_sweeps(store: Store) -> None:
     submit(store, new_job("b.1"), new_job("b.2"))
     slow, quick = must_claim(store, lease_s=60), must_claim(store, lease_s=0.2)
