@@ -9,8 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from jobqueue.data_spec import ClashError
-
-ANY_KEY = (["sweep", "grid"], ["sweep", "random", "parameters"])  # what is varied there
+from jobqueue.sweep_file import ANY_KEY
 
 
 def mistakes(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Sequence[str | int], str]]:

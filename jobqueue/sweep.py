@@ -76,6 +76,7 @@ def sweep_of_data(source: str, base_model: str, sets: Sequence[str] = ()) -> Swe
 def _checked(document: Document, sets: Sequence[str]) -> Sweep:
     for item in sets:
         document.set_key(item)
+    _check_sets(document)
     file = _validate(document, SweepFile, *_with_first(document))
     known = list(document.problems)
     trials = _trials(document)
@@ -85,6 +86,13 @@ def _checked(document: Document, sets: Sequence[str]) -> Sweep:
     assert isinstance(file, SweepFile)  # else there was a problem
     _check_ensembles(document, file.ensembles, trials)
     return Sweep(file.name, document.path, trials, file.ensembles, file.notify, document)
+
+
+def _check_sets(document: Document) -> None:
+    """Whoever sets a key that the sweep varies would get what he did not ask for."""
+    varied = variations.varied_everywhere(variations.as_far_as_readable(document.plain().get("sweep")))
+    for key in sorted(varied & document.set_keys):
+        document.report("has no effect: the sweep gives each configuration a value of its own", key.split("."))
 
 
 def _is_new(problem: Problem, known: Sequence[Problem]) -> bool:

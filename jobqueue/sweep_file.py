@@ -14,6 +14,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from jobqueue.errors import Problem, SpecError
 
+ANY_KEY = (["sweep", "grid"], ["sweep", "random", "parameters"])
+"""Sections whose keys are those that are varied, dots and all."""
+
 
 @dataclass
 class Document:
@@ -111,7 +114,7 @@ def read(path: Path) -> Document:
 
 def put(root: Any, dotted: str, value: Any) -> bool:
     """Set root[a][b][c] = value for "a.b.c", making sections that are not there."""
-    *parents, last = dotted.split(".")
+    *parents, last = _parts(root, dotted)
     for parent in parents:
         if not isinstance(root, dict):
             return False
@@ -122,3 +125,17 @@ def put(root: Any, dotted: str, value: Any) -> bool:
         return False
     root[last] = value
     return True
+
+
+def _parts(root: Any, dotted: str) -> list[str]:
+    """Of "sweep.grid.lora.r" the last one is "lora.r"; behind a key that is there already it is split again."""
+    parts = dotted.split(".")
+    for section in ANY_KEY:
+        varied = ".".join(parts[len(section) :])
+        if varied and parts[: len(section)] == section:
+            node = root
+            for part in section:
+                node = node.get(part) if isinstance(node, dict) else None
+            known = next((key for key in node or () if varied.startswith(f"{key}.")), varied)
+            return [*section, known, *filter(None, varied.removeprefix(known).split("."))]
+    return parts

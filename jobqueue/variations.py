@@ -85,6 +85,11 @@ def _entries(sweep: SweepSpec) -> list[Variation]:
     return listed or [Variation({}, {})]
 
 
+def varied_everywhere(sweep: SweepSpec) -> set[str]:
+    """The keys that every configuration has a value of its own for."""
+    return set(sweep.grid).union(set.intersection(*(set(entry.differs) for entry in _entries(sweep))))
+
+
 def extremes(sweep: SweepSpec) -> Iterator[Variation]:
     """What may be drawn but need not have been: the first configuration with each end of each parameter."""
     first = next(variations(sweep))

@@ -248,7 +248,7 @@ def sweep_file_page() -> str:
             "is reported at once with its line before anything is submitted; try `loraq submit FILE --dry-run`. "
             "Names are those of Hugging Face, PEFT, TRL and Unsloth; what is left out has the default of Unsloth's "
             "notebook for Llama-3.2-1B. Relative paths count from the file's folder. On the command line "
-            "`--set training.max_steps=20` overrides a key."
+            "`--set training.max_steps=20` overrides a key, `--set sweep.grid.lora.r=[4,8]` what is varied."
         ),
         "The one that `loraq demo` runs:",
         f"```yaml\n{example.strip()}\n```",

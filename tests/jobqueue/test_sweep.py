@@ -176,6 +176,47 @@ def test_set_of_a_list_and_of_a_sweep(read: Read) -> None:
     assert values(found, "lora.target_modules") == [("q_proj",)] * 2
 
 
+DRAWN = f"{GOOD}sweep: {{random: {{samples: 2, parameters: {{lora.r: {{min: 8, max: 64}}}}}}}}\n"
+
+
+def test_set_of_a_key_that_is_varied_keeps_its_dots(read: Read) -> None:
+    assert values(read(GOOD, "sweep.grid.lora.r=[1, 2]"), "lora.r") == [1, 2]
+    assert values(read(DRAWN, "sweep.grid.training.seed=[5]"), "training.seed") == [5, 5]
+    assert values(read(DRAWN, "sweep.random.parameters.lora.lora_alpha=[4]"), "lora.lora_alpha") == [4, 4]
+    narrow = read(DRAWN, "sweep.random.parameters.lora.r.max=9", "sweep.random.seed=1")
+    assert set(values(narrow, "lora.r")) == {8, 9}
+
+
+def test_a_wrong_set_of_a_key_that_is_varied_is_told_by_that_key(problems: Problems) -> None:
+    wrong = ["sweep.grid.lora.r=[0]", "sweep.grid.lora.rr=[8]", "sweep.grid.training.seed=5"]
+
+    found = {(line, key) for line, key, _ in problems(GOOD, *wrong)}
+    assert found == {(None, item.partition("=")[0]) for item in wrong}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "told"),
+    [
+        ("grid: {lora.r: [8, 16]}", True),
+        ("random: {samples: 2, parameters: {lora.r: [8, 16]}}", True),
+        ("list: [{lora.r: 8}, {lora.r: 16}]", True),
+        ("list: [{lora.r: 8}, {lora.lora_alpha: 16}]", False),
+    ],
+)
+def test_set_of_a_key_that_every_configuration_has_its_own_value_of_is_a_problem(
+    problems: Problems, read: Read, sweep: str, told: bool
+) -> None:
+    """It looked as if it had worked, and changed nothing."""
+    text = f"{GOOD}sweep: {{{sweep}}}\n"
+
+    if told:
+        [(line, key, message)] = problems(text, "lora.r=4")
+        assert (line, key, message.partition(":")[0]) == (None, "lora.r", "has no effect")
+        assert len(problems(text, "lora.r=4", "training.seed=x")) == 2
+    else:
+        assert values(read(text, "lora.r=4"), "lora.r") == [8, 4]
+
+
 def test_wrong_sets_are_problems_without_a_line(problems: Problems) -> None:
     found = problems(GOOD, "lora.r=0", "lora.rank=8", "training", "lora.r.x=1", "data.source=[")
 
