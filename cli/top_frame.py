@@ -16,6 +16,7 @@ from jobqueue.overview import Overview
 
 BAR = 10  # columns
 ABOVE = 2  # lines of a section over its first row: an empty one, and its header
+SECTIONS = ("worker", "running job", "waiting job")
 NO_WORKER = "no worker; `loraq worker` on a GPU host, or `loraq up`, starts one"
 
 
@@ -38,15 +39,15 @@ def frame(out: Console, seen: Overview, head: Sequence[Text], height: int | None
         above = sum(len(line.wrap(out, out.width)) for line in head) + ABOVE * sum(map(bool, wanted))
         rooms = shares(height - above, wanted)
     parts: list[RenderableType] = [*head]
-    for (columns, rows), count, room in zip(sections, wanted, rooms, strict=True):
+    for (columns, rows), what, count, room in zip(sections, SECTIONS, wanted, rooms, strict=True):
         whole = count <= min(room, len(rows))
         shown = rows if whole else rows[: max(0, room - 1)]  # the last line says how many more there are
         if shown:
             made = render.table(out, columns, shown)
             made.caption = None  # it would cost a line to name what there is no room for
             parts += [Text(), made]
-        if count > len(shown):
-            parts.append(Text(f"and {count - len(shown):,} more", "dim"))
+        if count > len(shown):  # below the rows of another section, "more" would be of that
+            parts.append(Text(f"and {count - len(shown):,} more" if shown else render.counted(count, what), "dim"))
     return Group(*parts)
 
 

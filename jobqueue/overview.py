@@ -40,13 +40,13 @@ class Overview:
     running: tuple[Job, ...]  # worker by worker; of these and of what waits the first ones
     queue: tuple[Waiting, ...]  # what may be claimed, by priority; then what was delayed, is held, or waits
     empty_in_s: float | None  # see `empty_in`
-    quiet_s: float = 0.0  # nothing is claimed for so long, as another server process may know less than the last one
+    quiet_s: int = 0  # nothing is claimed for so long, as another server process may know less than the last one
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, Any], owner: str, host: str) -> Overview:
         """Of the function `overview` in store.lua."""
         now, held = answer["now"] / 1000, tuple(sorted(answer["held_classes"]))
-        quiet_s = answer["quiet"] / 1000
+        quiet_s = math.ceil(answer["quiet"] / 1000)
         workers = workers_of(answer)
         made = cls(
             now=now,
@@ -97,7 +97,7 @@ def _sum(ended: Sequence[tuple[str, str, int, float]], state: JobState) -> int:
 
 
 def waits_for(
-    job: Job, workers: Sequence[WorkerInfo], held_classes: Collection[str], now: float, quiet_s: float = 0.0
+    job: Job, workers: Sequence[WorkerInfo], held_classes: Collection[str], now: float, quiet_s: int = 0
 ) -> str:
     """What keeps a job from running, in a few words."""
     if job.state is JobState.HELD:
@@ -116,8 +116,8 @@ def waits_for(
     ready = [worker for worker in able if worker.takes_jobs]
     if not ready:
         return f"{able[0].id}: {able[0].note}"
-    if quiet_s > 0:
-        return f"{math.ceil(quiet_s)} s, as the server was started anew"
+    if quiet_s:
+        return f"{quiet_s} s, as the server was started anew"
     idle = [worker for worker in ready if len(worker.running) < worker.slots]
     if not idle:
         return "a slot"
@@ -164,7 +164,7 @@ def empty_in(seen: Overview, opened: Mapping[str, int], ended: Sequence[tuple[st
         opened: jobs that have not ended, by kind.
         ended: (kind, state, how many, their seconds) within the last hour.
     """
-    if seen.owner or seen.host or seen.held_classes or seen.counts[JobState.HELD]:
+    if seen.owner or seen.host or seen.held_classes or seen.counts[JobState.HELD] or seen.quiet_s:
         return None
     if not sum(seen.counts.values()):
         return 0.0
