@@ -100,8 +100,9 @@ def rm(names: tuple[str, ...], files: bool) -> None:
     from cli.render import console
 
     client = connect()
-    for name, _ in each(names, lambda name: client.remove(name, files=files)):
-        console().print(f"{name}: removed{', with its files' if files else ''}.")
+    for name, found in each(names, lambda name: client.remove(name, files=files)):
+        with_files = ", with its files" if found else f"; of its files there is none in {client.storage.url}"
+        console().print(f"{name}: removed{with_files if files else ''}.", soft_wrap=True)
 
 
 @click.command()

@@ -263,19 +263,18 @@ class Client(View):
         send_tokens(self._app, classes)
         return self.store.jobs(job_ids)
 
-    def remove(self, name: str, *, files: bool = False) -> None:
+    def remove(self, name: str, *, files: bool = False) -> bool:
         """Forgets an ended batch, archived or not; with `files`, its adapters, logs and scores in the storage too.
 
-        Raises NotFoundError, BusyError where a job has not ended, and StorageError where this machine does not know the
-        storage with the files.
+        Returns whether there were such files. Raises NotFoundError, BusyError where a job has not ended, and
+        StorageError where this machine does not know the storage with the files.
         """
         storage = self._known_storage() if files else None
         with names.told(names.no_batch, name, self.store):
             has_ended = self.store.remove(name)
         if not has_ended:
             raise BusyError(f"{name} has not ended", f"Wait for it, or stop it first: loraq cancel {name}")
-        if storage is not None:
-            storage.remove(f"batches/{name}")
+        return storage is not None and storage.remove(f"batches/{name}")
 
     def drain(self, target: str, *, undo: bool = False) -> list[WorkerInfo]:
         """A worker, or all of a host, takes no more jobs; running ones are saved and go back into the queue.

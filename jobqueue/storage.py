@@ -184,14 +184,16 @@ class Storage(Location):
             found = [self._complete(name, submission) for name in names]
         return sorted((p for p in found if p is not None), key=lambda p: int(p.manifest["step"]), reverse=True)
 
-    def remove(self, folder: str) -> None:
-        """A folder and all in it, the manifest first: from then on it does not count."""
+    def remove(self, folder: str) -> bool:
+        """A folder and all in it, the manifest first: from then on it does not count. False where there is none."""
         with self._errors("write"):
             path = f"{self._root}/{folder}"
             if self._fs.exists(f"{path}/{MANIFEST}"):
                 self._fs.rm_file(f"{path}/{MANIFEST}")
-            if self._fs.exists(path):
+            found = bool(self._fs.exists(path))
+            if found:
                 self._fs.rm(path, recursive=True)
+            return found
 
     def _attempts(self, job_id: str, batch: str) -> list[str]:
         """The folders of a job's attempts, the newest first."""

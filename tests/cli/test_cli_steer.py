@@ -115,8 +115,17 @@ def test_an_ended_batch_is_removed_and_one_that_has_not_ended_is_not(
 
     store.settle(must_claim(store), Settlement(JobState.SUCCEEDED))
     (Path(settings.storage_url) / "batches" / "c").mkdir()
-    assert run("rm", "c", "--files").exit_code == 0
+    assert run("rm", "c", "--files").stdout == "c: removed, with its files.\n"
     assert not (Path(settings.storage_url) / "batches" / "c").exists()
+
+
+def test_files_that_are_not_there_are_not_said_to_be_removed(store: Store, run: Run, settings: Settings) -> None:
+    """LORAQ_STORAGE names another folder than the workers have, say."""
+    submit(store, new_job("b.1"))
+    store.settle(must_claim(store), Settlement(JobState.SUCCEEDED))
+
+    said = f"b: removed; of its files there is none in {settings.storage_url}.\n"
+    assert run("rm", "b", "--files").stdout == said
 
 
 def test_nothing_is_forgotten_where_files_are_to_go_from_a_storage_that_this_machine_does_not_know(
