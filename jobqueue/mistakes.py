@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from jobqueue.data_spec import ClashError
 from jobqueue.sweep_file import ANY_KEY
+
+LONGEST = 100  # of a value that is repeated in a message
 
 
 def mistakes(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Sequence[str | int], str]]:
@@ -54,7 +57,7 @@ def _is_list(value: Sequence[str | int], errors: Sequence[Mapping[str, Any]]) ->
 
 def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[str | int]) -> str:
     """One line for one of pydantic's errors."""
-    given = f", not {details['input']!r}" if not isinstance(details["input"], (dict, list)) else ""
+    given = "" if isinstance(details["input"], (dict, list)) else f", not {_as_written(details['input'])}"
     match details["type"]:
         case "extra_forbidden":
             known = _fields(model, loc[:-1])
@@ -77,12 +80,19 @@ def _message(model: type[BaseModel], details: Mapping[str, Any], loc: Sequence[s
             return f"must have at least {least} value{'s' if least > 1 else ''}"
         case "string_pattern_mismatch" if loc and loc[-1] == "name":
             return f"must be letters, digits, '.', '_' and '-' only{given}"
-    message = str(details["msg"]).replace("Input should be", "must be") + given
+    message = str(details["msg"]).replace("Input should be", "must be").replace("String should", "must") + given
     message = message.replace("a valid ", "a ").replace("a array", "a list").replace("a integer", "an integer")
     one = details["type"].startswith(("int", "float", "string", "bool", "literal"))
     if one and isinstance(details["input"], list):
         message += "; several values to try belong under sweep.grid"
     return message.replace("an object", "a section").replace("a boolean", "true or false")
+
+
+def _as_written(value: Any) -> str:
+    """A value as YAML has it, shortened where it is long."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return repr(value) if len(repr(value)) <= LONGEST else f"{repr(value)[:LONGEST]}..."
 
 
 def _dotted(model: type[BaseModel]) -> Iterator[str]:

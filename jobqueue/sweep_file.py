@@ -106,7 +106,7 @@ def read(path: Path) -> Document:
         message = " ".join(str(error.problem or error.context).split())
         raise SpecError([Problem(f"is not valid YAML: {message}", str(path), line)]) from None
     except YAMLError as error:
-        raise SpecError([Problem(f"is not valid YAML: {error}", str(path))]) from None
+        raise SpecError([Problem(f"is not valid YAML: {' '.join(str(error).split())}", str(path))]) from None
     if not isinstance(root, CommentedMap):
         raise SpecError([Problem("must be a mapping of keys (name, base_model, data, ...)", str(path), 1)])
     return Document(path, root)

@@ -31,11 +31,9 @@ def as_far_as_readable(given: Any) -> SweepSpec:
     """The section `sweep`; the check of the whole file says what is wrong with the rest."""
     section = _section(given)
     entries = section.get("list")
-    grid = {
-        key: values if isinstance(values, list) else [values] for key, values in _section(section.get("grid")).items()
-    }
+    grid = {key: values for key, values in _section(section.get("grid")).items() if values not in ([], None)}
     return SweepSpec.model_construct(
-        grid={key: values for key, values in grid.items() if values},
+        grid={key: values if isinstance(values, list) else [values] for key, values in grid.items()},
         list=[_section(entry) for entry in entries] if isinstance(entries, list) else [],
         random=_random(_section(section.get("random"))),
     )

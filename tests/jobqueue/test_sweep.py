@@ -176,6 +176,17 @@ def test_set_of_a_list_and_of_a_sweep(read: Read) -> None:
     assert values(found, "lora.target_modules") == [("q_proj",)] * 2
 
 
+def test_values_are_repeated_as_they_are_written_and_a_long_one_only_in_part(problems: Problems) -> None:
+    text = "base_model: m\nmethod:\nlora: {r: true}\nsweep: {grid: {training.seed: }}\n"
+    found = {key: message for _, key, message in problems(f"name: {'x' * 300}\n{text}")}
+
+    assert found["lora.r"] == "must be an integer, not true"
+    assert found["sweep.grid.training.seed"] == "must be a list, not null"
+    assert found["method"].endswith(", not null")
+    assert found["name"].startswith("must have at most 80 characters, not 'xxx")
+    assert len(found["name"]) < 150
+
+
 DRAWN = f"{GOOD}sweep: {{random: {{samples: 2, parameters: {{lora.r: {{min: 8, max: 64}}}}}}}}\n"
 
 
