@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,16 @@ def _on_hub(repository: str) -> Find:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # tokenizers brings it
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
+    silent = cache(lambda: not base_model.hub_answers())  # its library would try for 23 s, for each file
+    do = "Try again once it does, or give a model of this machine with --base-model."
+
     def find(name: str) -> Path | None:
         known = try_to_load_from_cache(repository, name)
         if known is not None:
             return Path(known) if isinstance(known, str) else None  # else: known not to be there
+        what = f"{repository}: the hub does not answer, and {name} is not in its cache"
+        if silent():
+            raise StorageError(what, do)
         try:
             return Path(hf_hub_download(repository, name))
         except GatedRepoError as error:
@@ -92,10 +99,7 @@ def _on_hub(repository: str) -> Find:
         except RepositoryNotFoundError as error:
             raise NotFoundError(f"the hub has no model {repository}", "Correct base_model.") from error
         except OSError as error:
-            raise StorageError(
-                f"{repository}: the hub does not answer, and {name} is not in its cache",
-                "Try again once it does, or give a model of this machine with --base-model.",
-            ) from error
+            raise StorageError(what, do) from error
         except EntryNotFoundError:
             return None
 

@@ -60,6 +60,10 @@ def test_the_hub_is_asked_only_for_what_its_cache_lacks(monkeypatch: pytest.Monk
         return download
 
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("jobqueue.base_model.hub_answers", lambda: False)
+    with pytest.raises(StorageError, match="the hub does not answer"):  # and its library was not left to try for 23 s
+        tokenizer_files.chat_of("org/model")
+    monkeypatch.setattr("jobqueue.base_model.hub_answers", lambda: True)
     monkeypatch.setattr(hub, "hf_hub_download", failing(errors.LocalEntryNotFoundError("no connection")))
     with pytest.raises(StorageError, match="the hub does not answer"):
         tokenizer_files.chat_of("org/model")
