@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from jobqueue.notification import Told
     from jobqueue.service import Client
 
-LOOKS_LIKE_A_JOB = re.compile(r"(base|ask|preview)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|before|original|export)|judge|report)")
+LOOKS_LIKE_A_JOB = re.compile(
+    r"(base|ask|preview)-[0-9a-f]+|.*\.(\d+|\d+\.(eval|before|original|export)|judge|report)|.*/\d+"
+)
 
 
 @click.command()

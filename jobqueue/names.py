@@ -64,8 +64,8 @@ def _among_its_batch(name: str, store: Store) -> str:
 
 
 def _job_meant(name: str, store: Store) -> str:
-    """The job of that number of batches whose names look like the one that is given."""
-    batch, dot, rest = name.partition(".")
+    """The job of that number of batches whose names look like the one that is given; of a trial, what trains it."""
+    batch, dot, rest = name.replace("/", ".").partition(".")
     close = [f"{each}.{rest}" for each in difflib.get_close_matches(batch, store.batch_names(), n=3) if dot]
     return _one_of([job.id for job in store.jobs(close)])
 

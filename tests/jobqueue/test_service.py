@@ -223,6 +223,9 @@ def test_a_name_that_was_misspelt_is_answered_with_the_right_one(client: Client,
         client.job("medqa-rnak.1")
     assert error.value.do == "Did you mean medqa-rank.1?"
     with pytest.raises(NotFoundError) as error:
+        client.job("medqa-rank/1")  # as a trial is named
+    assert error.value.do == "Did you mean medqa-rank.1?"
+    with pytest.raises(NotFoundError) as error:
         client.job("medqa-rank.7")
     assert error.value.do == "`loraq ls medqa-rank` lists the jobs that there are."
 
