@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from jobqueue.settings import Settings
 
 FREE_GIB = 20  # of disk: a model in 16 bits and its adapters
+PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
@@ -56,7 +58,7 @@ def _settings(profile: str | None) -> Iterator[Finding]:
     what = ", then ".join(source.what for source in sources(profile) if source.values) or "defaults alone"
     file = config_file()
     yield Finding("ok", "settings", what if file.exists() else f"{what}; there is no {file}")
-    if file.is_file() and file.stat().st_mode & 0o044 and "@" in file.read_text(encoding="utf-8-sig"):
+    if file.is_file() and file.stat().st_mode & 0o044 and PASSWORD.search(file.read_text(encoding="utf-8-sig")):
         yield Finding("note", "settings", f"{file} has a password that others here may read", f"chmod 600 {file}")
 
 

@@ -128,7 +128,7 @@ def put(root: Any, dotted: str, value: Any) -> bool:
 
 
 def _parts(root: Any, dotted: str) -> list[str]:
-    """Of "sweep.grid.lora.r" the last one is "lora.r"; behind a key that is there already it is split again."""
+    """Of "sweep.grid.lora.r" the last one is "lora.r"; behind a key with a section it is split again."""
     parts = dotted.split(".")
     for section in ANY_KEY:
         varied = ".".join(parts[len(section) :])
@@ -136,6 +136,7 @@ def _parts(root: Any, dotted: str) -> list[str]:
             node = root
             for part in section:
                 node = node.get(part) if isinstance(node, dict) else None
-            known = next((key for key in node or () if varied.startswith(f"{key}.")), varied)
+            there = [key for key, value in node.items() if isinstance(value, dict)] if isinstance(node, dict) else []
+            known = next((key for key in there if varied.startswith(f"{key}.")), varied)
             return [*section, known, *filter(None, varied.removeprefix(known).split("."))]
     return parts

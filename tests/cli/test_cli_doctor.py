@@ -95,7 +95,7 @@ def test_a_password_that_others_may_read_is_noted(store: Store, tmp_path: Path) 
     for text, mode, noted in (
         ("[profiles.lab]\nredis_url = 'redis://:secret@lab/0'", 0o644, True),
         ("[profiles.lab]\nredis_url = 'redis://:secret@lab/0'", 0o600, False),
-        ("[profiles.lab]\nredis_url = 'redis://lab/0'", 0o644, False),
+        ("owner = 'ann@lab'\n[profiles.lab]\nredis_url = 'redis://lab/0'", 0o644, False),
     ):
         config.write_text(text)
         config.chmod(mode)

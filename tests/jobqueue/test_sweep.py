@@ -203,6 +203,7 @@ def test_a_wrong_set_of_a_key_that_is_varied_is_told_by_that_key(problems: Probl
 
     found = {(line, key) for line, key, _ in problems(GOOD, *wrong)}
     assert found == {(None, item.partition("=")[0]) for item in wrong}
+    assert problems(f"{GOOD}sweep: {{grid: 5}}\n", "sweep.grid.lora.r=[8]")
 
 
 @pytest.mark.parametrize(
