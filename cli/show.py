@@ -75,6 +75,11 @@ def _waits_for(client: Client, job: Job) -> str:
     return waits_for(job, seen.workers, seen.held_classes, seen.now, seen.quiet_s)
 
 
+def _whence(job: Job) -> str:
+    """Who says how much memory it needs."""
+    return "as its file says" if job.spec.get("resources", {}).get("memory") else "estimated"
+
+
 def _print_batch(out: Console, batch: Batch, jobs: Sequence[Job]) -> None:
     from cli.control import print_jobs
     from cli.render import age, batch_state, counts, facts, moment
@@ -123,7 +128,7 @@ def _print_job(out: Console, job: Job, waits_for: str) -> None:
         "batch": job.batch,
         "owner": job.owner,
         "waits for": waits_for,
-        "needs": f"{memory(job.need_bytes)} on the GPU (estimated)" if job.need_bytes else "",
+        "needs": f"{memory(job.need_bytes)} on the GPU ({_whence(job)})" if job.need_bytes else "",
         "queue": job.queue,
         "priority": str(job.priority) if job.priority else "",
         "submitted": f"{moment(job.submitted_at)} ({age(job.submitted_at)} ago)",

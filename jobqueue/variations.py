@@ -98,9 +98,13 @@ def extremes(sweep: SweepSpec) -> Iterator[Variation]:
 
 def mistakes(sweep: SweepSpec) -> Iterator[tuple[str, Place]]:
     """What cannot be meant so, and where."""
-    for key, values in sweep.grid.items():
+    lists: dict[tuple[str, ...], Sequence[Any]] = {("sweep", "grid", key): values for key, values in sweep.grid.items()}
+    for key, parameter in sweep.random.parameters.items() if sweep.random else ():
+        lists["sweep", "random", "parameters", key] = parameter.values or []
+    for at, values in lists.items():
         if len({json.dumps(value) for value in values}) < len(values):
-            yield "has a value twice", ("sweep", "grid", key)
+            yield "has a value twice", at
+    for key in sweep.grid:
         for place in dict.fromkeys(entry.places[key] for entry in _entries(sweep) if key in entry.differs):
             yield "is varied by the grid too", place
 

@@ -734,6 +734,7 @@ sweep:
         ("{samples: 5, parameters: {lora.r: [8, 16]}}", "must be at most 2: there are no more that differ"),
         ("{samples: 9, parameters: {lora.lora_dropout: {min: 0.1, max: 0.1001}}}", "must be at most 2"),
         ("{samples: 1, parameters: {}}", "must have at least 1 value"),
+        ("{samples: 1, parameters: {lora.r: [8, 16, 8]}}", "has a value twice"),
         ("{samples: 0, parameters: {lora.r: [8]}}", "must be greater than or equal to 1"),
     ],
 )
