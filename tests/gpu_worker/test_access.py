@@ -116,6 +116,17 @@ def test_none_of_the_users_can_log_in_before_it_has_a_password(tmp_path: Path) -
                     redis.Redis.from_url(address).ping()
 
 
+def test_the_users_can_be_read_by_a_server_of_version_7_0(tmp_path: Path) -> None:
+    """It ends at a command that it does not know: WAITAOF came with 7.2, and is of the category connection there."""
+    single = {word[1:] for word in USERS.read_text().split() if word.startswith("+") and "@" not in word}
+
+    assert single <= {"fcall", "fcall_ro", "function|load", "time", "info"}
+    file = shutil.copy(USERS, tmp_path / "users.acl")
+    with restartable_server(tmp_path / "server", "--aclfile", str(file)) as server, redis.from_url(server.url) as admin:
+        for user in ("submitter", "worker"):
+            assert admin.execute_command("ACL", "DRYRUN", user, "WAITAOF", "1", "0", "1") == b"OK"
+
+
 def test_a_server_behind_tls_is_used_by_store_and_celery_and_only_with_a_certificate_that_is_known(
     guarded: Guarded, tmp_path: Path
 ) -> None:
