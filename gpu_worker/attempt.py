@@ -60,14 +60,14 @@ class Attempt:
         self._store, self._storage, self._settings = store, storage, settings
         self._pool, self._watch, self._admission = pool, watch, admission
         self._leaving, self._draining, self._wake = leaving, draining, wake
-        self._lease = Lease(store, claim, settings, claimed_at, leaving)
-        self._patience = Patience(self._lease, settings, leaving.is_set)
-        self._read = Patience(self._lease, settings, leaving.is_set, draining)  # before there is a trainer
         self._scratch = pool.folder / "scratch" / f"{claim.job_id}-{claim.attempt}-{claim.nonce}"
         keep = claim.spec.get("training", {}).get("save_total_limit", 2)
         self._keeper = CheckpointKeeper(storage, claim, keep)
         self._budget = admission.budget(claim.nonce) if watch.limits else None
         self._log = self._scratch / "log.txt"
+        self._lease = Lease(store, claim, settings, claimed_at, leaving)  # the last that may fail: `run` closes it
+        self._patience = Patience(self._lease, settings, leaving.is_set)
+        self._read = Patience(self._lease, settings, leaving.is_set, draining)  # before there is a trainer
         self._conclusion = Conclusion(
             claim, store, storage, settings, self._lease, self._patience, watch, self._budget, self._log
         )

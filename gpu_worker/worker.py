@@ -127,18 +127,20 @@ class Worker:
         if claim is None:
             return False
         log.info("%s: attempt %d begins", claim.job_id, claim.attempt)
-        self._running[claim.nonce] = claim.job_id
+        self._running[claim.nonce], hindered = claim.job_id, ""
         try:
             self._run(claim, claimed_at)
         except MachineError as error:  # nothing of it has begun: the claim is given back
-            self._unanswered.append(claim.nonce)
-            self._spoilt(error.what)
+            hindered = error.what
         except Exception:  # nothing that a job does may end its worker; the lease ends the job
             log.exception("%s: attempt %d broke its slot", claim.job_id, claim.attempt)
             self._spoilt("an attempt broke its slot")
         finally:
             self._running.pop(claim.nonce)
             self._admission.release(claim.nonce)
+        if hindered:  # only now: another slot may take the claim at once, and is promised memory by the same nonce
+            self._unanswered.append(claim.nonce)
+            self._spoilt(hindered)
         return True
 
     def _claim(self) -> Claim | None:

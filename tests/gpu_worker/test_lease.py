@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import SUCCEEDED, RestartableServer, must_claim, new_job, submit, wait_for
-from worker_process import STUB
+from worker_process import STUB, train_job
 
 from gpu_worker import guardian
 from gpu_worker.gpu import Device
@@ -125,4 +125,48 @@ def test_a_job_whose_lease_no_thread_can_renew_goes_back_at_no_cost(
 
     job = store.job("b.1")
     assert (job.state, job.failures, job.history[0]["reason"]) == (JobState.QUEUED, 0, "preempted")
+    worker.leave()
+
+
+def test_a_claim_that_is_given_back_and_taken_by_another_slot_at_once_keeps_its_promise_of_memory(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots that start together claim one after the other: the next one takes what the first could not begin."""
+    worker = Worker(Device("cpu", "cpu"), settings, store.url, slots=2)
+    wait_for(lambda: worker.well(), SOON_S, "it has tried its storage")
+    start, refused = threading.Thread.start, iter([RuntimeError("can't start new thread")])
+    spoilt, second = worker._spoilt, threading.Thread(target=worker._work_once)
+
+    def no_first_lease(thread: threading.Thread) -> None:
+        if thread.name.startswith("lease-") and (error := next(refused, None)):
+            raise error
+        start(thread)
+
+    def pause_while_another_slot_claims(sick: str) -> None:
+        if sick:
+            second.start()
+            wait_for(lambda: worker.pool.at_work or not second.is_alive(), SOON_S, "the other slot has asked")
+        spoilt(sick)
+
+    monkeypatch.setattr(threading.Thread, "start", no_first_lease)
+    monkeypatch.setattr(worker, "_spoilt", pause_while_another_slot_claims)
+    submit(store, train_job("b.1", "sleep:1", queue="cpu"))
+    worker.work(wait=True)
+    second.join(SOON_S)
+    worker.tend()
+
+    job = store.job("b.1")
+    worker.leave()
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1), job.message
+
+
+def test_an_attempt_that_cannot_be_made_renews_no_lease(store: Store, settings: Settings) -> None:
+    """Its job would be nobody's, and never be taken back."""
+    worker = Worker(Device("cpu", "cpu"), settings, store.url)
+    submit(store, new_job("b.1", spec={"kind": "train", "training": None}))
+    claim = must_claim(store, lease_s=LEASE_S)
+
+    with pytest.raises(AttributeError):
+        worker._run(claim, guardian.now())
+    assert [thread.name for thread in threading.enumerate() if thread.name == "lease-b.1"] == []
     worker.leave()
