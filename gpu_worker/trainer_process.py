@@ -106,21 +106,27 @@ class TrainerProcess:
         for descriptor in (self._request, self._events, self._log):
             os.set_blocking(descriptor, False)
         self._grace_s = grace_s
-        self.guardian = subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-S", guardian.__file__),
-                *(str(grace_s), str(request_read), str(events_write), *command),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=log_write,
-            stderr=log_write,
-            pass_fds=[request_read, events_write],
-            env={**environment, EVENTS_FD: str(events_write), MARK: self.mark},
-            cwd=folder,
-            start_new_session=True,
-        )
-        for descriptor in (request_read, events_write, log_write):
-            os.close(descriptor)
+        try:
+            self.guardian = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-S", guardian.__file__),
+                    *(str(grace_s), str(request_read), str(events_write), *command),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=log_write,
+                stderr=log_write,
+                pass_fds=[request_read, events_write],
+                env={**environment, EVENTS_FD: str(events_write), MARK: self.mark},
+                cwd=folder,
+                start_new_session=True,
+            )
+        except BaseException:
+            for descriptor in (self._request, self._events, self._log):
+                os.close(descriptor)
+            raise
+        finally:
+            for descriptor in (request_read, events_write, log_write):
+                os.close(descriptor)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._events, selectors.EVENT_READ)
         self._selector.register(self._log, selectors.EVENT_READ)

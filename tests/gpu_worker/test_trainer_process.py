@@ -277,6 +277,20 @@ def test_what_went_wrong_before_there_was_a_job_is_in_the_worker_s_log(
     assert [record.getMessage() for record in caplog.records] == ["a spare trainer: it is cold"]
 
 
+def test_a_trainer_that_cannot_be_started_leaves_no_pipe_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without memory for a process tries again for hours, and has no file left when it could go on."""
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(subprocess, "Popen", no_memory)
+    with pytest.raises(BlockingIOError):
+        TrainerProcess(["true"], {}, tmp_path, 1)
+
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
 def test_kill_ends_a_deaf_trainer_and_its_child_and_may_be_said_twice(start: Start) -> None:
     trainer = start("""
         import signal, subprocess, time
