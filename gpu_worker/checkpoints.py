@@ -45,9 +45,13 @@ class CheckpointKeeper:
 
     def take(self, checkpoint: Checkpoint) -> None:
         """Returns at once. A checkpoint that cannot be kept is said and forgotten: the training is worth more."""
-        if not self._thread.ident:
-            self._thread.start()
-        self._waiting.put(checkpoint)
+        try:
+            if not self._thread.ident:
+                self._thread.start()
+        except RuntimeError as error:  # the machine has no thread left; it may for the next one
+            self._forgo(checkpoint, error)
+        else:
+            self._waiting.put(checkpoint)
 
     def _run(self) -> None:
         while not self._closed and (checkpoint := self._waiting.get()) is not None:
@@ -64,10 +68,14 @@ class CheckpointKeeper:
             for published in list(self._intact())[self._keep :]:
                 self._storage.remove(published.folder)
         except (StorageError, OSError) as error:
-            log.warning("%s: no checkpoint at step %d: %s", self._claim.job_id, checkpoint.step, error)
-            self.said.put(f"loraq: the checkpoint of step {checkpoint.step} could not be kept: {error}")
+            self._forgo(checkpoint, error)
         finally:
             shutil.rmtree(local, ignore_errors=True)
+
+    def _forgo(self, checkpoint: Checkpoint, error: Exception) -> None:
+        log.warning("%s: no checkpoint at step %d: %s", self._claim.job_id, checkpoint.step, error)
+        self.said.put(f"loraq: the checkpoint of step {checkpoint.step} could not be kept: {error}")
+        shutil.rmtree(checkpoint.folder, ignore_errors=True)
 
     def forget(self) -> None:
         """The job needs none any more."""

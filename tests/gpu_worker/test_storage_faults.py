@@ -165,6 +165,28 @@ def test_a_copy_that_was_given_up_removes_nothing_that_the_next_attempt_may_read
     assert [kept.manifest["step"] for kept in here.storage.checkpoints("b.1", "b", "")] == [30, 20, 10]
 
 
+def test_a_checkpoint_for_which_the_machine_has_no_thread_is_said_and_the_next_one_is_kept(
+    here: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    keeper = CheckpointKeeper(here.storage, Claim("b.1", 1, "ff", {"kind": "train"}, "b", 0, LEASE_S), 2)
+    for step in (10, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "step.txt").write_text("0")
+        with monkeypatch.context() as scarce:
+            if step == 10:
+                scarce.setattr(threading.Thread, "start", no_thread)
+            keeper.take(Checkpoint(step, str(folder)))
+    keeper.finish()
+
+    assert keeper.said.get_nowait() == ("loraq: the checkpoint of step 10 could not be kept: can't start new thread")
+    assert [kept.manifest["step"] for kept in here.storage.checkpoints("b.1", "b", "")] == [20]
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
 @pytest.fixture
 def slow(here: Site) -> Path:
     folder = here.folder / "slow"
