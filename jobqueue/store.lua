@@ -168,7 +168,7 @@ end
 
 -- After another server process, which may have lost its last second, nothing is taken from anyone, and nothing given, for
 -- the longest lease of all: somebody may be at work by a claim that was lost, and finds out when he renews.
-local function quiet(now)
+local function quiet(now, over)
   local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   local known, till = unpack(redis.call('HMGET', LEASE_CLOCK, 'run_id', 'quiet_until'))
   till = tonumber(till or 0)
@@ -176,7 +176,7 @@ local function quiet(now)
     for _, lease in ipairs(redis.call('ZRANGE', P .. 'leases', 0, -1)) do till = math.max(till, now + lease) end
   end
   redis.call('HSET', LEASE_CLOCK, 'run_id', run_id, 'quiet_until', till)
-  return now < till
+  return over < till
 end
 
 -- For how many ms more `quiet` will be true; for a look, which changes nothing.
@@ -759,7 +759,7 @@ local function sweep(_, args)
   local now, expired, queues = time(), {}, {}
   redis.call('HSET', LEASE_CLOCK, 'stride', 2 * args[1])
   local leased, over = lease_time()
-  if not quiet(leased) then
+  if not quiet(leased, over) then
     for _, id in ipairs(redis.call('ZRANGE', P .. 'running', '-inf', over, 'BYSCORE', 'LIMIT', 0, 100)) do
       local attempt, nonce = unpack(redis.call('HMGET', key(id), 'attempt', 'nonce'))
       if attempt then

@@ -244,6 +244,25 @@ def test_after_a_clock_went_back_a_silent_worker_is_waited_for_one_lease_and_a_d
     assert [worker.alive for worker in there.workers()] == [True]
 
 
+def test_a_jump_of_the_clock_right_after_a_restart_does_not_cut_the_quiet_time_short(
+    clock: Clock, tmp_path: Path
+) -> None:
+    """A machine that boots may set its clock when its server runs already."""
+    with restartable_server(tmp_path / "there", environment=clock.environment) as server:
+        store = Store(server.url)
+        submit(store, new_job("b.1"), new_job("b.2"))
+        must_claim(store, lease_s=60)
+        server.restart()
+        assert claim(store, lease_s=60) is None
+        clock.jump(store, 3600)
+        store._redis.hincrby("{loraq}:lease_clock", "quiet_until", -57_000)  # so much of it has passed
+
+        assert store.sweep(2).expired == []
+        assert claim(store, lease_s=60) is None, "the jump may have counted as a stride"
+        store._redis.hincrby("{loraq}:lease_clock", "quiet_until", -10_000)
+        assert must_claim(store, lease_s=60).job_id == "b.2"
+
+
 # -- another server takes over
 
 
