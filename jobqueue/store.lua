@@ -24,6 +24,7 @@ Keys (one hash tag, so that a cluster keeps them on one node; T = milliseconds s
   {loraq}:totals              hash    what has ever happened, counted; see `count`
   {loraq}:ended               zset    ends of jobs lately, "<kind> <state> <seconds> <id>:<attempt> <owner>", by their T
   {loraq}:leases              zset    lengths of leases in ms, by the T at which a worker last asked for one
+  {loraq}:strides             zset    twice the times between sweeps in ms, by the T of the last such sweep
   {loraq}:claims              hash    nonce of a claim -> the job that runs by it
   {loraq}:held_classes        set     memory classes of which nothing is claimed
   {loraq}:drained             set     workers, by host/device#mark or host/device, and hosts, that claim nothing
@@ -158,6 +159,13 @@ local function lease_time()
   ours = (ours or now) + math.min(math.max(0, now - seen), stride)
   redis.call('HSET', LEASE_CLOCK, 'seen_at', now, 'time', ours)
   return ours, ours - stride
+end
+
+-- That of whoever sweeps least often: else one could take back early what another has counted.
+local function set_stride(stride, now)
+  redis.call('ZADD', P .. 'strides', now, stride)
+  for _, other in ipairs(redis.call('ZRANGE', P .. 'strides', 0, -1)) do stride = math.max(stride, other) end
+  redis.call('HSET', LEASE_CLOCK, 'stride', stride)
 end
 
 -- The attempt's lease begins anew; each has its own length, as hosts may be set up otherwise.
@@ -757,7 +765,7 @@ end
 -- sweep(ms between sweeps) -> JSON {expired: [{id, attempt, nonce}], unsized: [id], queues: {class: jobs that can be claimed}}
 local function sweep(_, args)
   local now, expired, queues = time(), {}, {}
-  redis.call('HSET', LEASE_CLOCK, 'stride', 2 * args[1])
+  set_stride(2 * args[1], now)
   local leased, over = lease_time()
   if not quiet(leased, over) then
     for _, id in ipairs(redis.call('ZRANGE', P .. 'running', '-inf', over, 'BYSCORE', 'LIMIT', 0, 100)) do
@@ -789,7 +797,9 @@ local function sweep(_, args)
   end
   redis.call('ZREMRANGEBYSCORE', P .. 'gpu_workers', '-inf', now - FORGET)
   redis.call('ZREMRANGEBYSCORE', P .. 'ended', '-inf', now - LATELY)
-  redis.call('ZREMRANGEBYSCORE', P .. 'leases', '-inf', now - FORGET)
+  for _, name in ipairs({ 'leases', 'strides' }) do
+    redis.call('ZREMRANGEBYSCORE', P .. name, '-inf', now - FORGET)
+  end
   local unsized = redis.call('SRANDMEMBER', P .. 'unsized', 200)
   return cjson.encode({ expired = expired, unsized = unsized, queues = queues })
 end

@@ -50,7 +50,7 @@ def full(redis_url: str) -> Iterator[Store]:
     """Two jobs of which one runs, on a server that has no memory left."""
     store = Store(redis_url)
     submit(store, new_job("b.1"), new_job("b.2"))
-    store.sweep(30)
+    store.sweep(0.05)
     with redis.Redis.from_url(redis_url) as client:
         yield store
         client.config_set("maxmemory", 0)

@@ -263,6 +263,23 @@ def test_a_jump_of_the_clock_right_after_a_restart_does_not_cut_the_quiet_time_s
         assert must_claim(store, lease_s=60).job_id == "b.2"
 
 
+def test_what_a_jump_has_counted_for_one_who_sweeps_seldom_takes_no_lease_early_for_one_who_sweeps_often(
+    there: Store, clock: Clock
+) -> None:
+    """Hosts may differ in LORAQ_SWEEP_S."""
+    submit(there, new_job("b.1"))
+    must_claim(there, lease_s=60)
+    for every_s in (20, 0.5):
+        there.sweep(every_s)
+    clock.jump(there, 3600)
+    there.sweep(20)
+    age(there, "b.1", 45)
+
+    assert there.sweep(0.5).expired == []
+    age(there, "b.1", 16)
+    assert [job_id for job_id, *_ in there.sweep(0.5).expired] == ["b.1"]
+
+
 # -- another server takes over
 
 
