@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,14 +75,19 @@ def _bytecode(cache: Path) -> dict[str, str]:
     """Has the next trainer find compiled what one has imported, where nothing is kept beside the source.
 
     Images of containers often forbid that (PYTHONDONTWRITEBYTECODE): each import of torch and Unsloth then compiles
-    thousands of files anew.
+    thousands of files anew. What was compiled of other packages goes: Python knows a source by its time and length,
+    which two versions of a file may share where an image sets all times alike.
     """
     torch = find_spec("torch")
     if torch is None or torch.origin is None or Path(cache_from_source(torch.origin)).exists():
         return {}
     if not sys.dont_write_bytecode and os.access(Path(torch.origin).parent, os.W_OK):
         return {}
-    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache / "bytecode")}
+    packages = sorted(folder.name for folder in Path(torch.origin).parents[1].glob("*.dist-info"))
+    kept = cache / "bytecode" / hashlib.sha256(" ".join([sys.version, *packages]).encode()).hexdigest()[:12]
+    for old in set(kept.parent.glob("*")) - {kept}:
+        shutil.rmtree(old, ignore_errors=True)
+    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(kept)}
 
 
 class TrainerProcess:

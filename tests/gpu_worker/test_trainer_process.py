@@ -360,3 +360,28 @@ def test_trainers_keep_what_they_compile_where_the_environment_forbids_it_beside
     py_compile.compile(str(source / "__init__.py"))  # as pip does when it installs
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     assert "PYTHONPYCACHEPREFIX" not in trainer_environment("cpu", tmp_path / "cache")
+
+
+def test_bytecode_of_other_packages_is_neither_used_nor_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Images may give all files one time: a new version's source then looks like the old one's, where it is as long."""
+    site, cache = tmp_path / "site", tmp_path / "cache"
+    (site / "torch").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(trainer_process, "find_spec", PathFinder.find_spec)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    says = []
+    for version in ("2.9.0", "2.9.1"):
+        for old in site.glob("*.dist-info"):
+            old.rmdir()
+        (site / f"torch-{version}.dist-info").mkdir()
+        source = site / "torch" / "__init__.py"
+        source.write_text(f"print('{version}')")
+        os.utime(source, (0, 0))
+        environment = {**trainer_environment("cpu", cache), "PYTHONPATH": str(site)}
+        importing = subprocess.run(
+            [sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True
+        )
+        says.append(importing.stdout)
+
+    assert says == ["2.9.0\n", "2.9.1\n"]
+    assert len(list(cache.rglob("torch/__init__.*.pyc"))) == 1
