@@ -44,7 +44,8 @@ class Worker:
         spares: how many trainers stand ready for a job that is to come.
         share: how they share a GPU, see `mps_of`.
 
-    Raises MachineError where it is to be shared in a way that this machine has not, or another worker serves it.
+    Raises MachineError where it is to be shared in a way that this machine has not, another worker serves it, or its
+    folder cannot be written.
     """
 
     def __init__(
@@ -63,10 +64,16 @@ class Worker:
         self.app = make_app(url, settings.timeout_s)
         self.storage = Storage(settings.storage_url)
         cache = worker_cache(settings.data_dir, device)
-        cache.mkdir(parents=True, exist_ok=True)
-        if device.kind != "control":  # which several of a host share: it has neither memory to promise nor scratch
-            self._sole = hold(cache, device.label)
-        self.id, self._boot = identity(cache, device), boot()
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            if device.kind != "control":  # which several of a host share: it has neither memory to promise nor scratch
+                self._sole = hold(cache, device.label)
+            self.id, self._boot = identity(cache, device), boot()
+        except OSError as error:
+            raise MachineError(
+                f"cannot write in {cache}: {error.strerror}",
+                "Set LORAQ_DATA_DIR to a folder that this user can write in.",
+            ) from None
         shutil.rmtree(cache / "scratch", ignore_errors=True)  # of attempts that ended with kill -9
         self._admission, self._spares = Admission(slots, spares * CONTEXT), spares
         self._mps, self._share = mps_of(device, cache, share, slots), share

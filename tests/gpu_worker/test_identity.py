@@ -8,6 +8,9 @@ import pytest
 
 from gpu_worker.gpu import Device
 from gpu_worker.identity import boot, identity
+from gpu_worker.worker import Worker
+from jobqueue.errors import MachineError
+from jobqueue.settings import Settings
 
 GPU = Device("gpu", "NVIDIA H100", "GPU-1")
 
@@ -41,3 +44,11 @@ def test_a_machine_that_was_copied_with_its_data_folder_is_told_apart_by_its_gpu
 
 def test_a_machine_is_known_by_its_boot() -> None:
     assert boot() == boot() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def test_a_worker_that_can_write_nowhere_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(MachineError, match=r"cannot write in .*/file/data/cache/.*: Not a directory") as refusal:
+        Worker(Device("cpu", "cpu"), Settings(data_dir=tmp_path / "file" / "data"), "redis://127.0.0.1:1/0")
+    assert "LORAQ_DATA_DIR" in refusal.value.do
