@@ -74,6 +74,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.owners: dict[str, Claim] = {}
         self.batches = self.given = 0
         self.ended: dict[str, tuple[str, int]] = {}
+        self.drained: set[str] = set()
 
     def a_job(self, data: st.DataObject, *states: str) -> Record | None:
         found = [job for job in self.model.jobs.values() if not states or job.state in states]
@@ -201,6 +202,11 @@ class StoreMachine(RuleBasedStateMachine):
         for job in chosen:
             self.model.begin(job)
 
+    @rule(name=st.sampled_from(("host1", "host2/0", "host3/0#mark")), on=st.booleans())
+    def drain(self, name: str, on: bool) -> None:
+        assert self.store.mark("drained", name, on) is (on != (name in self.drained))
+        self.drained = self.drained | {name} if on else self.drained - {name}
+
     # -- workers
 
     @rule(target=claims, worker=st.integers(1, 3), count=st.integers(1, 4))
@@ -218,8 +224,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     def claimed(self, worker: int, device: str, queues: tuple[str, ...], free: int) -> Claim | None:
         self.given += 1
-        before = {job.new.id: job for job in self.model.claimable(queues, free)}
-        got = self.store.claim(f"host{worker}/0", device, free, HOUR_S, f"n{self.given}", queues)
+        drained = bool({f"host{worker}", f"host{worker}/0", f"host{worker}/0#mark"} & self.drained)
+        before = {job.new.id: job for job in self.model.claimable(queues, free) if not drained}
+        got = self.store.claim(f"host{worker}/0#mark", device, free, HOUR_S, f"n{self.given}", queues)
         if got is None:
             assert not before, "there was something to claim"
             return None
@@ -408,6 +415,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert live == Counter(
             f"{job.new.kind} {job.state}" for job in self.model.jobs.values() if job.state not in FINAL
         )
+        running = {job.nonce: name for name, job in self.model.jobs.items() if job.state == "running"}
+        assert self.redis.hgetall(f"{P}claims") == running
         places: dict[str, list[str]] = {name: [] for name in names}
         for index in (*self.redis.scan_iter(f"{P}queue:*"), f"{P}delayed", f"{P}running"):
             for name in self.redis.zrange(index, 0, -1):
