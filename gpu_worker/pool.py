@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 60.0  # how long a trainer waits for another job of its model before it is ended
 FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0  # before a spare is started again, where one has ended by itself
 CALM_S = 60.0  # after one that lived so long, the pause is the first again
+IMPORT_S = 600.0  # a spare that has not imported everything by then never will
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,13 @@ class TrainerPool:
         surplus, self._resting = self._resting[:place], self._resting[place:]
         return surplus
 
-    def tend(self, idle_s: float = IDLE_S) -> None:
-        """Ends what rests for long, is too many, or has ended by itself; starts the spares that lack."""
+    def tend(self, idle_s: float = IDLE_S, import_s: float = IMPORT_S) -> None:
+        """Ends what rests for long, is too many, hangs in its import, or is dead; starts the spares that lack."""
         now = time.monotonic()
         with self._lock:
             tired = [r for r in self._resting if r.base_model is not None and now - r.since >= idle_s]
             spares = [r for r in self._resting if r.base_model is None]
-            dead = [r for r in spares if not r.trainer.alive()]
+            dead = [r for r in spares if not r.trainer.alive() or (not r.trainer.ready and now - r.since >= import_s)]
             self._resting = [r for r in self._resting if r not in tired and r not in dead]
             surplus = self._surplus()
             lack = min(self._spares - len(spares) + len(dead), self._most() - len(self._resting))
@@ -137,7 +138,7 @@ class TrainerPool:
             calm = all(now - resting.since >= CALM_S for resting in dead)
             self._pause_s = FIRST_PAUSE_S if calm else min(max(FIRST_PAUSE_S, 2 * self._pause_s), LAST_PAUSE_S)
             self._start_at = now + self._pause_s
-            log.warning("a spare trainer has ended by itself; the next is started in %g s", self._pause_s)
+            log.warning("a spare trainer has ended by itself, or hung; the next is started in %g s", self._pause_s)
         for _ in range(lack if now >= self._start_at else 0):
             spare = Resting(self._start(), None, time.monotonic())
             spare.trainer.rest()

@@ -201,6 +201,22 @@ time.sleep(60)
         pool.close()
 
 
+def test_a_spare_that_hangs_in_its_import_is_ended_and_given_to_no_job(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    pool = TrainerPool({**os.environ}, tmp_path, 0.2, command, spares=1, most=lambda: 1)
+    try:
+        pool.tend()
+        pool.tend(import_s=60)
+        assert pool.resting == 1, "it may still be at it"
+        pool.tend(import_s=0)
+        assert pool.resting == 0
+        assert "or hung" in caplog.text
+    finally:
+        pool.close()
+
+
 @pytest.mark.parametrize("slots", [1, 16])
 def test_a_job_that_never_has_enough_ends_though_what_is_usable_varies(slots: int) -> None:
     at_claim, at_failure = int(79.2 * GIB), 80 * GIB
