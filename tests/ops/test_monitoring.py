@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from gpu_worker.metrics import METRICS
+from jobqueue.job import JobKind
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = ("_bucket", "_sum", "_count")
@@ -33,6 +34,7 @@ def panels() -> list[dict[str, Any]]:
 def expressions() -> Iterator[str]:
     yield from (rule["expr"] for rule in rules())
     yield from (target["expr"] for panel in panels() for target in panel.get("targets", ()))
+    yield from (trigger["metadata"]["query"] for trigger in loaded("ops/keda.yaml")["spec"]["triggers"])
 
 
 def metric_of(series: str) -> str:
@@ -116,3 +118,23 @@ def test_grafana_is_provisioned_with_what_is_mounted_and_is_not_open_to_the_netw
     assert source["url"] == "http://prometheus:9090"
     assert all(port.startswith("127.0.0.1:") for port in grafana["ports"])
     assert {name for name, service in compose["services"].items() if "profiles" in service} == {"prometheus", "grafana"}
+
+
+def test_pods_are_made_by_the_jobs_that_need_a_gpu_and_go_one_by_one() -> None:
+    spec = loaded("ops/keda.yaml")["spec"]
+    (trigger,) = spec["triggers"]
+    deployments = {
+        document["metadata"]["name"]: document["spec"]["template"]["spec"]
+        for document in yaml.safe_load_all((ROOT / "ops" / "kubernetes.yaml").read_text())
+    }
+
+    left_out = re.search(r'kind!~"([^"]*)"', trigger["metadata"]["query"])
+    assert left_out
+    assert set(left_out[1].split("|")) == {kind for kind in JobKind if kind.control}
+    pod = deployments[spec["scaleTargetRef"]["name"]]
+    (policy,) = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]["policies"]
+    assert (policy["type"], policy["value"]) == ("Pods", 1)
+    assert policy["periodSeconds"] > pod["terminationGracePeriodSeconds"], "one is gone before the next is chosen"
+    (control,) = deployments["loraq-control"]["containers"]
+    environment = {each["name"]: each.get("value") for each in control["env"]}
+    assert environment["LORAQ_METRICS_PORT"] == str(control["ports"][0]["containerPort"])
