@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -41,5 +42,5 @@ def test_the_program_submits_waits_and_prints_what_came_out(
 def test_the_page_names_methods_that_there_are_and_all_of_them() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    methods = {name for name, value in vars(Client).items() if callable(value) and not name.startswith("_")}
+    methods = {name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")}
     assert named == methods - {"warnings", "forget_server"}
