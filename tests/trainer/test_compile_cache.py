@@ -48,9 +48,8 @@ def test_trainers_that_compile_at_once_neither_wipe_one_cache_nor_run_each_other
     compiled = cache / "unsloth" / version("unsloth")
     compiled.mkdir(parents=True)
     (compiled / "of_an_earlier_trainer.py").write_text("here = 1\n")
-    for number in range(
-        TRAINERS
-    ):  # each guardian gives its trainer one: Unsloth turns there from a race, to one name for all
+    # Each guardian gives its trainer one: Unsloth turns there from a race, to one name for all.
+    for number in range(TRAINERS):
         (tmp_path / f"tmp{number}").mkdir()
     trainers = [
         subprocess.Popen(
