@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from random import Random
 from typing import Annotated, Any, Literal
 
@@ -74,10 +75,11 @@ class RandomSpec(Part):
     """Dotted key -> what it may be: `[8, 16]`, or a section, see below, e.g. `{min: 1e-5, max: 1e-3, scale: log}`."""
 
     def clashes(self) -> Iterator[Clash]:
-        if (found := len(self.draw())) < self.samples:
+        if (found := len(self.drawn)) < self.samples:
             yield "samples", f"must be at most {found}: there are no more that differ"
 
-    def draw(self) -> list[dict[str, Any]]:
+    @cached_property
+    def drawn(self) -> list[dict[str, Any]]:
         """Dotted key -> value, of each; fewer than `samples` where there are not so many."""
         chance, found = Random(self.seed), dict[str, dict[str, Any]]()
         for _ in range(TRIES * self.samples):

@@ -75,7 +75,7 @@ def variations(sweep: SweepSpec) -> Iterator[Variation]:
 def _entries(sweep: SweepSpec) -> list[Variation]:
     if sweep.random:
         places = {key: ("sweep", "random", "parameters", key) for key in sweep.random.parameters}
-        return [Variation(drawn, places) for drawn in sweep.random.draw()]
+        return [Variation(drawn, places) for drawn in sweep.random.drawn]
     listed = [
         Variation(entry, {key: ("sweep", "list", index, key) for key in entry})
         for index, entry in enumerate(sweep.list)
